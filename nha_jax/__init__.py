@@ -1,0 +1,1 @@
+"""Native Hybrid Attention language models in JAX: train, evaluate, serve."""

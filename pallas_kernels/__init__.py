@@ -1,0 +1,1 @@
+"""Accelerator kernels of Native Hybrid Attention. Imports nothing of ``nha_jax``."""
