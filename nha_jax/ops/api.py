@@ -86,7 +86,8 @@ def nha_attention(
             _roll(x, lead) for x in (q, k, v, log_alpha, segment_ids)
         )
         if rope is not None:
-            rope = tuple(_roll(jnp.broadcast_to(x, (b, *x.shape[-2:])), lead) for x in rope)
+            tables = [_roll(jnp.broadcast_to(x, (b, *x.shape[-2:])), lead) for x in rope]
+            rope = tables[0], tables[1]
     rows, documents = _rows(k, v, log_alpha, rope, segment_ids, initial_state)
     cos, sin = rope if rope is not None else (None, None)
     if rope is not None and initial_state is not None:

@@ -33,17 +33,25 @@ def forward(
         mask = (here[:, :, None] == doc[:, None]) & (here != 0)[:, :, None]
         mask &= row <= spec.halo + jnp.arange(t)[:, None]
         mask = mask[:, None]
-    dtype = jnp.result_type(q, k, v)
+    dtype, wide = jnp.result_type(q, k, v), max(d, dv)
     o, lse = jax.nn.dot_product_attention(
-        *(x.astype(dtype) for x in (q, k, v)),
+        _widen(q, wide, dtype),
+        _widen(k, wide, dtype),
+        _widen(v, wide, dtype),
         mask=mask,
         scale=spec.scale,
         is_causal=doc is None,
         return_residual=True,
     )
+    o = o[..., :dv]
     if doc is not None:
         o = jnp.where((here != 0)[:, :, None, None], o, 0)
         lse = jnp.where((here != 0)[:, :, None], lse, -jnp.inf)
     nothing = jnp.full((b, t, hq), -jnp.inf, lse.dtype)
     slots = jnp.zeros((b, h, 0, d), acc), jnp.zeros((b, h, 0, dv), acc)
     return Output(o.astype(v.dtype), nothing, lse, *slots)
+
+
+def _widen(x: jax.Array, size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x with zeros up to ``size`` features: the routine takes keys and values of one width."""
+    return jnp.pad(x.astype(dtype), [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])

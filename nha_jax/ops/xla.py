@@ -14,7 +14,7 @@ difference of large sums: no overflow and no cancellation for gates of any size.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def forward(
     spec: Spec,
 ) -> Output:
     """See ``nha_jax.ops.core.Forward``."""
-    (b, t), (s, h, m), d, dv = q.shape[:2], log_alpha.shape[1:], k.shape[-1], v.shape[-1]
+    b, (s, h, m), d, dv = q.shape[0], log_alpha.shape[1:], k.shape[-1], v.shape[-1]
     acc = accumulator(q, k, v)
     if slot_k0 is None:
         slot_k0 = jnp.zeros((b, h, m, d), acc)
@@ -119,15 +119,10 @@ def _forward_bwd(spec: Spec, saved, cotangents):
         return (dstate, dk, dv, dlog_alpha), dchunk.q
 
     zeros = tuple(jnp.zeros(x.shape, plan.acc) for x in (plan.k, plan.v, plan.log_alpha))
-    (dstate, *drows), dq = jax.lax.scan(
-        step,
-        ((dslot_k, dslot_v), *zeros),
-        (jnp.arange(plan.chunks), states, by_chunk),
-        reverse=True,
-    )
-    dq = plan.join(dq)
-    dk, dv, dlog_alpha = (plan.unpad(x) for x in drows)
-    grads = (dq, dk, dv, dlog_alpha, *dstate)
+    carry: Any = ((dslot_k, dslot_v), *zeros)
+    carry, dq = jax.lax.scan(step, carry, (jnp.arange(plan.chunks), states, by_chunk), reverse=True)
+    dstate, dk, dv, dlog_alpha = carry
+    grads = (plan.join(dq), *(plan.unpad(x) for x in (dk, dv, dlog_alpha)), *dstate)
     grads = tuple(g.astype(x.dtype) for g, x in zip(grads, arrays, strict=True))
     return grads, jax.tree.map(jnp.zeros_like, tables), _no_grad(doc), _no_grad(visible0)
 
@@ -378,7 +373,7 @@ def _decays(log_alpha: jax.Array, marks: _Marks) -> _Decays:
     right = jnp.where((u < i)[..., None, None], right, 0.0)  # [B,H,n(i),n(j),c,M]
 
     memory, memory0 = marks.memory, marks.memory0
-    order = np.arange(c)[:, None] >= np.arange(c)
+    order = jnp.arange(c)[:, None] >= jnp.arange(c)
     last = memory[:, -1]
     end = jnp.exp(rest[:, :, :, None] + tail) * share
     end = end.reshape(b, h, c, m).swapaxes(1, 2)
