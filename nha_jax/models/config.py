@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from nha_jax.errors import UserError, nearest
+from nha_jax.layers.rope import RopeScaling
 from nha_jax.models.presets import PRESETS
 
 CHOICES = {
@@ -23,37 +24,6 @@ LEAST = {
     **dict.fromkeys(("vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn"), 1),
     **dict.fromkeys(("slots", "slot_lag", "conv"), 0),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3's stretching of the long RoPE wavelengths, named as in Hugging Face configs.
-
-    Wavelengths above `original_max_position_embeddings / low_freq_factor` are multiplied by
-    `factor`, those below `original_max_position_embeddings / high_freq_factor` are kept, and
-    the ones between are blended.
-    """
-
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    rope_type: str = "llama3"
-
-    def __post_init__(self) -> None:
-        _check_types(self, "rope_scaling.")
-        if self.rope_type != "llama3":
-            raise UserError(f"rope_scaling.rope_type is {self.rope_type!r}; it must be 'llama3'.")
-        for name in ("factor", "low_freq_factor", "original_max_position_embeddings"):
-            if not getattr(self, name) > 0:
-                raise UserError(
-                    f"rope_scaling.{name} is {getattr(self, name)}; it must be above 0."
-                )
-        if not self.high_freq_factor > self.low_freq_factor:
-            raise UserError(
-                f"rope_scaling.high_freq_factor is {self.high_freq_factor}; it must be above "
-                f"low_freq_factor, which is {self.low_freq_factor}."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +263,7 @@ def _kind(annotation: Any) -> type:
     return kind
 
 
-def _check_types(config: Any, prefix: str = "") -> None:
+def _check_types(config: "ModelConfig") -> None:
     for field in dataclasses.fields(config):
         if field.name in ("windows", "rope_scaling"):  # these check themselves
             continue
@@ -304,7 +274,7 @@ def _check_types(config: Any, prefix: str = "") -> None:
         fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
         if not fits and not (value is None and optional):
             raise UserError(
-                f"{prefix}{field.name} is {value!r}; it must be of type {kind.__name__}."
+                f"{field.name} is {value!r}; it must be of type {kind.__name__}."
             )
 
 
