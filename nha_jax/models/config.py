@@ -10,15 +10,16 @@ from ml_collections import config_dict
 from nha_jax.errors import UserError, nearest
 from nha_jax.layers.rope import RopeScaling
 from nha_jax.models.presets import PRESETS
+from nha_jax.ops import EMPTY_SLOTS, FEATURE_MAPS, IMPLS
 
 CHOICES = {
-    "feature_map": ("none", "silu", "relu"),
+    "feature_map": FEATURE_MAPS,
     "value_activation": ("none", "silu"),
-    "empty_slots": ("masked", "zero"),
+    "empty_slots": EMPTY_SLOTS,
     "dtype": ("bfloat16", "float32"),
     "param_dtype": ("bfloat16", "float32"),
     "remat": ("none", "full", "dots", "save_attention"),
-    "impl": ("auto", "reference", "xla", "pallas_tpu", "triton"),
+    "impl": IMPLS,
 }
 LEAST = {
     **dict.fromkeys(("vocab_size", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn"), 1),

@@ -108,9 +108,10 @@ class LanguageModel(nnx.Module):
 
         self.blocks = blocks(rngs)
         self.norm = RMSNorm((hidden,), ("norm",), eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
-        self.output = None
-        if not config.tied_embeddings:
-            self.output = param(rngs, init, (hidden, vocab), ("embed", "vocab"), dtype)
+        tied = config.tied_embeddings
+        self.output = (
+            None if tied else param(rngs, init, (hidden, vocab), ("embed", "vocab"), dtype)
+        )
 
     def __call__(
         self,
@@ -195,8 +196,11 @@ class LanguageModel(nnx.Module):
         graphdef, params = nnx.split(self.blocks)
         params = jax.tree.map(lambda a: a.reshape(repeats, len(windows), *a.shape[1:]), params)
 
-        def run(window, params, x, cache):
-            return nnx.merge(graphdef, params)(x, cache, window=window, **options)
+        def run(i, params, x, cache):
+            # Indexing in here keeps the stacked parameters themselves, not copies of their
+            # entries, for the backward pass of a checkpointed block.
+            block = nnx.merge(graphdef, jax.tree.map(lambda a: a[i], params))
+            return block(x, cache, window=windows[i], **options)
 
         if self.config.remat != "none":
             # Within a scan the backward pass is a loop of its own, which nothing is shared with.
@@ -210,8 +214,8 @@ class LanguageModel(nnx.Module):
         def repeat(x, xs):
             params, cache = xs
             caches, stats = [], []
-            for i, (window, block) in enumerate(zip(windows, _unstack(params), strict=True)):
-                x, after, stat = run(window, block, x, None if cache is None else cache[i])
+            for i in range(len(windows)):
+                x, after, stat = run(i, params, x, None if cache is None else cache[i])
                 caches.append(after)
                 stats.append(stat)
             if cache is None:
@@ -222,11 +226,3 @@ class LanguageModel(nnx.Module):
         stats = jax.tree.map(lambda a: a.reshape(-1), stats)
         return x, cache, stats
 
-
-def _unstack(tree: Any) -> list[Any]:
-    """The entries along the arrays' first axis; its gradient is one concatenation."""
-    leaves, treedef = jax.tree.flatten(tree)
-    parts = [
-        [part[0] for part in jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0)] for leaf in leaves
-    ]
-    return [treedef.unflatten(entry) for entry in zip(*parts, strict=True)]
