@@ -35,14 +35,17 @@ def op(monkeypatch):
     return recorder
 
 
-def layer(**options):
-    made = NHA(HIDDEN, HEADS, WIDTH, kv_heads=KV, slots=SLOTS, rngs=nnx.Rngs(0), **options)
-    # Biases and norms start at 0 and 1, where a missing one would not show.
+def layer(*, slots=SLOTS, **options):
+    """A layer with every parameter drawn by NumPy, biases and norms included."""
+    made = nnx.eval_shape(
+        lambda: NHA(HIDDEN, HEADS, WIDTH, kv_heads=KV, slots=slots, rngs=nnx.Rngs(0), **options)
+    )
     rng = np.random.default_rng(2)
-    for path, parameter in nnx.to_flat_state(nnx.state(made)):
-        if "bias" in path[0] or "norm" in path[0]:
-            parameter[...] = jnp.asarray(rng.normal(size=parameter.shape), jnp.float32)
-    return made
+
+    def draw(a):
+        return jnp.asarray(rng.normal(size=a.shape) / np.sqrt(HIDDEN), a.dtype)
+
+    return nnx.merge(nnx.graphdef(made), jax.tree.map(draw, nnx.state(made)))
 
 
 @pytest.fixture
@@ -138,7 +141,7 @@ def test_full_and_slotless_layers(op, x):
     _, _, stats = nha(jnp.asarray(x), window=None)
     assert op.args[3] is None
     assert [float(value) for value in stats] == [0, 1, 1, 0]
-    slotless = NHA(HIDDEN, HEADS, WIDTH, kv_heads=KV, slots=0, rngs=nnx.Rngs(0))
+    slotless = layer(slots=0)
     assert slotless.f is None
     _, _, stats = slotless(jnp.asarray(x), window=3)
     assert op.args[3].shape == (B, T, KV, 0)
@@ -154,12 +157,13 @@ def test_statistics_skip_padding_and_empty_slots(op, x):
     ids[1, 4] = 0
     _, _, stats = nha(jnp.asarray(x), window=7, segment_ids=jnp.asarray(ids))
     real = ids != 0
-    share = 1 / (1 + np.exp(np.where(np.isfinite(slot), window - slot, np.inf)))
+    both = np.isfinite(slot)
+    share = np.zeros_like(slot)
+    share[both] = 1 / (1 + np.exp(window[both] - slot[both]))
     close(stats.slot_share, share[real].mean())
     alpha = np.exp(op.args[3])
     close(stats.gate_mean, alpha[real].mean())
     close(stats.gate_min, alpha[real].min())
-    both = np.isfinite(slot)
     entropy = -0.2 * np.log(share[both]) - 0.8 * np.log1p(-share[both])
     close(stats.aux_loss, 3.0 * entropy.mean())
 
