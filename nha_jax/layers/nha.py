@@ -238,9 +238,7 @@ class NHA(nnx.Module):
         real = jnp.ones(lse_slot.shape[:2], bool) if segment_ids is None else segment_ids != 0
 
         both = jnp.isfinite(lse_slot) & jnp.isfinite(lse_window)  # [B,T,HQ]
-        logit = jnp.where(both, lse_slot, 0) - jax.lax.stop_gradient(
-            jnp.where(both, lse_window, 0)
-        )
+        logit = jnp.where(both, lse_slot, 0) - jax.lax.stop_gradient(jnp.where(both, lse_window, 0))
         share = jnp.where(both, jax.nn.sigmoid(logit), jnp.isfinite(lse_slot))
         alpha = jnp.exp(log_alpha)
         aux_loss = jnp.zeros((), jnp.float32)

@@ -274,9 +274,7 @@ def _check_types(config: "ModelConfig") -> None:
         accepted: Any = (int, float) if kind is float else kind
         fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
         if not fits and not (value is None and optional):
-            raise UserError(
-                f"{field.name} is {value!r}; it must be of type {kind.__name__}."
-            )
+            raise UserError(f"{field.name} is {value!r}; it must be of type {kind.__name__}.")
 
 
 def _check_fields(values: Mapping[str, Any]) -> None:

@@ -144,9 +144,7 @@ class LanguageModel(nnx.Module):
         x, cache, stats = self._run_blocks(x, cache, rope=rope, segment_ids=segment_ids)
         summary = {}
         if stats is not None:
-            summary = {
-                name: value for name, value in stats._asdict().items() if name != "aux_loss"
-            }
+            summary = {name: value for name, value in stats._asdict().items() if name != "aux_loss"}
             summary["aux_loss"] = jnp.sum(stats.aux_loss)
         return ModelOutput(self.norm(x), cache, summary)
 
@@ -225,4 +223,3 @@ class LanguageModel(nnx.Module):
         x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache))
         stats = jax.tree.map(lambda a: a.reshape(-1), stats)
         return x, cache, stats
-

@@ -92,7 +92,9 @@ def test_tail_is_the_last_inputs_of_the_document(conv):
     x = inputs(3, 5)
     ids = jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 0], [0, 0, 0, 0, 0]], jnp.int32)
     start = jnp.asarray(inputs(3, WIDTH - 1, seed=1))
-    _, tail = convolve(conv, jnp.asarray(x), segment_ids=ids, tail=start, before=jnp.ones(3, jnp.int32))
+    _, tail = convolve(
+        conv, jnp.asarray(x), segment_ids=ids, tail=start, before=jnp.ones(3, jnp.int32)
+    )
     np.testing.assert_array_equal(tail[0], x[0, 2:])
     np.testing.assert_array_equal(tail[1], np.stack([np.zeros((2, 3)), x[1, 2], x[1, 3]]))
     np.testing.assert_array_equal(tail[2], start[2])

@@ -65,7 +65,7 @@ def test_nha_1_3b_with_4_kv_heads():
         dict(output_norm=True),
         dict(conv=4),
         dict(tied_embeddings=True),
-        dict(kv_heads=1, head_dim=6),
+        dict(kv_heads=1, head_dim=10),
         dict(slots=0),
     ],
     ids=lambda options: next(iter(options)),
