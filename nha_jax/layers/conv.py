@@ -57,7 +57,7 @@ class ShortConv(nnx.Module):
         Returns:
           y, of x's shape and dtype (anything at padding), and the tail after it if one was given.
         """
-        batch, tokens = x.shape[:2]
+        tokens = x.shape[1]
         halo = self.width - 1
         if tail is None:
             rows = jnp.pad(x, ((0, 0), (halo, 0), (0, 0), (0, 0)))  # [B,halo+T,H,D]

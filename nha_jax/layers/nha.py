@@ -1,6 +1,6 @@
 """The Native Hybrid Attention layer."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,19 +171,19 @@ class NHA(nnx.Module):
         if self.q_conv is not None:
             convs = (self.q_conv, self.k_conv, self.v_conv)
             before = None if cache is None else cache.attention.segment_id
-            olds = (None,) * 3 if cache is None else cache.conv
+            olds: Any = (None,) * 3 if cache is None else cache.conv
             done = [
                 conv(y, segment_ids=segment_ids, tail=old, before=before)
                 for conv, y, old in zip(convs, (q, k, v), olds, strict=True)
             ]
             (q, k, v), tails = zip(*done, strict=True)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.value_activation == "silu":
             v = jax.nn.silu(v)
         log_alpha = self._log_alpha(x, window)
 
-        options = dict(
+        options: dict[str, Any] = dict(
             window=window,
             slot_lag=self.slot_lag,
             scale=self.scale,
@@ -195,8 +195,10 @@ class NHA(nnx.Module):
         )
         stats = None
         if cache is None:
-            o, lse = nha_attention(q, k, v, log_alpha, return_lse=True, **options)
-            stats = self._stats(log_alpha, *lse, segment_ids)
+            o, (lse_slot, lse_window) = nha_attention(
+                q, k, v, log_alpha, return_lse=True, **options
+            )
+            stats = self._stats(log_alpha, lse_slot, lse_window, segment_ids)
         else:
             if x.shape[1] == 1:
                 o, state = nha_decode_step(q, k, v, log_alpha, cache.attention, **options)

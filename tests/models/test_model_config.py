@@ -195,9 +195,9 @@ def test_config_survives_json():
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="preset 'nha_340' is unknown. Did you mean 'nha_340m'"):
+    with pytest.raises(UserError, match=r"preset 'nha_340' is unknown\. Did you mean 'nha_340m'"):
         ModelConfig.from_config(model_config("nha_340"))
-    with pytest.raises(UserError, match="no field 'head'. Did you mean 'heads'"):
+    with pytest.raises(UserError, match=r"no field 'head'\. Did you mean 'heads'"):
         model_config(head=3)
     with pytest.raises(UserError, match="no field 'hiden'"):
         ModelConfig.from_config(dict(hiden=3))
