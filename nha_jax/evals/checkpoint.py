@@ -46,8 +46,13 @@ class Checkpoint:
             raise UserError(f"{given} has no checkpoint of step {step}; it has {known}.")
         self.step = steps[0] if step is None else step
         self.path = self._store.directory / str(self.step)
-        meta = self._store.meta(self.step)
-        self.config = _typed(json.loads(meta["config"]))
+        try:
+            meta = json.loads((self.path / "meta" / "metadata").read_text())
+            self.config = _typed(json.loads(meta["config"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"checkpoint {self.path} is damaged: its config cannot be read ({error})."
+            ) from error
         self._trained = ModelConfig.from_config(self.config.model)
 
     def model(self, config: ModelConfig) -> LanguageModel:
