@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
     growth = None
     if len(rows) > 1:
         growth = float(
-            np.polyfit(np.log([r["tokens"] for r in rows]), np.log([r["nha_ms"] for r in rows]), 1)[0]
+            np.polyfit(np.log([r["tokens"] for r in rows]), np.log([r["nha_ms"] for r in rows]), 1)[
+                0
+            ]
         )
 
     table = Table(

@@ -1,6 +1,6 @@
 """The chunked form in plain JAX: cost linear in T, any device, float32 (or float64) inside.
 
-Notation, for one chunk of C rows in n sub-blocks of c rows (README of this folder, "Chunked form"):
+Notation, for one chunk of C rows in n sub-blocks of c rows (docs/op.md, "Chunked form"):
 
     g       log gates of the rows written in this chunk (0 where nothing is written)
     inner   sum of g from the start of a row's sub-block to the row, inclusive

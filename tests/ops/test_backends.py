@@ -13,6 +13,7 @@ from nha_jax.ops import nha_attention
 from tests.ops import naive, suite
 
 BY_NAME = {case.name: case for case in suite.CASES}
+BACKENDS = ("xla",)
 BF16 = ("grouped", "packed", "extreme_gates", "continued", "pure_slots", "full")
 
 
@@ -23,14 +24,16 @@ def truth(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_float32(name):
-    results = suite.run(BY_NAME[name], "xla", jnp.float32)
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_float32(impl, name):
+    results = suite.run(BY_NAME[name], impl, jnp.float32)
     assert suite.compare(results, truth(name), "float32") == []
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_bfloat16(name):
-    results = suite.run(BY_NAME[name], "xla", jnp.bfloat16)
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_bfloat16(impl, name):
+    results = suite.run(BY_NAME[name], impl, jnp.bfloat16)
     assert suite.compare(results, truth(name), "bfloat16") == []
 
 
