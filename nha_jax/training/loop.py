@@ -40,6 +40,9 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     if saved := checkpoints.config():
         check_same(config, saved, workdir)
+        if (taken := checkpoints.steps()[0]) >= config.steps:
+            print(f"{workdir} is done: it has taken {taken} of {config.steps} steps.")
+            return 0
     if config.log.tensorboard:
         check_tensorboard()
 
@@ -74,9 +77,6 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         else:
             state = create(config.seed)
         start = int(state.step)
-        if start >= config.steps:
-            terminal.tell(f"Done before: {workdir} has taken all {config.steps} steps.")
-            return 0
         terminal.tell(
             f"{model_config.num_params():,} parameters on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"

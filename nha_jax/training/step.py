@@ -54,7 +54,7 @@ def train_step(
         else:
             value, metrics, gradients = _sum_over(gradient, _split(batch, config.accumulate))
 
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
