@@ -79,7 +79,7 @@ def apply_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
     except flags.IllegalFlagValueError as error:
         raise UserError(_wrong_type(config, str(error))) from error
     except flags.Error as error:
-        raise UserError(str(error).split("\n")[0]) from error
+        raise UserError(f"{str(error).splitlines()[0].removesuffix('.')} (see --help).") from error
     if unused:
         raise UserError(f"unknown argument {unused[0]!r} (see --help).")
 

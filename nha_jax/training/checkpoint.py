@@ -1,7 +1,9 @@
 """Checkpoints: complete or invisible, checked when read, and the damaged ones set aside."""
 
+import gc
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,23 +55,22 @@ class Checkpoints:
         ``<workdir>/damaged``. None if there is no checkpoint. Raises ``UserError`` if there are
         some, but none that is whole.
         """
-        damaged: list[int] = []
+        damaged: dict[int, UserError] = {}
         for step in self.steps():
             try:
                 fields, meta = self.read(step, vars(abstract))
             except UserError as error:
-                tell(str(error))
-                damaged.append(step)
+                damaged[step] = error
                 continue
-            for bad in damaged:
-                self._set_aside(bad, tell)
-            if damaged:
-                tell(f"Going on from the one before it, step {step}.")
+            for bad, error in damaged.items():
+                target = self._set_aside(bad)
+                tell(f"{error} Moved it to {target}; going on from step {step}.")
             return TrainState(**fields), meta["data"]
         if damaged:
+            first = str(next(iter(damaged.values()))).removesuffix(".")
             raise UserError(
-                f"no checkpoint in {self.directory} is whole; remove that directory to start anew, "
-                "or choose another --workdir."
+                f"{first}, and there is no whole one before it: remove {self.directory} to start "
+                "anew, or choose another --workdir."
             )
         return None
 
@@ -93,10 +94,14 @@ class Checkpoints:
             for name, checksum in _checksums(fields).items():
                 if int(checksum) != meta["checksums"][name]:
                     raise ValueError(f"{name}: the checksum does not fit the contents")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"checkpoint {path} is damaged: {reason}.") from error
-        return fields, meta
+            return fields, meta
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # the libraries below raise many kinds, bare ones too
+            reason = str(error).strip().split("\n")[0].split(". ")[0][:160]
+        with warnings.catch_warnings(action="ignore"):
+            gc.collect()  # orbax's coroutines, which the failure left unawaited
+        raise UserError(f"checkpoint {path} is damaged: {reason.removesuffix('.')}.")
 
     def save(self, state: TrainState, data: dict[str, Any], config: str) -> None:
         """Starts to save; returns once the state may change. An earlier save is awaited."""
@@ -129,13 +134,13 @@ class Checkpoints:
             )
         return self._manager
 
-    def _set_aside(self, step: int, tell: Callable[[str], None]) -> None:
+    def _set_aside(self, step: int) -> Path:
         target = self.directory.parent / "damaged" / str(step)
         target.parent.mkdir(exist_ok=True)
         while target.exists():
             target = target.with_name(f"{target.name}-again")
         (self.directory / str(step)).rename(target)
-        tell(f"Moved it to {target}.")
+        return target
 
 
 @jax.jit

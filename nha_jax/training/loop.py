@@ -81,6 +81,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             f"{model_config.num_params():,} parameters on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"
         )
+        workdir.mkdir(parents=True, exist_ok=True)
         step_fn = traced.compile()
         length = example["inputs"].shape[1]
         work = flops.train_flops_per_token(model_config, length)
