@@ -1,8 +1,8 @@
 """Recall: a small model learns to look up values by key, mostly from outside its window.
 
-    python train.py --config configs/mqar.py
-    python train.py --config configs/mqar.py --config.model.slots=0    window only: fails
-    python train.py --config configs/mqar.py:hard                      8 pairs in 64 tokens
+python train.py --config configs/mqar.py
+python train.py --config configs/mqar.py --config.model.slots=0    window only: fails
+python train.py --config configs/mqar.py:hard                      8 pairs in 64 tokens
 """
 
 from ml_collections import ConfigDict

@@ -102,8 +102,11 @@ def test_overrides_arrive():
     config = cli.load_config(f"{MQAR}:hard")
     cli.apply_overrides(
         config,
-        ["--config.steps=7", "--config.optimizer.learning_rate", "0.5", "--config.log.tensorboard"]
-        + ["--config.model.windows=full", "--noconfig.compilation_cache"],
+        [
+            *("--config.steps=7", "--config.optimizer.learning_rate", "0.5"),
+            *("--config.log.tensorboard", "--noconfig.compilation_cache"),
+            "--config.model.windows=full",
+        ],
     )
     assert (config.steps, config.optimizer.learning_rate) == (7, 0.5)
     assert (config.log.tensorboard, config.compilation_cache) == (True, False)

@@ -23,7 +23,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     text = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"config.mesh ({text}) must have sizes of at least 1, one of them may be -1.")
+        raise UserError(
+            f"config.mesh ({text}) must be sizes of at least 1, of which one may be -1."
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis in open_axes:
         sizes[axis] = len(devices) // fixed

@@ -1,9 +1,9 @@
 """Checkpoints: complete or invisible, checked when read, and the damaged ones set aside."""
 
-import gc
+import functools
 import json
 import logging
-import warnings
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Checkpoints:
         """The config, as JSON, of the newest checkpoint that has a readable one."""
         for step in self.steps():
             try:
-                return json.loads((self.directory / str(step) / "meta" / "metadata").read_text())["config"]
+                return self._meta(step)["config"]
             except (OSError, ValueError, KeyError):
                 continue
         return None
@@ -55,19 +55,19 @@ class Checkpoints:
         ``<workdir>/damaged``. None if there is no checkpoint. Raises ``UserError`` if there are
         some, but none that is whole.
         """
-        damaged: dict[int, UserError] = {}
+        damaged: dict[int, str] = {}
         for step in self.steps():
             try:
                 fields, meta = self.read(step, vars(abstract))
             except UserError as error:
-                damaged[step] = error
+                damaged[step] = str(error)
                 continue
-            for bad, error in damaged.items():
+            for bad, message in damaged.items():
                 target = self._set_aside(bad)
-                tell(f"{error} Moved it to {target}; going on from step {step}.")
+                tell(f"{message} Moved it to {target}; going on from step {step}.")
             return TrainState(**fields), meta["data"]
         if damaged:
-            first = str(next(iter(damaged.values()))).removesuffix(".")
+            first = next(iter(damaged.values())).removesuffix(".")
             raise UserError(
                 f"{first}, and there is no whole one before it: remove {self.directory} to start "
                 "anew, or choose another --workdir."
@@ -80,8 +80,9 @@ class Checkpoints:
         Raises ``UserError`` if the checkpoint cannot be read or is not what was written.
         """
         path = self.directory / str(step)
+        _ignore_abandoned_reads()
         try:
-            meta = json.loads((path / "meta" / "metadata").read_text())
+            meta = self._meta(step)
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 fields = reader.restore(
                     path / "state",
@@ -99,8 +100,6 @@ class Checkpoints:
             raise
         except Exception as error:  # the libraries below raise many kinds, bare ones too
             reason = str(error).strip().split("\n")[0].split(". ")[0][:160]
-        with warnings.catch_warnings(action="ignore"):
-            gc.collect()  # orbax's coroutines, which the failure left unawaited
         raise UserError(f"checkpoint {path} is damaged: {reason.removesuffix('.')}.")
 
     def save(self, state: TrainState, data: dict[str, Any], config: str) -> None:
@@ -134,6 +133,9 @@ class Checkpoints:
             )
         return self._manager
 
+    def _meta(self, step: int) -> dict[str, Any]:
+        return json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+
     def _set_aside(self, step: int) -> Path:
         target = self.directory.parent / "damaged" / str(step)
         target.parent.mkdir(exist_ok=True)
@@ -141,6 +143,19 @@ class Checkpoints:
             target = target.with_name(f"{target.name}-again")
         (self.directory / str(step)).rename(target)
         return target
+
+
+@functools.cache
+def _ignore_abandoned_reads() -> None:
+    """Ends reports of coroutines that orbax drops, at any later time, when one read has failed."""
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 @jax.jit

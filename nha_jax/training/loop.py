@@ -148,7 +148,9 @@ def keep_compiled_programs(directory: Path) -> None:
         compilation_cache.reset_cache()
 
 
-def abstract_batch(example: dict[str, np.ndarray], batch_size: int) -> Batch:
+def abstract_batch(
+    example: dict[str, np.ndarray], batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The whole batch of which ``example`` is one process's part."""
     return {
         name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)

@@ -85,11 +85,9 @@ def state_maker(
         params,
         transform_non_params=lambda _: whole,
     )
-    shardings = TrainState(whole, params, opt_state, whole, whole, whole)
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract,
-        shardings,
+    shardings = dataclasses.replace(
+        jax.tree.map(lambda _: whole, abstract), params=params, opt_state=opt_state
     )
+    abstract = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
     jitted = jax.jit(create, out_shardings=shardings)
     return lambda seed: jitted(jnp.uint32(seed)), abstract

@@ -23,7 +23,7 @@ def test_one_axis_takes_what_the_others_leave():
     [
         ({"data": 2}, "data=2, fsdp=1, context=1, tensor=1.* does not multiply to the 1 devices"),
         ({"data": -1, "tensor": 2}, "does not multiply to the 1 devices"),
-        ({"data": -1, "fsdp": -1}, "one of them may be -1"),
+        ({"data": -1, "fsdp": -1}, "of which one may be -1"),
         ({"tensor": 0}, "at least 1"),
     ],
 )
@@ -58,4 +58,3 @@ def test_axis_that_does_not_divide():
     mesh = AbstractMesh((1, 1, 1, 4), parallel.AXES)
     with pytest.raises(UserError, match=r"config\.mesh\.tensor=4 does not divide .* kv_heads axis"):
         parallel.sharding(("kv_heads",), (2,), mesh, parallel.rules("standard"))
-

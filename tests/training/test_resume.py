@@ -15,9 +15,11 @@ STEPS = 300
 
 def command(workdir):
     tiny = Path(__file__).with_name("tiny.py")
-    settings = [f"--config.steps={STEPS}", "--config.checkpoint.every=25"]
-    evals = ["--config.eval.every=100", "--config.eval.examples=16"]
-    return [sys.executable, "train.py", f"--config={tiny}", f"--workdir={workdir}"] + settings + evals
+    return [
+        *(sys.executable, "train.py", f"--config={tiny}", f"--workdir={workdir}"),
+        *(f"--config.steps={STEPS}", "--config.checkpoint.every=25"),
+        *("--config.eval.every=100", "--config.eval.examples=16"),
+    ]
 
 
 def start(workdir, cache):

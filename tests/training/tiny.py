@@ -13,7 +13,14 @@ def get_config(argument: str = "") -> ConfigDict:
     config.batch_size = 8
     config.data = data_config("mqar", vocab_size=16, seq_len=8, num_kv_pairs=2)
     config.model = model_config(
-        vocab_size=16, hidden=16, layers=1, heads=2, ffn=16, slots=2, windows="full", dtype="float32"
+        vocab_size=16,
+        hidden=16,
+        layers=1,
+        heads=2,
+        ffn=16,
+        slots=2,
+        windows="full",
+        dtype="float32",
     )
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 2
