@@ -147,12 +147,13 @@ class Checkpoints:
 
 @functools.cache
 def _ignore_abandoned_reads() -> None:
-    """Ends reports of coroutines that orbax drops, at any later time, when one read has failed."""
+    """Ends reports of the reads that orbax drops, at any later time, when another has failed."""
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "orbax" not in code.co_filename:
+        dropped = code is not None and "orbax" in code.co_filename
+        if not dropped and str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
     sys.unraisablehook = report_others
