@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
     """The config that files in ``configs/`` start from."""
     return ConfigDict(
         {
-            "seed": 0,  # of the parameters; the data have their own
+            "seed": 0,  # of the parameters, and of the data unless data.seed is set
             "steps": 1000,
             "batch_size": 64,  # examples per step, over all devices and micro-batches
             "accumulate": 1,  # micro-batches per step

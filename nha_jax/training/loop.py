@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -49,8 +50,8 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     mesh = parallel.make_mesh(config.mesh)
     sharding = batch_sharding(mesh, config.mesh.strategy)
     model_config = ModelConfig.from_config(config.model)
-    batches = iter(data.build(config.data, config.batch_size))
-    example = next(iter(data.build(config.data, config.batch_size)))
+    source = partial(data.build, config.data, config.batch_size, config.seed)
+    batches, example = iter(source()), next(iter(source()))
     check_batch(config, model_config, mesh, example["inputs"].shape[1])
 
     model = describe_model(model_config)
@@ -92,9 +93,9 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
                 log.step(step, metrics)  # reads the step before, while the device is at this one
                 last = step == config.steps
                 if config.eval.examples and (last or is_due(step, config.eval.every)):
-                    held_out = data.build(config.data, config.batch_size, split="eval")
                     count = -(-config.eval.examples // config.batch_size)
-                    inputs = (put(batch, sharding) for batch in itertools.islice(held_out, count))
+                    held_out = itertools.islice(source(split="eval"), count)
+                    inputs = (put(batch, sharding) for batch in held_out)
                     log.evaluation(step, [evaluate(state.params, batch) for batch in inputs])
                 if log.nonfinite_in_row >= config.stop_after_nonfinite:
                     return stopped(checkpoints, log.nonfinite_in_row, step)
