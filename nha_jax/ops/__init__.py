@@ -1,6 +1,7 @@
 """The NHA op: one function, several backends."""
 
-from nha_jax.ops.api import IMPLS, nha_attention, nha_decode_step
+from nha_jax.ops.api import nha_attention, nha_decode_step
+from nha_jax.ops.backends import IMPLS
 from nha_jax.ops.core import EMPTY_SLOTS, FEATURE_MAPS
 from nha_jax.ops.state import NHAState, init_state
 

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from nha_jax.errors import UserError, nearest
-from nha_jax.ops import full, reference, xla
-from nha_jax.ops.core import EMPTY_SLOTS, FEATURE_MAPS, Forward, Spec, accumulator, join
+from nha_jax.ops import backends
+from nha_jax.ops.backends import IMPLS
+from nha_jax.ops.core import EMPTY_SLOTS, FEATURE_MAPS, Output, Spec, accumulator, join
 from nha_jax.ops.state import NHAState, Rows, init_state, ring_to_rows, rows_to_ring
-
-BACKENDS: dict[str, Forward] = {"reference": reference.forward, "xla": xla.forward}
-IMPLS = ("auto", *BACKENDS)
 
 
 def nha_attention(
@@ -60,13 +58,14 @@ def nha_attention(
       initial_state: continue from it. Its document goes on if the first id equals the state's
         (always, without ``segment_ids``).
       return_state, return_slot_share, return_lse: what to return besides o.
-      impl: ``auto | reference | xla``; a backend named here is used or refuses with the reason.
+      impl: ``auto | reference | xla | pallas_tpu | triton``; a backend named here is used or
+        refuses with the reason, ``auto`` takes the fastest that does not refuse.
 
     Returns:
       o ``[B,T,HQ,V]`` in v's dtype, alone or first in a tuple with, in this order and where asked
       for: the NHAState after the last token; the slots' share of the softmax ``[B,T,HQ]``
-      float32; the pair (lse_slot, lse_window), each ``[B,T,HQ]`` float32, -inf where empty
-      (with ``window=None`` it carries no gradient).
+      float32; the pair (lse_slot, lse_window), each ``[B,T,HQ]`` float32, -inf where empty, or None
+      with ``window=None``, which has no two sides.
 
     Raises:
       UserError: a wrong shape, dtype, name or size; the sentence names the argument.
@@ -94,8 +93,7 @@ def nha_attention(
     if rope is not None and initial_state is not None:
         cos, sin = rows.cos, rows.sin
     plain = segment_ids is None and initial_state is None
-    forward = _backend(impl, window)
-    out = forward(
+    call = (
         q,
         rows.k,
         rows.v,
@@ -108,9 +106,15 @@ def nha_attention(
         None if initial_state is None else initial_state.written > 0,
         spec,
     )
+    if window is None:
+        o = backends.attention(impl, window, call)
+        slots = (jnp.zeros((b, k.shape[2], 0, x.shape[-1]), accumulator(k)) for x in (k, v))
+        out = Output(o, None, None, *slots)
+    else:
+        out = backends.attention(impl, window, call)
     if lead is not None:
-        o, lse_slot, lse_window = (_roll(x, -lead) for x in out[:3])
-        out = out._replace(o=o, lse_slot=lse_slot, lse_window=lse_window)
+        sides = (None if x is None else _roll(x, -lead) for x in out[:3])
+        out = Output(*sides, out.slot_k, out.slot_v)
 
     extra: list = []
     if return_state:
@@ -124,7 +128,8 @@ def nha_attention(
             rows_to_ring(rows, out.slot_k, out.slot_v, like, **documents.after(like, spec.slot_lag))
         )
     if return_slot_share:
-        extra.append(join(out.lse_slot, out.lse_window))
+        share = jnp.zeros(q.shape[:3], accumulator(q))
+        extra.append(share if window is None else join(out.lse_slot, out.lse_window))
     if return_lse:
         extra.append((out.lse_slot, out.lse_window))
     return (out.o, *extra) if extra else out.o
@@ -175,7 +180,7 @@ def nha_decode_step(
             initial_state=state, return_state=True, impl=impl,
         )  # fmt: skip
         return o, after
-    return xla.decode_step(q, k, v, log_alpha, state, rope, segment_ids, spec)
+    return backends.decode_step(impl, (q, k, v, log_alpha, state, rope, segment_ids, spec))
 
 
 class _Documents(NamedTuple):
@@ -258,13 +263,6 @@ def _roll(x: jax.Array, shift: jax.Array) -> jax.Array:
     t = x.shape[1]
     index = (jnp.arange(t) + shift[:, None]) % t
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
-
-
-def _backend(impl: str, window: int | None) -> Forward:
-    name = "xla" if impl == "auto" else impl
-    if window is None and name == "xla":
-        return full.forward
-    return BACKENDS[name]
 
 
 def _check(

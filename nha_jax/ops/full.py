@@ -1,9 +1,11 @@
 """``window=None``: plain causal softmax attention, by the library's own routine."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
-from nha_jax.ops.core import Output, Spec, accumulator, rotate
+from nha_jax.ops.core import Spec, accumulator, rotate
 
 
 def forward(
@@ -18,9 +20,10 @@ def forward(
     doc: jax.Array | None,
     visible0: jax.Array | None,
     spec: Spec,
-) -> Output:
-    """See ``nha_jax.ops.core.Forward``; the slots are empty and stay so."""
-    (b, t, hq, d), (s, h), dv = q.shape, k.shape[1:3], v.shape[-1]
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> jax.Array:
+    """o ``[B,T,HQ,V]`` in v's dtype; arguments as in ``nha_jax.ops.core.Forward``, slots unused."""
+    (b, t, _, d), s, dv = q.shape, k.shape[1], v.shape[-1]
     acc = accumulator(q, k, v)
     if cos is not None and sin is not None:
         cos, sin = (jnp.broadcast_to(x, (b, s, d // 2))[:, :, None].astype(acc) for x in (cos, sin))
@@ -34,22 +37,17 @@ def forward(
         mask &= row <= spec.halo + jnp.arange(t)[:, None]
         mask = mask[:, None]
     dtype, wide = jnp.result_type(q, k, v), max(d, dv)
-    o, lse = jax.nn.dot_product_attention(
+    o = jax.nn.dot_product_attention(
         _widen(q, wide, dtype),
         _widen(k, wide, dtype),
         _widen(v, wide, dtype),
         mask=mask,
         scale=spec.scale,
         is_causal=doc is None,
-        return_residual=True,
+        implementation=implementation,
     )
-    o, lse = o[..., :dv], jax.lax.stop_gradient(lse)
-    if doc is not None:
-        o = jnp.where((here != 0)[:, :, None, None], o, 0)
-        lse = jnp.where((here != 0)[:, :, None], lse, -jnp.inf)
-    nothing = jnp.full((b, t, hq), -jnp.inf, lse.dtype)
-    slots = jnp.zeros((b, h, 0, d), acc), jnp.zeros((b, h, 0, dv), acc)
-    return Output(o.astype(v.dtype), nothing, lse, *slots)
+    o = o[..., :dv].astype(v.dtype)
+    return o if doc is None else jnp.where((here != 0)[:, :, None, None], o, 0)
 
 
 def _widen(x: jax.Array, size: int, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -83,6 +83,11 @@ def forward(
     return Output(o.astype(dtype), lse_slot, lse_window, slot_k, slot_v)
 
 
+def full(*call) -> jax.Array:
+    """``window=None``: a window that holds every row, and no slots."""
+    return forward(*call).o
+
+
 def _softmax(logits: jax.Array) -> jax.Array:
     """Softmax over the last axis; 0 for a row of -inf, also in its gradient."""
     some = jnp.isfinite(logits).any(-1, keepdims=True)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from nha_jax.ops import full as library
 from nha_jax.ops.core import FEATURE_MAPS, Output, Spec, accumulator, rotate, written_share
 from nha_jax.ops.state import NHAState
 
@@ -85,6 +86,9 @@ def forward(
         tables = tuple(x if x.ndim == 3 else x[None] for x in (cos, sin))
     arrays = q, k, v, log_alpha, slot_k0.astype(acc), slot_v0.astype(acc)
     return Output(*_forward(arrays, tables, doc, visible0, spec))
+
+
+full = library.forward
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -395,7 +399,7 @@ def _sums(mask: np.ndarray, x: jax.Array) -> jax.Array:
     return out.reshape(*x.shape[:-2], *mask.shape[:-1], x.shape[-1])
 
 
-def decode_step(
+def step(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
