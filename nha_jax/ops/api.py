@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from nha_jax.errors import UserError, nearest
 from nha_jax.ops import backends
 from nha_jax.ops.backends import IMPLS
-from nha_jax.ops.core import EMPTY_SLOTS, FEATURE_MAPS, Output, Spec, accumulator, join
+from nha_jax.ops.core import EMPTY_SLOTS, FEATURE_MAPS, Spec, accumulator, join
 from nha_jax.ops.state import NHAState, Rows, init_state, ring_to_rows, rows_to_ring
 
 
@@ -106,15 +106,17 @@ def nha_attention(
         None if initial_state is None else initial_state.written > 0,
         spec,
     )
+    lse: tuple[jax.Array, jax.Array] | None = None
     if window is None:
         o = backends.attention(impl, window, call)
-        slots = (jnp.zeros((b, k.shape[2], 0, x.shape[-1]), accumulator(k)) for x in (k, v))
-        out = Output(o, None, None, *slots)
+        slot_k, slot_v = (
+            jnp.zeros((b, k.shape[2], 0, x.shape[-1]), accumulator(k)) for x in (k, v)
+        )
     else:
-        out = backends.attention(impl, window, call)
+        o, *sides, slot_k, slot_v = backends.attention(impl, window, call)
+        lse = sides[0], sides[1]
     if lead is not None:
-        sides = (None if x is None else _roll(x, -lead) for x in out[:3])
-        out = Output(*sides, out.slot_k, out.slot_v)
+        o, lse = jax.tree.map(lambda x: _roll(x, -lead), (o, lse))
 
     extra: list = []
     if return_state:
@@ -124,15 +126,13 @@ def nha_attention(
                 b, k.shape[2], k.shape[3], v.shape[3], log_alpha.shape[3], window,
                 slot_lag=slot_lag, max_length=t, dtype=k.dtype,
             )  # fmt: skip
-        extra.append(
-            rows_to_ring(rows, out.slot_k, out.slot_v, like, **documents.after(like, spec.slot_lag))
-        )
+        counters = documents.after(like, spec.slot_lag)
+        extra.append(rows_to_ring(rows, slot_k, slot_v, like, **counters))
     if return_slot_share:
-        share = jnp.zeros(q.shape[:3], accumulator(q))
-        extra.append(share if window is None else join(out.lse_slot, out.lse_window))
+        extra.append(jnp.zeros(q.shape[:3], accumulator(q)) if lse is None else join(*lse))
     if return_lse:
-        extra.append((out.lse_slot, out.lse_window))
-    return (out.o, *extra) if extra else out.o
+        extra.append((None, None) if lse is None else lse)
+    return (o, *extra) if extra else o
 
 
 def nha_decode_step(

@@ -100,7 +100,8 @@ def _sharded(forward: Callable, call: tuple, *, whole: bool) -> Any:
         raise UserError(
             f"k has {k.shape[2]} heads, which the mesh's {head} = {free[head]} does not divide."
         )
-    rows, state = PartitionSpec(batch, None, head), PartitionSpec(batch, head)
+    rows: Any = PartitionSpec(batch, None, head)
+    state: Any = PartitionSpec(batch, head)
     table = [
         None if x is None else PartitionSpec(batch if x.ndim == 3 else None) for x in arrays[6:8]
     ]

@@ -23,11 +23,11 @@ class Spec:
 
 
 class Output(NamedTuple):
-    """What a backend returns; full-attention layers have no log-sum-exps."""
+    """What a backend returns."""
 
     o: jax.Array  # [B,T,HQ,V], v's dtype
-    lse_slot: jax.Array | None  # [B,T,HQ] float32, -inf where no slot is visible
-    lse_window: jax.Array | None  # [B,T,HQ] float32, -inf where the window is empty
+    lse_slot: jax.Array  # [B,T,HQ] float32, -inf where no slot is visible
+    lse_window: jax.Array  # [B,T,HQ] float32, -inf where the window is empty
     slot_k: jax.Array  # [B,H,M,D] float32, after the last token
     slot_v: jax.Array  # [B,H,M,V] float32
 
