@@ -65,7 +65,7 @@ def test_auto_falls_back_and_says_why_once(kernel, caplog):
 def test_a_named_backend_never_falls_back(kernel):
     with pytest.raises(UserError, match="impl 'fake' does not take this call: the window exceeds"):
         call(5, "fake")
-    with pytest.raises(UserError, match="impl 'elsewhere'.*it runs on tpu, and JAX runs on cpu"):
+    with pytest.raises(UserError, match=r"impl 'elsewhere'.*it runs on tpu, and JAX runs on cpu"):
         call(4, "elsewhere")
 
 

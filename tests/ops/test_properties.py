@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ import pytest
 from nha_jax.ops import init_state, nha_attention, nha_decode_step
 from tests.ops import suite
 from tests.ops.suite import Case
+
+
+@partial(jax.jit, static_argnames=("impl", "window", "return_state", "return_slot_share"))
+def attend(x, *, window, **options):
+    """The op on a dictionary of its arrays, compiled."""
+    return nha_attention(**x, window=window, **options)
+
 
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 
@@ -26,7 +34,7 @@ def test_wide_window_is_full_attention(impl, window):
     case = Case("full", heads=4, kv_heads=2, rope=False)
     x = arrays(case)
     expected = jax.nn.dot_product_attention(x["q"], x["k"], x["v"], is_causal=True)
-    o = nha_attention(**x, window=window, impl=impl)
+    o = attend(x, window=window, impl=impl)
     np.testing.assert_allclose(o, expected, **CLOSE)
 
 
@@ -42,7 +50,7 @@ def test_window_0_is_gated_slot_attention():
         logits = np.einsum("bhd,bkmd->bhm", x["q"][:, i], k) / math.sqrt(8)
         weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         expected.append(np.einsum("bhm,bkmv->bhv", weights, v))
-    o = nha_attention(**x, window=0, impl="xla")
+    o = attend(x, window=0, impl="xla")
     np.testing.assert_allclose(o, np.stack(expected, 1), **CLOSE)
 
 
@@ -78,8 +86,8 @@ def test_padding_changes_nothing(side):
     wide = {n: jnp.pad(y, ((0, 0), pad, (0, 0), (0, 0)), constant_values=-7) for n, y in x.items()}
     ids = jnp.pad(jnp.ones((2, 21), jnp.int32), ((0, 0), pad))
     tables = [jnp.pad(y, (pad, (0, 0)), constant_values=7) for y in rope]
-    o, state = nha_attention(**x, window=4, rope=rope, return_state=True)
-    padded, after = nha_attention(**wide, window=4, rope=tables, segment_ids=ids, return_state=True)
+    o, state = attend(x, window=4, rope=rope, return_state=True)
+    padded, after = attend(wide, window=4, rope=tables, segment_ids=ids, return_state=True)
     np.testing.assert_allclose(padded[:, pad[0] : pad[0] + 21], o, **CLOSE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), after, state)
 
@@ -136,17 +144,18 @@ def test_any_split_of_prefill_and_decoding_agree(case, impl):
         pieces(tuple(range(case.t + 1)), step),
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), other, whole)
-    plain = nha_attention(**x, **options, rope=rope, segment_ids=ids)
+    plain = jax.jit(lambda x: nha_attention(**x, **options, rope=rope, segment_ids=ids))(x)
     np.testing.assert_allclose(whole[0], plain, **CLOSE)
 
 
 def test_an_idle_row_keeps_its_state():
     case = Case("idle", t=9, window=4)
     x = arrays(case)
-    _, state = nha_attention(**x, window=4, return_state=True)
+    _, state = attend(x, window=4, return_state=True)
     token = {n: y[:, :1] for n, y in x.items()}
     ids = jnp.array([[1], [0]], jnp.int32)
-    o, after = nha_decode_step(**token, window=4, state=state, segment_ids=ids)
+    step = jax.jit(lambda x, state: nha_decode_step(**x, window=4, state=state, segment_ids=ids))
+    o, after = step(token, state)
     assert o[0].any()
     assert not o[1].any()
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), after, state)
@@ -160,9 +169,7 @@ def test_slots_given_as_written_are_seen():
     state = init_state(2, 1, 8, 8, 4, 4)
     for written, share in ((0, 0.0), (1, 0.5)):
         start = replace(state, written=jnp.full(2, written, jnp.int32))
-        out = nha_attention(
-            **x, window=4, initial_state=start, return_slot_share=True, return_state=True
-        )
+        out = attend(x, window=4, initial_state=start, return_slot_share=True, return_state=True)
         seen = np.asarray(out[2])
         assert (seen > 0).all() if share else not seen.any()
         assert out[1].written.tolist() == [written, written]
@@ -173,7 +180,7 @@ def test_written_weights_and_decay_sum_to_one():
     case = Case("convex", t=50, window=6, gates=(-1.0, -1e-3))
     x = arrays(case)
     x["v"] = jnp.ones_like(x["v"])
-    _, state = nha_attention(**x, window=6, return_state=True)
+    _, state = attend(x, window=6, return_state=True)
     product = jnp.exp(x["log_alpha"][:, : 50 - 6].sum(1))  # [B,H,M]
     np.testing.assert_allclose(state.slot_v, 1 - product[..., None] + 0 * state.slot_v, rtol=1e-5)
 
@@ -182,7 +189,7 @@ def test_shards_of_the_sequence_compose():
     """Each shard hands on its slot transfer (decay, state) and W tokens: the result is the same."""
     case = Case("shards", t=48, window=5)
     x, rope = arrays(case), suite.tables(case)
-    whole, final = nha_attention(**x, window=5, rope=rope, return_state=True)
+    whole, final = attend(x, window=5, rope=rope, return_state=True)
     size, w = 12, 5
     shards = [slice(i, i + size) for i in range(0, 48, size)]
 
@@ -192,14 +199,12 @@ def test_shards_of_the_sequence_compose():
     halos = [init_state(2, 1, 8, 8, 4, w)]
     for s in shards[:-1]:
         arrays_s, rope_s = part(slice(s.stop - w, s.stop))
-        _, halo = nha_attention(**arrays_s, window=w, rope=rope_s, return_state=True)
+        _, halo = attend(arrays_s, window=w, rope=rope_s, return_state=True)
         halos.append(halo)
     transfers = []
     for s, halo in zip(shards, halos, strict=True):
         arrays_s, rope_s = part(s)
-        _, after = nha_attention(
-            **arrays_s, window=w, rope=rope_s, initial_state=halo, return_state=True
-        )
+        _, after = attend(arrays_s, window=w, rope=rope_s, initial_state=halo, return_state=True)
         written = x["log_alpha"][:, max(s.start - w, 0) : s.stop - w]
         transfers.append((jnp.exp(written.sum(1))[..., None], after.slot_k, after.slot_v))
 
@@ -215,5 +220,5 @@ def test_shards_of_the_sequence_compose():
             written = jnp.full(2, s.start - w, jnp.int32)
             halo = replace(halo, slot_k=slot_k[i - 1], slot_v=slot_v[i - 1], written=written)
         arrays_s, rope_s = part(s)
-        o = nha_attention(**arrays_s, window=w, rope=rope_s, initial_state=halo)
+        o = attend(arrays_s, window=w, rope=rope_s, initial_state=halo)
         np.testing.assert_allclose(o, whole[:, s], **CLOSE)
