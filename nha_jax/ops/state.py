@@ -1,6 +1,7 @@
 """The recurrent state of one NHA layer, and its two views: ring buffer and rows in order."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,47 @@ def rows_to_ring(
         written=written,
         segment_id=segment_id,
     )
+
+
+class NextToken(NamedTuple):
+    """What a decode step makes of each row's counters."""
+
+    real: jax.Array  # [B] bool, False: an idle row
+    goes_on: jax.Array  # [B] bool, the state's document is the token's
+    position: jax.Array  # [B] of the token in its document
+    written: jax.Array  # [B] tokens in the slots when the token reads
+    segment_id: jax.Array  # [B]
+
+    def counters(self, before: NHAState) -> dict[str, jax.Array]:
+        """length, written and segment_id after the step."""
+        return dict(
+            length=jnp.where(self.real, self.position + 1, before.length),
+            written=jnp.where(self.real, self.written, before.written),
+            segment_id=self.segment_id,
+        )
+
+
+def next_token(state: NHAState, segment_ids: jax.Array | None, slot_lag: int) -> NextToken:
+    """The token with ``segment_ids`` ``[B,1]`` after ``state``; None goes on with its document."""
+    if segment_ids is None:
+        real = goes_on = jnp.ones(state.length.shape, bool)
+        segment = jnp.maximum(state.segment_id, 1)
+    else:
+        segment = segment_ids[:, 0].astype(jnp.int32)
+        real = segment != 0
+        segment = jnp.where(real, segment, state.segment_id)
+        goes_on = (state.segment_id == 0) | (segment == state.segment_id)
+    position = jnp.where(goes_on, state.length, 0)
+    written = jnp.where(goes_on, state.written, 0) + (real & (position >= slot_lag))
+    return NextToken(real, goes_on, position, written, segment)
+
+
+def table_rows(
+    rope: tuple[jax.Array, jax.Array] | None, batch: int, head_dim: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin ``[B,D/2]`` of one token; those of no rotation without RoPE."""
+    shape = (batch, head_dim // 2)
+    if rope is None:
+        return jnp.ones(shape, dtype), jnp.zeros(shape, dtype)
+    cos, sin = (jnp.broadcast_to(x, (batch, 1, shape[1]))[:, 0].astype(dtype) for x in rope)
+    return cos, sin

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.ops import full as library
 from nha_jax.ops.core import FEATURE_MAPS, Output, Spec, accumulator, rotate, written_share
-from nha_jax.ops.state import NHAState
+from nha_jax.ops.state import NHAState, next_token, table_rows
 
 CHUNK = 64  # C: rows per step of the scan over the sequence
 BLOCK = 16  # c: rows within which decays are formed pair by pair
@@ -413,27 +413,15 @@ def step(
     b, _, hq, d = q.shape
     h, p, m = k.shape[2], state.capacity, state.slot_k.shape[2]
     acc = accumulator(q, k, v)
-    if segment_ids is None:
-        real = jnp.ones(b, bool)
-        segment = jnp.maximum(state.segment_id, 1)
-        goes_on = real
-    else:
-        segment = segment_ids[:, 0].astype(jnp.int32)
-        real = segment != 0
-        segment = jnp.where(real, segment, state.segment_id)
-        goes_on = (state.segment_id == 0) | (segment == state.segment_id)
-    position = jnp.where(goes_on, state.length, 0)  # [B] of this token
-    written = jnp.where(goes_on, state.written, 0)
+    token = next_token(state, segment_ids, spec.slot_lag)
+    real, goes_on, position = token.real, token.goes_on, token.position
     slot_k, slot_v = (
         jnp.where(goes_on[:, None, None, None], x, 0.0).astype(acc)
         for x in (state.slot_k, state.slot_v)
     )
     new = [x[:, 0].astype(like.dtype) for x, like in ((k, state.k), (v, state.v))]
     gate = log_alpha[:, 0].astype(state.log_alpha.dtype)  # [B,H,M]
-    if rope is None:
-        cos, sin = jnp.ones((b, d // 2), acc), jnp.zeros((b, d // 2), acc)
-    else:
-        cos, sin = (jnp.broadcast_to(x, (b, 1, d // 2))[:, 0].astype(acc) for x in rope)
+    cos, sin = table_rows(rope, b, d, acc)
 
     # The token that leaves, read before this one may take its row of the ring.
     leaving = [*new, gate]
@@ -441,15 +429,13 @@ def step(
         row = (position - spec.slot_lag) % p
         ring = (state.k, state.v, state.log_alpha)
         leaving = [jnp.take_along_axis(x, row[:, None, None, None], axis=2)[:, :, 0] for x in ring]
-    write = real & (position >= spec.slot_lag)
-    at = write[:, None, None, None]
+    at = (real & (position >= spec.slot_lag))[:, None, None, None]
     leaving_k, leaving_v = leaving[0].astype(acc), leaving[1].astype(acc)
     decay = jnp.exp(leaving[2].astype(acc))[..., None]
     share = -jnp.expm1(leaving[2].astype(acc))[..., None]
     phi = FEATURE_MAPS[spec.feature_map]
     slot_k = jnp.where(at, decay * slot_k + share * phi(leaving_k)[:, :, None], slot_k)
     slot_v = jnp.where(at, decay * slot_v + share * leaving_v[:, :, None], slot_v)
-    written = written + write
 
     # This token takes its row; a new document starts with an empty ring.
     put = (jnp.arange(p) == (position % max(p, 1))[:, None]) & real[:, None]  # [B,P]
@@ -465,7 +451,7 @@ def step(
 
     group = q[:, 0].astype(acc).reshape(b, h, hq // h, d)
     l_slot = einsum("bhgd,bhmd->bhgm", phi(group), slot_k) * spec.scale
-    see = real & ((written > 0) if spec.empty_slots == "masked" else True)
+    see = real & ((token.written > 0) if spec.empty_slots == "masked" else True)
     age = (position[:, None] - jnp.arange(p)) % max(p, 1)  # [B,P] tokens since
     held = (age < spec.window) & (age <= position[:, None]) & real[:, None]
     window_k, q_window = ring_k.astype(acc), group
@@ -494,8 +480,6 @@ def step(
         log_alpha=ring_g,
         cos=ring_cos,
         sin=ring_sin,
-        length=jnp.where(real, position + 1, state.length),
-        written=jnp.where(real, written, state.written),
-        segment_id=segment,
+        **token.counters(state),
     )
     return o.reshape(b, 1, hq, -1).astype(v.dtype), after
