@@ -61,15 +61,22 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     layout = jax.tree.map(lambda x: x.sharding, abstract)
     if config.compilation_cache:
         keep_compiled_programs(workdir / "compilation_cache")
-    traced = jax.jit(
-        train_step(model, optimizer, schedule, config),
-        donate_argnums=0,
-        in_shardings=(layout, sharding),
-        out_shardings=(layout, None),
-    ).lower(abstract, abstract_batch(example, config.batch_size))
+    # The op's kernels take their part of the batch and heads from the current mesh.
+    with jax.set_mesh(mesh):
+        traced = jax.jit(
+            train_step(model, optimizer, schedule, config),
+            donate_argnums=0,
+            in_shardings=(layout, sharding),
+            out_shardings=(layout, None),
+        ).lower(abstract, abstract_batch(example, config.batch_size))
     evaluate = jax.jit(eval_step(model, config), in_shardings=(layout.params, sharding))
 
-    with Signals() as signals, Terminal(config.steps, silent=jax.process_index() > 0) as terminal:
+    silent = jax.process_index() > 0
+    with (
+        jax.set_mesh(mesh),
+        Signals() as signals,
+        Terminal(config.steps, silent=silent) as terminal,
+    ):
         restored = checkpoints.restore(abstract, terminal.tell)
         if restored:
             state, position = restored
