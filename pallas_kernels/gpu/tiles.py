@@ -1,0 +1,49 @@
+"""Tile choices: how many tokens a chunk has, how many warps a program has."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Choices for one (head_dim, value_dim, slots, dtype).
+
+    chunk: tokens of a chunk (a power of two); heads: query heads that a program of the output kernel
+    stacks (they share their kv head); the rest are warps per program, by kernel.
+    """
+
+    chunk: int = 64
+    heads: int = 1
+    state: int = 4
+    output: int = 4
+    dq: int = 4
+    dstate: int = 4
+    dkv: int = 4
+
+
+def default(d: int, v: int, m: int, itemsize: int) -> Tiles:
+    """The choice where no tuned one is committed: sure to fit, spill-free."""
+    wide = max(d, v, m) > 128 or itemsize == 4
+    if wide:
+        return Tiles(chunk=32, state=8, output=8, dq=8, dstate=8, dkv=8)
+    big = max(d, v) > 64
+    return Tiles(chunk=64, output=4, dq=8 if big else 4, dkv=8 if big else 4)
+
+
+@functools.cache
+def _table(device: str) -> dict[str, Any]:
+    path = resources.files("pallas_kernels") / "tuned" / f"gpu_{device}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def choose(device: str, dtype: str, d: int, v: int, m: int, group: int) -> Tiles:
+    """Committed choice for this device and shape, else ``default``."""
+    found = _table(device).get(f"{dtype}-d{d}-v{v}-m{m}-g{group}")
+    if found is not None:
+        return Tiles(**found)
+    return default(d, v, m, 4 if dtype == "float32" else 2)
