@@ -95,6 +95,7 @@ class _Call:
         self.full = {"DB": _pow2(self.D)}
         self.lag = {"LAG": spec.slot_lag, "FM": spec.feature_map, "HAS_DOC": doc is not None}
         self.flags = {
+            "scale": float(spec.scale),
             "WINDOW": spec.window,
             "ZERO": spec.empty_slots == "zero",
             "SLOTS": self.slots,
@@ -173,7 +174,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     heads = c.tiles.heads if (HQ // H) % c.tiles.heads == 0 else 1
     o, lse_s, lse_w = launch.call(
         kernels.output_kernel, q, k, v, la, st, cos_, sin_, doc_, cur, vis,
-        T, S, spec.halo, NC, float(spec.scale), c.rope_batch,
+        T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype)] + [_sds((B, T, HQ), jnp.float32)] * 2,
         grid=NC * B * (HQ // heads), num_warps=c.tiles.output,
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
@@ -194,16 +195,17 @@ def _backward(spec, residuals, cotangents, tiles=None):
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
     mrows = (B, T, HQ, M) if c.slots else (1,)
-    dq, dl, p, qside, lse, delta = launch.call(
+    heads = c.tiles.dq_heads if (HQ // H) % c.tiles.dq_heads == 0 else 1
+    dq, dl, p, lse, delta_s, delta_w = launch.call(
         kernels.dq_kernel, q, k, v, la, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
         dls.astype(f32), dlw.astype(f32),
-        T, S, halo, NC, float(spec.scale), c.rope_batch,
+        T, S, halo, NC, c.rope_batch,
         out=[
             _sds(q.shape, q.dtype), _sds(mrows, c.gate_dtype), _sds(mrows, c.gate_dtype),
-            _sds((B, T, H, M) if c.slots else (1,), f32), _sds((B, T, HQ), f32), _sds((B, T, HQ), f32),
+            *[_sds((B, T, HQ), f32)] * 3,
         ],
-        grid=NC * B * H, num_warps=c.tiles.dq,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half,
+        grid=NC * B * (HQ // heads), num_warps=c.tiles.dq,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
     )  # fmt: skip
     dfirst = None
     if c.slots:
@@ -221,14 +223,14 @@ def _backward(spec, residuals, cotangents, tiles=None):
 
     def dkv(slots, win, add, shift, tiles_, dk_in, dv_in, zeroed=()):
         return launch.call(
-            kernels.dkv_kernel, q, k, v, la, st, dst, cos_, sin_, doc_, cur, do, dl, p, qside, lse,
-            delta, dk_in, dv_in, T, S, halo, NC, tiles_, float(spec.scale), c.rope_batch, shift,
+            kernels.dkv_kernel, q, k, v, la, st, dst, cos_, sin_, doc_, cur, do, dl, p, lse, delta_s,
+            delta_w, dk_in, dv_in, T, S, halo, NC, tiles_, c.rope_batch, shift,
             out=[
                 _sds(k.shape, k.dtype), _sds(v.shape, v.dtype),
                 _sds(log_alpha.shape if slots else (1,), log_alpha.dtype),
             ],
             grid=tiles_ * B * H, num_warps=c.tiles.dkv, zeroed=zeroed,
-            HQ=HQ, **c.shape, **c.lag, WINDOW=spec.window, SLOTS=slots, WIN=win, ADD=add,
+            HQ=HQ, **c.shape, **c.lag, scale=float(spec.scale), WINDOW=spec.window, SLOTS=slots, WIN=win, ADD=add,
             ROPE=cos is not None, **c.precision, **c.pads, **c.half,
         )  # fmt: skip
 

@@ -136,23 +136,36 @@ def _levels(g):
 
 
 @triton.jit
-def _decayed(y0, x, e0, b0, g, w, levels, GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, PREC: tl.constexpr):
+def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
+          HAS_DOC: tl.constexpr):
+    """g and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
+    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC)
+    return tl.cumsum(la * LOG2E, 0), w
+
+
+@triton.jit
+def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
+             GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr):
     """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
-    y = _mm(x, b0.to(x.dtype), y0, PREC) * e0
-    for n in range(1, levels):
-        e, b = _level(g, w, n)
-        y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
+    y = _mm(x, b0, y0, PREC) * e0
+    if levels > 1:
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        for n in range(1, levels):
+            e, b = _level(g, w, n)
+            y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
     return y
 
 
 @triton.jit
-def _pairs(p, e0, b0, g, w, levels, GD: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr,
-           PREC: tl.constexpr):
+def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
+           GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr):
     """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
-    a = _mm0((p * e0).to(GD), tl.trans(b0.to(GD)), PREC)
-    for n in range(1, levels):
-        e, b = _level(g, w, n)
-        a += _mm0((p * _stack(e, GB, C, MB)).to(GD), tl.trans(b.to(GD)), PREC)
+    a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
+    if levels > 1:
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        for n in range(1, levels):
+            e, b = _level(g, w, n)
+            a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
     return a
 
 
@@ -277,10 +290,10 @@ def _visible(t, live, qdoc, doc_ptr, vis_ptr, b, halo, LAG: tl.constexpr, ZERO: 
 
 @triton.jit
 def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-                  T, S, halo, NC, scale, rope_batch,
+                  T, S, halo, NC, rope_batch,
                   o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                  WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                   C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
@@ -323,10 +336,11 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
     m = tl.full((R,), NINF, tl.float32)
     if SLOTS:
         row0 = r0 - LAG
-        la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
-        g = tl.cumsum(la * LOG2E, 0)
+        lab = la_ptr + (b * S * H + h) * M
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
         levels = _levels(g)
         e0, b0 = _level_first(g, w)
+        b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
         krow = row0 + j
         kok = (krow >= 0) & (krow < S)
@@ -352,7 +366,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
             cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
             old = qdoc == cur_start
             y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, g, w, levels, GB, C, MB, GPREC) * sc
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC) * sc
         seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
         if M != MB:
             y = tl.where(seen[:, None] & (mm < M)[None, :], y, NINF)
@@ -362,7 +376,8 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
         p = tl.exp2(y - _safe(m_s)[:, None])
         l_s = tl.sum(p, 1)
         m = m_s
-        a = tl.where(causal, _pairs(p, e0, b0, g, w, levels, GD, GB, C, MB, GPREC), 0.0)
+        a = _pairs(p, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+        a = tl.where(causal, a, 0.0)
         pe = p * e0
         if HAS_DOC:
             pe = tl.where(old[:, None], pe, 0.0)
@@ -439,155 +454,153 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
 @triton.jit
 def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
-              T, S, halo, NC, scale, rope_batch,
-              dq_ptr, dl_ptr, p_ptr, qside_ptr, lse_ptr, delta_ptr,
+              T, S, halo, NC, rope_batch,
+              dq_ptr, dl_ptr, p_ptr, lse_ptr, delta_s_ptr, delta_w_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-              WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, the query side of the gate gradient summed over the group, lse (base 2), the window's delta."""
+    head, lse (base 2, +inf for empty rows), and the deltas of the slots' and the window's side."""
+    R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
-    G: tl.constexpr = HQ // H
+    NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
     pid = tl.program_id(0)
-    h = pid % H
-    c = (pid // H) % NC
-    b = (pid // H // NC).to(tl.int64)
+    h0 = (pid % NHG) * GB
+    c = (pid // NHG) % NC
+    b = (pid // NHG // NC).to(tl.int64)
+    h = h0 // (HQ // H)
     t0 = c * C
     r0 = halo + t0
+    i = tl.arange(0, R)
+    tok = i % C
     j = tl.arange(0, C)
-    live = t0 + j < T
+    live = t0 + tok < T
     doc = doc_ptr + b * S
-    qdoc = j
+    qdoc = tok
     if HAS_DOC:
-        qdoc = tl.load(doc + r0 + j, mask=live, other=0)
+        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
+    qrows = tok * HQ + i // C
     kbase = k_ptr + (b * S * H + h) * D
     vbase = v_ptr + (b * S * H + h) * V
     cs = cos_ptr + b * rope_batch * DH
     sn = sin_ptr + b * rope_batch * DH
     sc = scale * LOG2E
-    mm = tl.arange(0, MB)
+    first = (b * T + t0) * HQ + h0
+    do = _tile(do_ptr + first * V, qrows, live, V, V, VB)
+    o = _tile(o_ptr + first * V, qrows, live, V, V, VB)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    rows = first + qrows
+    ls = tl.load(lse_s_ptr + rows, mask=live, other=NINF) * LOG2E
+    lw = tl.load(lse_w_ptr + rows, mask=live, other=NINF) * LOG2E
+    top = _safe(tl.maximum(ls, lw))
+    lse = top + tl.log2(tl.exp2(ls - top) + tl.exp2(lw - top))
+    none = lse == NINF
+    lse = tl.where(none, 0.0, lse)
+    dls = tl.load(dls_ptr + rows, mask=live, other=0.0)
+    dlw = tl.load(dlw_ptr + rows, mask=live, other=0.0)
+    delta_s = delta - dls * tl.exp2(tl.minimum(lse - tl.where(ls == NINF, lse, ls), 100.0))
+    delta_w = delta - dlw * tl.exp2(tl.minimum(lse - tl.where(lw == NINF, lse, lw), 100.0))
+    tl.store(lse_ptr + rows, tl.where(none, float("inf"), lse), mask=live)
+    tl.store(delta_s_ptr + rows, delta_s, mask=live)
+    tl.store(delta_w_ptr + rows, delta_w, mask=live)
+    q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB)
+    q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB)
+    dq1 = tl.zeros((R, DB), tl.float32)
+    dq2 = tl.zeros((R, DB), tl.float32)
     if SLOTS:
         row0 = r0 - LAG
-        la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
-        g = tl.cumsum(la * LOG2E, 0)
-        levels = _levels(g)
-        e0, b0 = _level_first(g, w)
-        causal = j[:, None] >= j[None, :]
+        lab = la_ptr + (b * S * H + h) * M
+        mm = tl.arange(0, MB)
+        krow = row0 + j
+        kok = (krow >= 0) & (krow < S)
+        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+        k1 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB), FM)
+        k2 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB), FM)
+        s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
+        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
+        f1 = _phi(q1, FM)
+        f2 = _phi(q2, FM)
+        causal = tok[:, None] >= j[None, :]
         if HAS_DOC:
-            causal = causal & (qdoc[:, None] == qdoc[None, :])
+            jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
+            causal = causal & (qdoc[:, None] == jdoc[None, :])
             cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
             old = qdoc == cur_start
-        seen = _visible(t0 + j, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
+        x = _mm0(f1, tl.trans(k1), PREC)
+        x = _mm(f2, tl.trans(k2), x, PREC)
+        x = tl.where(causal, x, 0.0).to(GD)
+        y = _mm0(f1, tl.trans(s1), PREC)
+        y = _mm(f2, tl.trans(s2), y, PREC)
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
+        levels = _levels(g)
+        e0, b0 = _level_first(g, w)
+        b0 = b0.to(GD)
+        e0 = _stack(e0, GB, C, MB)
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC) * sc
+        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
         shown = seen[:, None] & (mm < M)[None, :]
-        qside = tl.zeros((C, MB), tl.float32)
-    if ROPE and WINDOW > 0:
-        qc = _tile(cs + r0 * DH, j, live, DH, DH, DB)
-        qs = _tile(sn + r0 * DH, j, live, DH, DH, DB)
-
-    for gi in range(G):
-        h0 = h * G + gi
-        qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
-        vqbase = ((b * T + t0) * HQ + h0) * V
-        do = _tile(do_ptr + vqbase, j, live, HQ * V, V, VB)
-        o = _tile(o_ptr + vqbase, j, live, HQ * V, V, VB)
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        rows = (b * T + t0) * HQ + h0 + j * HQ
-        ls = tl.load(lse_s_ptr + rows, mask=live, other=NINF) * LOG2E
-        lw = tl.load(lse_w_ptr + rows, mask=live, other=NINF) * LOG2E
-        top = _safe(tl.maximum(ls, lw))
-        lse = top + tl.log2(tl.exp2(ls - top) + tl.exp2(lw - top))
-        none = lse == NINF
-        lse = tl.where(none, 0.0, lse)
-        dls = tl.load(dls_ptr + rows, mask=live, other=0.0)
-        dlw = tl.load(dlw_ptr + rows, mask=live, other=0.0)
-        delta_s = delta - dls * tl.exp2(tl.minimum(lse - tl.where(ls == NINF, lse, ls), 100.0))
-        delta_w = delta - dlw * tl.exp2(tl.minimum(lse - tl.where(lw == NINF, lse, lw), 100.0))
-        tl.store(lse_ptr + rows, tl.where(none, float("inf"), lse), mask=live)
-        tl.store(delta_ptr + rows, delta_w, mask=live)
-        q1 = _tile(qbase, j, live, HQ * D, DH, DB)
-        q2 = _tile(qbase + DH, j, live, HQ * D, DH, DB)
-        dq1 = tl.zeros((C, DB), tl.float32)
-        dq2 = tl.zeros((C, DB), tl.float32)
-        if SLOTS:
-            krow = row0 + j
+        p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
+        _put(p_ptr + first * M, p, qrows, live, M, M, MB)
+        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+        x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
+        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
+        z = _mm0(do, tl.trans(sv), PREC)
+        if HAS_DOC:
+            z = tl.where(old[:, None], z, 0.0)
+        z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+        dl = p * (z - delta_s[:, None]) * scale
+        _put(dl_ptr + first * M, dl, qrows, live, M, M, MB)
+        a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+        a = tl.where(causal, a, 0.0).to(GD)
+        de = dl * e0
+        if HAS_DOC:
+            de = tl.where(old[:, None], de, 0.0)
+        de = de.to(GD)
+        dq1 = _mm0(de, s1.to(GD), GPREC)
+        dq1 = _mm(a, k1.to(GD), dq1, GPREC)
+        dq2 = _mm0(de, s2.to(GD), GPREC)
+        dq2 = _mm(a, k2.to(GD), dq2, GPREC)
+        dq1 = _dphi(dq1, q1, FM)
+        dq2 = _dphi(dq2, q2, FM)
+    if WINDOW > 0:
+        if ROPE:
+            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
+            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
+            q1, q2 = _rotate(q1, q2, qc, qs)
+            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
+        for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
+            kr = r0 + n * C
+            krow = kr + j
             kok = (krow >= 0) & (krow < S)
-            stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-            k1 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB), FM)
-            k2 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB), FM)
-            vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-            s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
-            s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
-            sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-            f1 = _phi(q1, FM)
-            f2 = _phi(q2, FM)
-            x = _mm0(f1, tl.trans(k1), PREC)
-            x = _mm(f2, tl.trans(k2), x, PREC)
-            x = tl.where(causal, x, 0.0).to(GD)
-            y = _mm0(f1, tl.trans(s1), PREC)
-            y = _mm(f2, tl.trans(s2), y, PREC)
-            if HAS_DOC:
-                y = tl.where(old[:, None], y, 0.0)
-            y = _decayed(y, x, e0, b0, g, w, levels, 1, C, MB, GPREC) * sc
-            y = tl.where(shown, y, 0.0)
-            p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
-            x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
-            z = _mm0(do, tl.trans(sv), PREC)
-            if HAS_DOC:
-                z = tl.where(old[:, None], z, 0.0)
-            z = _decayed(z, x, e0, b0, g, w, levels, 1, C, MB, GPREC)
-            dl = p * (z - delta_s[:, None])
-            qside += dl * (y * LN2) + p * z
-            dl = dl * scale
-            mrows = ((b * T + t0) * HQ + h0) * M
-            _put(dl_ptr + mrows, dl, j, live, HQ * M, M, MB)
-            _put(p_ptr + mrows, p, j, live, HQ * M, M, MB)
-            a = tl.where(causal, _pairs(dl, e0, b0, g, w, levels, GD, 1, C, MB, GPREC), 0.0).to(GD)
-            de = dl * e0
-            if HAS_DOC:
-                de = tl.where(old[:, None], de, 0.0)
-            de = de.to(GD)
-            dq1 = _mm0(de, s1.to(GD), GPREC)
-            dq1 = _mm(a, k1.to(GD), dq1, GPREC)
-            dq2 = _mm0(de, s2.to(GD), GPREC)
-            dq2 = _mm(a, k2.to(GD), dq2, GPREC)
-            dq1 = _dphi(dq1, q1, FM)
-            dq2 = _dphi(dq2, q2, FM)
-        if WINDOW > 0:
+            k1 = _tile(kbase + kr.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
+            k2 = _tile(kbase + kr.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
+            vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
             if ROPE:
-                q1, q2 = _rotate(q1, q2, qc, qs)
-                dq1, dq2 = _rotate(dq1, dq2, qc, qs)
-            for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
-                kr = r0 + n * C
-                krow = kr + j
-                kok = (krow >= 0) & (krow < S)
-                k1 = _tile(kbase + kr.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
-                k2 = _tile(kbase + kr.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
-                vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-                if ROPE:
-                    kc = _tile(cs + kr * DH, j, kok, DH, DH, DB)
-                    kn = _tile(sn + kr * DH, j, kok, DH, DH, DB)
-                    k1, k2 = _rotate(k1, k2, kc, kn)
-                s = _mm0(q1, tl.trans(k1), PREC)
-                s = _mm(q2, tl.trans(k2), s, PREC) * sc
-                kdoc = qdoc
-                if HAS_DOC:
-                    kdoc = tl.load(doc + krow, mask=kok, other=0)
-                s = _window_mask(s, (r0 + j)[:, None], krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
-                z = _mm0(do, tl.trans(vt), PREC)
-                ds = (tl.exp2(s - lse[:, None]) * (z - delta_w[:, None]) * scale).to(TD)
-                dq1 = _mm(ds, k1, dq1, PREC)
-                dq2 = _mm(ds, k2, dq2, PREC)
-            if ROPE:
-                dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
-        dqbase = dq_ptr + ((b * T + t0) * HQ + h0) * D
-        _put(dqbase, dq1, j, live, HQ * D, DH, DB)
-        _put(dqbase + DH, dq2, j, live, HQ * D, DH, DB)
-    if SLOTS:
-        _put(qside_ptr + ((b * T + t0) * H + h) * M, qside, j, live, H * M, M, MB)
+                kc = _tile(cs + kr * DH, j, kok, DH, DH, DB)
+                kn = _tile(sn + kr * DH, j, kok, DH, DH, DB)
+                k1, k2 = _rotate(k1, k2, kc, kn)
+            s = _mm0(q1, tl.trans(k1), PREC)
+            s = _mm(q2, tl.trans(k2), s, PREC) * sc
+            kdoc = qdoc
+            if HAS_DOC:
+                kdoc = tl.load(doc + krow, mask=kok, other=0)
+            s = _window_mask(s, (r0 + tok)[:, None], krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
+            z = _mm0(do, tl.trans(vt), PREC)
+            ds = (tl.exp2(s - lse[:, None]) * (z - delta_w[:, None]) * scale).to(TD)
+            dq1 = _mm(ds, k1, dq1, PREC)
+            dq2 = _mm(ds, k2, dq2, PREC)
+        if ROPE:
+            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
+            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
+            dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
+    _put(dq_ptr + first * D, dq1, qrows, live, D, DH, DB)
+    _put(dq_ptr + first * D + DH, dq2, qrows, live, D, DH, DB)
 
 
 @triton.jit
@@ -632,11 +645,11 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
 
 @triton.jit
 def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-               do_ptr, dl_ptr, p_ptr, qside_ptr, lse_ptr, delta_ptr, dk_in, dv_in,
-               T, S, halo, NC, NK, scale, rope_batch, shift,
+               do_ptr, dl_ptr, p_ptr, lse_ptr, delta_s_ptr, delta_w_ptr, dk_in, dv_in,
+               T, S, halo, NC, NK, rope_batch, shift,
                dk_ptr, dv_ptr, dla_ptr,
                HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-               WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr,
+               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr,
                SLOTS: tl.constexpr, WIN: tl.constexpr, ADD: tl.constexpr, ROPE: tl.constexpr,
                HAS_DOC: tl.constexpr,
                PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
@@ -679,30 +692,33 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, d
         dla = tl.zeros((C, MB), tl.float32)
         if (t0 >= 0) & (t0 < T):
             live = t0 + j < T
-            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-            la2 = la * LOG2E
-            g = tl.cumsum(la2, 0)
-            total = tl.sum(la2, 0)
-            levels = _levels(g)
+            lab = la_ptr + (b * S * H + h) * M
             f1 = _phi(k1, FM)
             f2 = _phi(k2, FM)
             after = j[:, None] <= j[None, :]  # [written, query]
             if HAS_DOC:
                 qdoc = tl.load(doc + halo + t0 + j, mask=live, other=0)
                 after = after & (qdoc[:, None] == qdoc[None, :])
-            unit = tl.where(act, 1.0, 0.0)[:, None]
-            e0, i0 = _level_first(g, unit)
+            g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+            levels = _levels(g)
+            e0, i0 = _level_first(g, 1.0)
+            bw = (i0 * w).to(GD)
             dw = tl.zeros((C, MB), tl.float32)
+            side = tl.zeros((C, MB), tl.float32)
             for gi in range(G):
                 rows = (b * T + t0) * HQ + h * G + gi
+                lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=0.0)
+                delta = tl.load(delta_s_ptr + rows + j * HQ, mask=live, other=0.0)
+                dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
+                p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
+                # dl l + p dp, from p itself: l = log p + lse, p dp = dl + p delta
+                logit = (tl.log2(p) + lse[:, None]) * LN2
+                side += tl.where(p > 0, dl * (1.0 / scale) * (1.0 + logit) + p * delta[:, None], 0.0)
+                de = (dl * e0).to(GD)
+                pe = (p * e0).to(GD)
                 q1 = _phi(_tile(q_ptr + rows * D, j, live, HQ * D, DH, DB), FM)
                 q2 = _phi(_tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB), FM)
                 do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-                dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
-                p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
-                de = (dl * e0).to(GD)
-                pe = (p * e0).to(GD)
-                bw = (i0 * w).to(GD)
                 a = _mm0(bw, tl.trans(de), GPREC)
                 u = _mm0(bw, tl.trans(pe), GPREC)
                 x = _mm0(f1, tl.trans(q1), PREC)
@@ -712,21 +728,26 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, d
                 db = _mm0(x, de, GPREC)
                 db = _mm(z, pe, db, GPREC)
                 dw += i0 * db
-                for n in range(1, levels):
-                    en, bn = _level(g, unit, n)
-                    de = (dl * en).to(GD)
-                    pe = (p * en).to(GD)
-                    bw = (bn * w).to(GD)
-                    a += _mm0(bw, tl.trans(de), GPREC)
-                    u += _mm0(bw, tl.trans(pe), GPREC)
-                    db = _mm0(x, de, GPREC)
-                    db = _mm(z, pe, db, GPREC)
-                    dw += bn * db
+                if levels > 1:
+                    gn, wn = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+                    for n in range(1, levels):
+                        en, bn = _level(gn, 1.0, n)
+                        de = (dl * en).to(GD)
+                        pe = (p * en).to(GD)
+                        a += _mm0((bn * wn).to(GD), tl.trans(de), GPREC)
+                        u += _mm0((bn * wn).to(GD), tl.trans(pe), GPREC)
+                        db = _mm0(x, de, GPREC)
+                        db = _mm(z, pe, db, GPREC)
+                        dw += bn * db
                 a = tl.where(after, a, 0.0).to(GD)
                 u = tl.where(after, u, 0.0)
                 dk1 = _mm(a, q1.to(GD), dk1, GPREC)
                 dk2 = _mm(a, q2.to(GD), dk2, GPREC)
                 dv = _mm(u.to(TD), do, dv, PREC)
+            la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+            unit = tl.where(act, 1.0, 0.0)[:, None]
+            g = tl.cumsum(la * LOG2E, 0)
+            total = tl.sum(la * LOG2E, 0)
             # through the state after this chunk
             end = tl.exp2(tl.minimum(total[None, :] - g, 0.0)) * unit
             keep = tl.exp2(total)
@@ -755,7 +776,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, d
             cross += tl.sum(sv.to(tl.float32) * ov.to(tl.float32), 1)
             cross = cross * keep
             # what passes through step s: pairs inside the chunk, chunk to later, earlier to later
-            side = _tile(qside_ptr + ((b * T + t0) * H + h) * M, j, live, H * M, M, MB) - w * dw
+            side -= w * dw
             out = w * u
             if HAS_DOC:
                 dla = _mm0(tl.where(after, 1.0, 0.0), side, "tf32x3")
@@ -765,7 +786,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, d
             through = before + cross[None, :]
             if HAS_DOC:
                 through = tl.where((qdoc == cur_end)[:, None], through, 0.0)
-            alpha = tl.exp2(la2)
+            alpha = tl.exp2(la * LOG2E)
             dla = (dla + through - alpha * (dw + u)) * unit
             dk1 = _dphi(dk1, k1, FM)
             dk2 = _dphi(dk2, k2, FM)
@@ -797,7 +818,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, d
                     q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
                     do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
                     lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
-                    delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+                    delta = tl.load(delta_w_ptr + rows + j * HQ, mask=live, other=0.0)
                     if ROPE:
                         q1, q2 = _rotate(q1, q2, qc, qs)
                     s = _mm0(k1, tl.trans(q1), PREC)

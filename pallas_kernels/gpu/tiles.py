@@ -19,6 +19,7 @@ class Tiles:
 
     chunk: int = 64
     heads: int = 1
+    dq_heads: int = 1
     state: int = 4
     output: int = 4
     dq: int = 4
