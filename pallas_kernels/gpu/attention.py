@@ -221,34 +221,37 @@ def _backward(spec, residuals, cotangents, tiles=None):
     else:
         dst = jnp.zeros((1,), v.dtype)
 
-    def dkv(slots, win, add, shift, tiles_, dk_in, dv_in, zeroed=()):
-        return launch.call(
-            kernels.dkv_kernel, q, k, v, la, st, dst, cos_, sin_, doc_, cur, do, dl, p, lse, delta_s,
-            delta_w, dk_in, dv_in, T, S, halo, NC, tiles_, c.rope_batch, shift,
-            out=[
-                _sds(k.shape, k.dtype), _sds(v.shape, v.dtype),
-                _sds(log_alpha.shape if slots else (1,), log_alpha.dtype),
-            ],
-            grid=tiles_ * B * H, num_warps=c.tiles.dkv, zeroed=zeroed,
-            HQ=HQ, **c.shape, **c.lag, scale=float(spec.scale), WINDOW=spec.window, SLOTS=slots, WIN=win, ADD=add,
-            ROPE=cos is not None, **c.precision, **c.pads, **c.half,
-        )  # fmt: skip
-
     none = jnp.zeros((1,), v.dtype)
-    window = spec.window > 0
-    shift = (halo - spec.slot_lag) % C
-    keys = -(-S // C)
-    if c.slots and (shift == 0 or not window):
-        # key tiles start so that each is written by one chunk of queries
-        start = shift - C if shift else 0
-        dk, dv, dla = dkv(True, window, False, start, -(-(S - start) // C), none, none)
-    elif c.slots:
-        # the slots' part first, on tiles that follow the lag, then the window's part added
-        dk, dv, dla = dkv(True, False, False, halo - spec.slot_lag, NC, none, none, zeroed=(2,))
-        dk, dv, _ = dkv(False, True, True, 0, keys, dk, dv)
-    else:
-        dk, dv, _ = dkv(False, True, False, 0, keys, none, none)
-        dla = jnp.zeros_like(log_alpha)
+    dk = dv = none
+    dla = jnp.zeros_like(log_alpha)
+    if c.slots:
+        # rows that no query writes to the slots have no slot side: zeros, where nothing else fills them
+        zeroed = (0, 1) if spec.window == 0 else (1,)
+        part = none
+        for values, x, y, pl, n in ((False, k, q, dl, D), (True, v, do, p, V)):
+            dx, part = launch.call(
+                kernels.dslot_kernel, x, y, pl, la, st, dst, doc_, cur, dl, p, lse, delta_s, part,
+                T, S, halo, NC,
+                out=[
+                    _sds(x.shape, x.dtype),
+                    _sds(log_alpha.shape, log_alpha.dtype if values else f32),
+                ],
+                grid=NC * B * H, num_warps=c.tiles.dslot, zeroed=zeroed,
+                HQ=HQ, **c.shape, **c.lag, scale=float(spec.scale), VALUES=values, **c.precision,
+                C=C, NB=_pow2(n), MB=c.pads["MB"],
+            )  # fmt: skip
+            dk, dv, dla = (dk, dx, part) if values else (dx, dv, dla)
+    if spec.window > 0:
+        keys = -(-S // C)
+        dk, dv = launch.call(
+            kernels.dwindow_kernel, q, k, v, cos_, sin_, doc_, do, lse, delta_w, dk, dv,
+            T, S, halo, keys, c.rope_batch,
+            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype)],
+            grid=keys * B * H, num_warps=c.tiles.dwindow,
+            HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
+            ADD=c.slots, ROPE=cos is not None, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
+            **c.pads, **c.half,
+        )  # fmt: skip
     dk0 = dv0 = None
     if c.init:
         dfirst = jnp.zeros((B, H, 0, width), f32) if dfirst is None else dfirst.reshape(B, H, M, width)

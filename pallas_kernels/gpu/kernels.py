@@ -37,13 +37,21 @@ def _mm0(a, b, PREC: tl.constexpr):
 
 
 @triton.jit
-def _tile(ptr, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr):
-    """Rows `rows` (where ok) of a matrix of N columns, padded with zeros to NB columns."""
+def _tile(ptr, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Rows `rows` (where ok) of a matrix of N columns, padded with zeros to NB columns.
+
+    AGAIN: load with a cache modifier, which keeps the compiler from merging this load with an earlier one and
+    so from holding the tile in registers in between.
+    """
     cols = tl.arange(0, NB)
     mask = ok[:, None]
     if N != NB:
         mask = mask & (cols < N)[None, :]
-    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    at = ptr + rows[:, None] * stride + cols[None, :]
+    if AGAIN:
+        return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca")
+    else:
+        return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -346,7 +354,6 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
         kok = (krow >= 0) & (krow < S)
         k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
         k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
-        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
         mm = tl.arange(0, MB)
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
         s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
@@ -383,16 +390,22 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
             pe = tl.where(old[:, None], pe, 0.0)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         acc = _mm0(pe.to(TD), sv, PREC)
+        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
         if not MERGED:
             acc = _mm(a.to(TD), vt, acc, PREC)
 
     if WINDOW > 0:
+        if SLOTS:
+            q1 = _tile(qbase, qrows, live, D, DH, DB, True)
+            q2 = _tile(qbase + DH, qrows, live, D, DH, DB, True)
         if ROPE:
             qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
             qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
             q1, q2 = _rotate(q1, q2, qc, qs)
         qrow = (r0 + tok)[:, None]
         if MERGED:
+            k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB, True)
+            k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB, True)
             if ROPE:
                 kc = _tile(cs + row0 * DH, j, kok, DH, DH, DB)
                 kn = _tile(sn + row0 * DH, j, kok, DH, DH, DB)
@@ -569,6 +582,10 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
         dq1 = _dphi(dq1, q1, FM)
         dq2 = _dphi(dq2, q2, FM)
     if WINDOW > 0:
+        if SLOTS:
+            q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB, True)
+            q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB, True)
+            do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
         if ROPE:
             qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
             qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
@@ -596,8 +613,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
             dq1 = _mm(ds, k1, dq1, PREC)
             dq2 = _mm(ds, k2, dq2, PREC)
         if ROPE:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
+            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB, True)
+            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB, True)
             dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
     _put(dq_ptr + first * D, dq1, qrows, live, D, DH, DB)
     _put(dq_ptr + first * D + DH, dq2, qrows, live, D, DH, DB)
@@ -644,21 +661,115 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
 
 
 @triton.jit
-def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-               do_ptr, dl_ptr, p_ptr, lse_ptr, delta_s_ptr, delta_w_ptr, dk_in, dv_in,
-               T, S, halo, NC, NK, rope_batch, shift,
-               dk_ptr, dv_ptr, dla_ptr,
-               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr,
-               SLOTS: tl.constexpr, WIN: tl.constexpr, ADD: tl.constexpr, ROPE: tl.constexpr,
-               HAS_DOC: tl.constexpr,
-               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-               C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Gradients of the C key rows kr0 = shift + C * tile: k, v and, with SLOTS, their gates.
+def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr,
+                 dl_ptr, p_ptr, lse_ptr, delta_ptr, part_ptr,
+                 T, S, halo, NC, dx_ptr, dla_ptr,
+                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 scale: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+                 VALUES: tl.constexpr, PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                 C: tl.constexpr, NB: tl.constexpr, MB: tl.constexpr):
+    """Slot side of the gradient of the rows that chunk c writes: of keys and, in a second launch
+    (VALUES), of values; the two are one computation, with x, y, pl = k, q, dl or v, do, p.
 
-    SLOTS: rows are those that some chunk of queries writes to the slots (or that chunk does not exist).
-    WIN: the window's part. ADD: the slots' part was computed by an earlier launch (dk_in, dv_in).
+    Each launch adds its share of the gate gradient; the first leaves it in float32 for the second.
     """
+    N: tl.constexpr = V if VALUES else D
+    COL: tl.constexpr = D if VALUES else 0
+    F: tl.constexpr = "none" if VALUES else FM
+    G: tl.constexpr = HQ // H
+    pid = tl.program_id(0)
+    h = pid % H
+    c = (pid // H) % NC
+    b = (pid // H // NC).to(tl.int64)
+    t0 = c * C
+    kr = halo + t0 - LAG
+    j = tl.arange(0, C)
+    krow = kr + j
+    kok = (krow >= 0) & (krow < S)
+    live = t0 + j < T
+    doc = doc_ptr + b * S
+    mm = tl.arange(0, MB)
+    kb = (b * S + kr) * H + h
+    lab = la_ptr + (b * S * H + h) * M
+    x = _phi(_tile(x_ptr + kb * N, j, kok, H * N, N, NB), F)
+    after = j[:, None] <= j[None, :]  # [written, query]
+    if HAS_DOC:
+        qdoc = tl.load(doc + halo + t0 + j, mask=live, other=0)
+        after = after & (qdoc[:, None] == qdoc[None, :])
+
+    # through the state after this chunk: chunk to later, earlier to later
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    la = la * LOG2E
+    total = tl.sum(la, 0)
+    keep = tl.exp2(total)
+    end = tl.exp2(tl.minimum(total[None, :] - tl.cumsum(la, 0), 0.0))
+    if HAS_DOC:
+        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
+        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+        end = tl.where((qdoc == cur_end)[:, None], end, 0.0)
+        keep = tl.where(cur_end == cur_start, keep, 0.0)
+    sb = ((b * H + h) * (NC + 1) + c) * (M * (D + V)) + COL
+    ds = _tile(dst_ptr + sb + M * (D + V), mm, mm < M, D + V, N, NB)
+    old = _tile(st_ptr + sb, mm, mm < M, D + V, N, NB)
+    cross = tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
+    dx = _mm0((end * w).to(GD), ds, GPREC)
+    u = _mm0(x.to(GD), tl.trans(ds), GPREC) * end
+    dla = tl.cumsum(w * u, 0) - w * u + (cross * keep)[None, :]
+    if HAS_DOC:
+        dla = tl.where((qdoc == cur_end)[:, None], dla, 0.0)
+    dla -= tl.exp2(la) * u
+
+    # inside the chunk, level by level
+    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    levels = _levels(g)
+    dw = tl.zeros((C, MB), tl.float32)
+    for n in range(levels):
+        g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+        e, inv = _level(g, 1.0, n)
+        bw = (inv * w).to(GD)
+        db = tl.zeros((C, MB), tl.float32)
+        for gi in range(G):
+            rows = (b * T + t0) * HQ + h * G + gi
+            y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
+            pe = (_tile(pl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32) * e).to(GD)
+            a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
+            dx = _mm(a, y.to(GD), dx, GPREC)
+            a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
+            db = _mm(a, pe, db, GPREC)
+        dw += db * inv
+
+    side = -w * dw
+    if VALUES:
+        for gi in range(G):
+            rows = (b * T + t0) * HQ + h * G + gi
+            lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=0.0)
+            delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+            dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32) * (1.0 / scale)
+            p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
+            # dl l + p dp, from p itself: l = log p + lse, p dp = dl + p delta
+            logit = (tl.log2(p) + lse[:, None]) * LN2
+            side += tl.where(p > 0, dl * (1.0 + logit) + p * delta[:, None], 0.0)
+        dla += _tile(part_ptr + kb * M, j, act, H * M, M, MB)
+    if HAS_DOC:
+        dla += _mm0(tl.where(after, 1.0, 0.0), side, "tf32x3")
+    else:
+        dla += tl.cumsum(side, 0, reverse=True)
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    dla = tl.where(act[:, None], dla - tl.exp2(la * LOG2E) * dw, 0.0)
+    _put(dla_ptr + kb * M, dla, j, kok, H * M, M, MB)
+    if F != "none":
+        dx = _dphi(dx, _tile(x_ptr + kb * N, j, kok, H * N, N, NB, True), F)
+    _put(dx_ptr + kb * N, dx, j, kok, H * N, N, NB)
+
+
+@triton.jit
+def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in,
+                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr,
+                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
+                   ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in."""
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
     G: tl.constexpr = HQ // H
@@ -667,171 +778,64 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, dst_ptr, cos_ptr, sin_ptr, d
     h = pid % H
     tile = (pid // H) % NK
     b = (pid // H // NK).to(tl.int64)
-    kr = shift + tile * C
+    kr = tile * C
     j = tl.arange(0, C)
     krow = kr + j
-    kok = (krow >= 0) & (krow < S)
+    kok = krow < S
     doc = doc_ptr + b * S
-    mm = tl.arange(0, MB)
     kb = (b * S + kr) * H + h
     k1 = _tile(k_ptr + kb * D, j, kok, H * D, DH, DB)
     k2 = _tile(k_ptr + kb * D + DH, j, kok, H * D, DH, DB)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    if ROPE:
+        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
+        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
+        k1, k2 = _rotate(k1, k2, kc, kn)
+    kdoc = j
+    if HAS_DOC:
+        kdoc = tl.load(doc + krow, mask=kok, other=0)
     dk1 = tl.zeros((C, DB), tl.float32)
     dk2 = tl.zeros((C, DB), tl.float32)
     dv = tl.zeros((C, VB), tl.float32)
+    for n in range(NP + 1):
+        qr = kr + n * C
+        t0 = qr - halo
+        if (t0 + C > 0) & (t0 < T):
+            live = (t0 + j >= 0) & (t0 + j < T)
+            qdoc = kdoc
+            if HAS_DOC:
+                qdoc = tl.load(doc + qr + j, mask=live, other=0)
+            if ROPE:
+                qc = _tile(cos_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
+                qs = _tile(sin_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
+            for gi in range(G):
+                rows = (b * T + t0) * HQ + h * G + gi
+                q1 = _tile(q_ptr + rows * D, j, live, HQ * D, DH, DB)
+                q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
+                if ROPE:
+                    q1, q2 = _rotate(q1, q2, qc, qs)
+                s = _mm0(k1, tl.trans(q1), PREC)
+                s = _mm(k2, tl.trans(q2), s, PREC) * (scale * LOG2E)
+                s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
+                lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
+                p = tl.exp2(s - lse[None, :])
+                do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
+                dv = _mm(p.to(TD), do, dv, PREC)
+                z = _mm0(vt, tl.trans(do), PREC)
+                delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+                ds = (p * (z - delta[None, :]) * scale).to(TD)
+                dk1 = _mm(ds, q1, dk1, PREC)
+                dk2 = _mm(ds, q2, dk2, PREC)
+    if ROPE:
+        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
+        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
+        dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
         dk1 += _tile(dk_in + kb * D, j, had, H * D, DH, DB)
         dk2 += _tile(dk_in + kb * D + DH, j, had, H * D, DH, DB)
         dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
-    if SLOTS:
-        t0 = kr + LAG - halo
-        c = t0 // C
-        dla = tl.zeros((C, MB), tl.float32)
-        if (t0 >= 0) & (t0 < T):
-            live = t0 + j < T
-            lab = la_ptr + (b * S * H + h) * M
-            f1 = _phi(k1, FM)
-            f2 = _phi(k2, FM)
-            after = j[:, None] <= j[None, :]  # [written, query]
-            if HAS_DOC:
-                qdoc = tl.load(doc + halo + t0 + j, mask=live, other=0)
-                after = after & (qdoc[:, None] == qdoc[None, :])
-            g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-            levels = _levels(g)
-            e0, i0 = _level_first(g, 1.0)
-            bw = (i0 * w).to(GD)
-            dw = tl.zeros((C, MB), tl.float32)
-            side = tl.zeros((C, MB), tl.float32)
-            for gi in range(G):
-                rows = (b * T + t0) * HQ + h * G + gi
-                lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=0.0)
-                delta = tl.load(delta_s_ptr + rows + j * HQ, mask=live, other=0.0)
-                dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
-                p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
-                # dl l + p dp, from p itself: l = log p + lse, p dp = dl + p delta
-                logit = (tl.log2(p) + lse[:, None]) * LN2
-                side += tl.where(p > 0, dl * (1.0 / scale) * (1.0 + logit) + p * delta[:, None], 0.0)
-                de = (dl * e0).to(GD)
-                pe = (p * e0).to(GD)
-                q1 = _phi(_tile(q_ptr + rows * D, j, live, HQ * D, DH, DB), FM)
-                q2 = _phi(_tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB), FM)
-                do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-                a = _mm0(bw, tl.trans(de), GPREC)
-                u = _mm0(bw, tl.trans(pe), GPREC)
-                x = _mm0(f1, tl.trans(q1), PREC)
-                x = _mm(f2, tl.trans(q2), x, PREC)
-                x = tl.where(after, x, 0.0).to(GD)
-                z = tl.where(after, _mm0(vt, tl.trans(do), PREC), 0.0).to(GD)
-                db = _mm0(x, de, GPREC)
-                db = _mm(z, pe, db, GPREC)
-                dw += i0 * db
-                if levels > 1:
-                    gn, wn = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-                    for n in range(1, levels):
-                        en, bn = _level(gn, 1.0, n)
-                        de = (dl * en).to(GD)
-                        pe = (p * en).to(GD)
-                        a += _mm0((bn * wn).to(GD), tl.trans(de), GPREC)
-                        u += _mm0((bn * wn).to(GD), tl.trans(pe), GPREC)
-                        db = _mm0(x, de, GPREC)
-                        db = _mm(z, pe, db, GPREC)
-                        dw += bn * db
-                a = tl.where(after, a, 0.0).to(GD)
-                u = tl.where(after, u, 0.0)
-                dk1 = _mm(a, q1.to(GD), dk1, GPREC)
-                dk2 = _mm(a, q2.to(GD), dk2, GPREC)
-                dv = _mm(u.to(TD), do, dv, PREC)
-            la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-            unit = tl.where(act, 1.0, 0.0)[:, None]
-            g = tl.cumsum(la * LOG2E, 0)
-            total = tl.sum(la * LOG2E, 0)
-            # through the state after this chunk
-            end = tl.exp2(tl.minimum(total[None, :] - g, 0.0)) * unit
-            keep = tl.exp2(total)
-            if HAS_DOC:
-                cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-                cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-                end = tl.where((qdoc == cur_end)[:, None], end, 0.0)
-                keep = tl.where(cur_end == cur_start, keep, 0.0)
-            sb = ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-            nb = sb + M * (D + V)
-            wend = (end * w).to(GD)
-            s1 = _tile(dst_ptr + nb, mm, mm < M, D + V, DH, DB)
-            s2 = _tile(dst_ptr + nb + DH, mm, mm < M, D + V, DH, DB)
-            sv = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
-            dk1 = _mm(wend, s1, dk1, GPREC)
-            dk2 = _mm(wend, s2, dk2, GPREC)
-            dv = _mm(wend, sv, dv, GPREC)
-            u = _mm0(f1.to(GD), tl.trans(s1), GPREC)
-            u = _mm(f2.to(GD), tl.trans(s2), u, GPREC)
-            u = _mm(vt.to(GD), tl.trans(sv), u, GPREC) * end
-            o1 = _tile(st_ptr + sb, mm, mm < M, D + V, DH, DB)
-            cross = tl.sum(s1.to(tl.float32) * o1.to(tl.float32), 1)
-            o2 = _tile(st_ptr + sb + DH, mm, mm < M, D + V, DH, DB)
-            cross += tl.sum(s2.to(tl.float32) * o2.to(tl.float32), 1)
-            ov = _tile(st_ptr + sb + D, mm, mm < M, D + V, V, VB)
-            cross += tl.sum(sv.to(tl.float32) * ov.to(tl.float32), 1)
-            cross = cross * keep
-            # what passes through step s: pairs inside the chunk, chunk to later, earlier to later
-            side -= w * dw
-            out = w * u
-            if HAS_DOC:
-                dla = _mm0(tl.where(after, 1.0, 0.0), side, "tf32x3")
-            else:
-                dla = tl.cumsum(side, 0, reverse=True)
-            before = tl.cumsum(out, 0) - out
-            through = before + cross[None, :]
-            if HAS_DOC:
-                through = tl.where((qdoc == cur_end)[:, None], through, 0.0)
-            alpha = tl.exp2(la * LOG2E)
-            dla = (dla + through - alpha * (dw + u)) * unit
-            dk1 = _dphi(dk1, k1, FM)
-            dk2 = _dphi(dk2, k2, FM)
-        _put(dla_ptr + kb * M, dla, j, kok, H * M, M, MB)
-    if WIN:
-        if ROPE:
-            kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
-            kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
-            k1, k2 = _rotate(k1, k2, kc, kn)
-            dk1, dk2 = _rotate(dk1, dk2, kc, kn)
-        kdoc = j
-        if HAS_DOC:
-            kdoc = tl.load(doc + krow, mask=kok, other=0)
-        sc = scale * LOG2E
-        for n in range(NP + 1):
-            qr = kr + n * C
-            t0 = qr - halo
-            if (t0 + C > 0) & (t0 < T):
-                live = (t0 + j >= 0) & (t0 + j < T)
-                qdoc = kdoc
-                if HAS_DOC:
-                    qdoc = tl.load(doc + qr + j, mask=live, other=0)
-                if ROPE:
-                    qc = _tile(cos_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-                    qs = _tile(sin_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-                for gi in range(G):
-                    rows = (b * T + t0) * HQ + h * G + gi
-                    q1 = _tile(q_ptr + rows * D, j, live, HQ * D, DH, DB)
-                    q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
-                    do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-                    lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
-                    delta = tl.load(delta_w_ptr + rows + j * HQ, mask=live, other=0.0)
-                    if ROPE:
-                        q1, q2 = _rotate(q1, q2, qc, qs)
-                    s = _mm0(k1, tl.trans(q1), PREC)
-                    s = _mm(k2, tl.trans(q2), s, PREC) * sc
-                    s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
-                    p = tl.exp2(s - lse[None, :])
-                    dv = _mm(p.to(TD), do, dv, PREC)
-                    z = _mm0(vt, tl.trans(do), PREC)
-                    ds = (p * (z - delta[None, :]) * scale).to(TD)
-                    dk1 = _mm(ds, q1, dk1, PREC)
-                    dk2 = _mm(ds, q2, dk2, PREC)
-        if ROPE:
-            dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
     _put(dk_ptr + kb * D, dk1, j, kok, H * D, DH, DB)
     _put(dk_ptr + kb * D + DH, dk2, j, kok, H * D, DH, DB)
     _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)

@@ -13,8 +13,8 @@ from typing import Any
 class Tiles:
     """Choices for one (head_dim, value_dim, slots, dtype).
 
-    chunk: tokens of a chunk (a power of two); heads: query heads that a program of the output kernel
-    stacks (they share their kv head); the rest are warps per program, by kernel.
+    chunk: tokens of a chunk (a power of two); heads, dq_heads: query heads that a program of
+    the output and the dq kernel stacks (they share their kv head); the rest are warps per program, by kernel.
     """
 
     chunk: int = 64
@@ -24,16 +24,17 @@ class Tiles:
     output: int = 4
     dq: int = 4
     dstate: int = 4
-    dkv: int = 4
+    dslot: int = 4
+    dwindow: int = 4
 
 
 def default(d: int, v: int, m: int, itemsize: int) -> Tiles:
     """The choice where no tuned one is committed: sure to fit, spill-free."""
     wide = max(d, v, m) > 128 or itemsize == 4
     if wide:
-        return Tiles(chunk=32, state=8, output=8, dq=8, dstate=8, dkv=8)
+        return Tiles(chunk=32, state=8, output=8, dq=8, dstate=8, dslot=8, dwindow=8)
     big = max(d, v) > 64
-    return Tiles(chunk=64, output=4, dq=8 if big else 4, dkv=8 if big else 4)
+    return Tiles(chunk=64, output=4, dq=8 if big else 4, dslot=8 if big else 4, dwindow=8 if big else 4)
 
 
 @functools.cache
