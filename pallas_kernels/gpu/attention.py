@@ -104,13 +104,19 @@ class _Call:
         }
 
 
-def _optional(cos, sin, doc, visible0, halo, T):
-    """Arrays for the absent optional inputs, and the running document of each query."""
+def _optional(cos, sin, doc, visible0, halo, T, dtype):
+    """Arrays for the absent optional inputs, and the running document of each query.
+
+    Rotated rows are rounded to the inputs' dtype, so bfloat16 inputs take float16 tables (their error,
+    2^-12, is a fraction of bfloat16's 2^-9): half the bytes and registers.
+    """
     dummy = jnp.zeros((1,), jnp.int32)
     cur = dummy
     if doc is not None:
         doc = doc.astype(jnp.int32)
         cur = jax.lax.cummax(jnp.maximum(doc[:, halo : halo + T], 1), axis=1)
+    if cos is not None and dtype == jnp.bfloat16:
+        cos, sin = cos.astype(jnp.float16), sin.astype(jnp.float16)
     table = jnp.zeros((1,), jnp.float32)
     return (
         table if cos is None else cos,
@@ -152,7 +158,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
 
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC
-    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, spec.halo, T)
+    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, spec.halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     width = c.D + c.V
     if c.slots:
@@ -191,7 +197,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
     D, V, width, halo = c.D, c.V, c.D + c.V, spec.halo
-    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T)
+    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
     mrows = (B, T, HQ, M) if c.slots else (1,)
@@ -210,7 +216,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dfirst = None
     if c.slots:
         (dst,) = launch.call(
-            kernels.dstate_kernel, q, do, la, dl, p, doc_, cur, T, S, halo, NC,
+            kernels.dstate_kernel, q, do, la, dec, dl, p, doc_, cur, T, S, halo, NC,
             out=[_sds((B * H, NC + 1, M, width), c.gate_dtype)],
             grid=NC * B * H, num_warps=c.tiles.dstate,
             HQ=HQ, **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"],

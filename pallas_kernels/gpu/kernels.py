@@ -139,6 +139,11 @@ def _level_first(g, w):
 
 
 @triton.jit
+def _reference(g):
+    return -SPAN * (-g / SPAN).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
 def _levels(g):
     return (tl.max(-g) / SPAN).to(tl.int32) + 1
 
@@ -175,6 +180,17 @@ def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.conste
             e, b = _level(g, w, n)
             a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
     return a
+
+
+@triton.jit
+def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
+               GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, rows, ok):
+    """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level."""
+    y = p * e0
+    if levels > 1:
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        y = p * _stack(tl.exp2(g - _reference(g)), GB, C, MB)
+    _put(ptr, y, rows, ok, M, M, MB)
 
 
 @triton.jit
@@ -559,7 +575,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
         seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
         shown = seen[:, None] & (mm < M)[None, :]
         p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
-        _put(p_ptr + first * M, p, qrows, live, M, M, MB)
+        _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, qrows, live)
         vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
         x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
@@ -568,7 +584,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
             z = tl.where(old[:, None], z, 0.0)
         z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
         dl = p * (z - delta_s[:, None]) * scale
-        _put(dl_ptr + first * M, dl, qrows, live, M, M, MB)
+        _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, qrows, live)
         a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
         a = tl.where(causal, a, 0.0).to(GD)
         de = dl * e0
@@ -621,7 +637,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
 
 
 @triton.jit
-def dstate_kernel(q_ptr, do_ptr, la_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
+def dstate_kernel(q_ptr, do_ptr, la_ptr, dec_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
                   T, S, halo, NC, dst_ptr, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
                   M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                   GPREC: tl.constexpr, GD: tl.constexpr,
@@ -637,25 +653,29 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
     j = tl.arange(0, C)
     live = t0 + j < T
     doc = doc_ptr + b * S
-    la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
-    e = tl.exp2(tl.cumsum(la * LOG2E, 0))
-    if HAS_DOC:
-        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-        qdoc = tl.load(doc + r0 + j, mask=live, other=0)
-        e = tl.where((qdoc == cur_start)[:, None], e, 0.0)
+    mm = tl.arange(0, MB)
+    keep = tl.load(dec_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=1.0)
+    strong = tl.min(keep) < 1e-28  # rows of a further level (or of a later document) must not count
     dk = tl.zeros((MB, DB), tl.float32)
     dv = tl.zeros((MB, VB), tl.float32)
     for gi in range(G):
-        h0 = h * G + gi
-        rows = (b * T + t0) * HQ + h0
-        dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
+        rows = (b * T + t0) * HQ + h * G + gi
+        dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
+        p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
+        if strong:
+            g, w = _sums(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
+            first = g > -SPAN
+            if HAS_DOC:
+                cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+                qdoc = tl.load(doc + r0 + j, mask=live, other=0)
+                first = first & (qdoc == cur_start)[:, None]
+            dl = tl.where(first, dl, 0.0).to(GD)
+            p = tl.where(first, p, 0.0).to(GD)
         q = _phi(_tile(q_ptr + rows * D, j, live, HQ * D, D, DB), FM)
-        dk = _mm(tl.trans((dl * e).to(GD)), q.to(GD), dk, GPREC)
-        p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
+        dk = _mm(tl.trans(dl), q.to(GD), dk, GPREC)
         do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-        dv = _mm(tl.trans((p * e).to(GD)), do.to(GD), dv, GPREC)
+        dv = _mm(tl.trans(p), do.to(GD), dv, GPREC)
     base = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-    mm = tl.arange(0, MB)
     _put(base, dk, mm, mm < M, D + V, D, DB)
     _put(base + D, dv, mm, mm < M, D + V, V, VB)
 
@@ -697,7 +717,58 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
         qdoc = tl.load(doc + halo + t0 + j, mask=live, other=0)
         after = after & (qdoc[:, None] == qdoc[None, :])
 
-    # through the state after this chunk: chunk to later, earlier to later
+    # inside the chunk, level by level
+    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    levels = _levels(g)
+    bw = _level_first(g, w)[1].to(GD)
+    dx = tl.zeros((C, NB), tl.float32)
+    dw = tl.zeros((C, MB), tl.float32)
+    for gi in range(G):
+        rows = (b * T + t0) * HQ + h * G + gi
+        y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
+        pe = _tile(pl_ptr + rows * M, j, live, HQ * M, M, MB)
+        if levels > 1:
+            g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+            pe = tl.where(g > -SPAN, pe, 0.0).to(GD)
+        a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
+        dx = _mm(a, y.to(GD), dx, GPREC)
+        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
+        dw = _mm(a, pe, dw, GPREC)
+    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    dw *= _level_first(g, 1.0)[1]
+    for n in range(1, levels):
+        e, inv = _level(g, 1.0, n)
+        bw = (inv * w).to(GD)
+        db = tl.zeros((C, MB), tl.float32)
+        for gi in range(G):
+            rows = (b * T + t0) * HQ + h * G + gi
+            y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
+            pe = tl.where(e > 0, _tile(pl_ptr + rows * M, j, live, HQ * M, M, MB), 0.0).to(GD)
+            a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
+            dx = _mm(a, y.to(GD), dx, GPREC)
+            a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
+            db = _mm(a, pe, db, GPREC)
+        dw += db * inv
+
+    # gates: what passes through step s inside the chunk
+    side = -w * dw
+    if VALUES:
+        # queries' side dl l + p dp, from p itself: l = log p + lse, p dp = dl + p delta
+        x0 = g - _reference(g)
+        for gi in range(G):
+            rows = (b * T + t0) * HQ + h * G + gi
+            lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=0.0)
+            delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+            de = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32) * (1.0 / scale)
+            pe = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
+            logit = (tl.log2(pe) - x0 + lse[:, None]) * LN2
+            side += tl.where(pe > 0, (de * (1.0 + logit) + pe * delta[:, None]) * tl.exp2(-x0), 0.0)
+    if HAS_DOC:
+        dla = _mm0(tl.where(after, 1.0, 0.0), side, "tf32x3")
+    else:
+        dla = tl.cumsum(side, 0, reverse=True)
+
+    # and through the state after it: chunk to later, earlier to later
     la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
     la = la * LOG2E
     total = tl.sum(la, 0)
@@ -712,51 +783,15 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     ds = _tile(dst_ptr + sb + M * (D + V), mm, mm < M, D + V, N, NB)
     old = _tile(st_ptr + sb, mm, mm < M, D + V, N, NB)
     cross = tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
-    dx = _mm0((end * w).to(GD), ds, GPREC)
+    dx = _mm((end * w).to(GD), ds, dx, GPREC)
     u = _mm0(x.to(GD), tl.trans(ds), GPREC) * end
-    dla = tl.cumsum(w * u, 0) - w * u + (cross * keep)[None, :]
+    through = tl.cumsum(w * u, 0) - w * u + (cross * keep)[None, :]
     if HAS_DOC:
-        dla = tl.where((qdoc == cur_end)[:, None], dla, 0.0)
-    dla -= tl.exp2(la) * u
-
-    # inside the chunk, level by level
-    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-    levels = _levels(g)
-    dw = tl.zeros((C, MB), tl.float32)
-    for n in range(levels):
-        g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-        e, inv = _level(g, 1.0, n)
-        bw = (inv * w).to(GD)
-        db = tl.zeros((C, MB), tl.float32)
-        for gi in range(G):
-            rows = (b * T + t0) * HQ + h * G + gi
-            y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
-            pe = (_tile(pl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32) * e).to(GD)
-            a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
-            dx = _mm(a, y.to(GD), dx, GPREC)
-            a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
-            db = _mm(a, pe, db, GPREC)
-        dw += db * inv
-
-    side = -w * dw
+        through = tl.where((qdoc == cur_end)[:, None], through, 0.0)
+    dla += through - tl.exp2(la) * (u + dw)
     if VALUES:
-        for gi in range(G):
-            rows = (b * T + t0) * HQ + h * G + gi
-            lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=0.0)
-            delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-            dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32) * (1.0 / scale)
-            p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
-            # dl l + p dp, from p itself: l = log p + lse, p dp = dl + p delta
-            logit = (tl.log2(p) + lse[:, None]) * LN2
-            side += tl.where(p > 0, dl * (1.0 + logit) + p * delta[:, None], 0.0)
         dla += _tile(part_ptr + kb * M, j, act, H * M, M, MB)
-    if HAS_DOC:
-        dla += _mm0(tl.where(after, 1.0, 0.0), side, "tf32x3")
-    else:
-        dla += tl.cumsum(side, 0, reverse=True)
-    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-    dla = tl.where(act[:, None], dla - tl.exp2(la * LOG2E) * dw, 0.0)
-    _put(dla_ptr + kb * M, dla, j, kok, H * M, M, MB)
+    _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
     if F != "none":
         dx = _dphi(dx, _tile(x_ptr + kb * N, j, kok, H * N, N, NB, True), F)
     _put(dx_ptr + kb * N, dx, j, kok, H * N, N, NB)
