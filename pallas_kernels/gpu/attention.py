@@ -103,6 +103,10 @@ class _Call:
             "HAS_VIS": visible0 is not None,
         }
 
+    def heads(self, wanted: int) -> int:
+        """Query heads to stack: as many as wanted where the group allows."""
+        return wanted if (self.HQ // self.H) % wanted == 0 else 1
+
 
 def _optional(cos, sin, doc, visible0, halo, T, dtype):
     """Arrays for the absent optional inputs, and the running document of each query.
@@ -132,7 +136,7 @@ def _scan(call: _Call, x, dec, init, reverse: bool):
 
     rows = call.B * call.H
     N, M = call.D + call.V, call.M
-    block = 256
+    block = 1024
     x, last = launch.call(
         kernels.scan_kernel,
         x,
@@ -177,7 +181,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     else:
         st, dec = jnp.zeros((1,), v.dtype), jnp.zeros((1,), jnp.float32)
         last = jnp.zeros((B, H, 0, width), jnp.float32)
-    heads = c.tiles.heads if (HQ // H) % c.tiles.heads == 0 else 1
+    heads = c.heads(c.tiles.heads)
     o, lse_s, lse_w = launch.call(
         kernels.output_kernel, q, k, v, la, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
@@ -201,14 +205,14 @@ def _backward(spec, residuals, cotangents, tiles=None):
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
     mrows = (B, T, HQ, M) if c.slots else (1,)
-    heads = c.tiles.dq_heads if (HQ // H) % c.tiles.dq_heads == 0 else 1
-    dq, dl, p, lse, delta_s, delta_w = launch.call(
+    heads = c.heads(c.tiles.dq_heads)
+    dq, dl, p, side, lse, delta = launch.call(
         kernels.dq_kernel, q, k, v, la, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
         dls.astype(f32), dlw.astype(f32),
         T, S, halo, NC, c.rope_batch,
         out=[
             _sds(q.shape, q.dtype), _sds(mrows, c.gate_dtype), _sds(mrows, c.gate_dtype),
-            *[_sds((B, T, HQ), f32)] * 3,
+            _sds((B, T, HQ // heads, M) if c.slots else (1,), f32), *[_sds((B, T, HQ), f32)] * 2,
         ],
         grid=NC * B * (HQ // heads), num_warps=c.tiles.dq,
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
@@ -218,7 +222,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
         (dst,) = launch.call(
             kernels.dstate_kernel, q, do, la, dec, dl, p, doc_, cur, T, S, halo, NC,
             out=[_sds((B * H, NC + 1, M, width), c.gate_dtype)],
-            grid=NC * B * H, num_warps=c.tiles.dstate,
+            grid=NC * B * H, num_warps=c.tiles.dstate, num_stages=c.tiles.dstate_stages,
             HQ=HQ, **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"],
             **c.pads, **c.full,
         )  # fmt: skip
@@ -236,24 +240,24 @@ def _backward(spec, residuals, cotangents, tiles=None):
         part = none
         for values, x, y, pl, n in ((False, k, q, dl, D), (True, v, do, p, V)):
             dx, part = launch.call(
-                kernels.dslot_kernel, x, y, pl, la, st, dst, doc_, cur, dl, p, lse, delta_s, part,
+                kernels.dslot_kernel, x, y, pl, la, st, dst, doc_, cur, side, part,
                 T, S, halo, NC,
                 out=[
                     _sds(x.shape, x.dtype),
                     _sds(log_alpha.shape, log_alpha.dtype if values else f32),
                 ],
-                grid=NC * B * H, num_warps=c.tiles.dslot, zeroed=zeroed,
+                grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages, zeroed=zeroed,
                 HQ=HQ, **c.shape, **c.lag, scale=float(spec.scale), VALUES=values, **c.precision,
-                C=C, NB=_pow2(n), MB=c.pads["MB"],
+                PARTS=HQ // heads // H, C=C, GB=c.heads(c.tiles.dslot_heads), NB=_pow2(n), MB=c.pads["MB"],
             )  # fmt: skip
             dk, dv, dla = (dk, dx, part) if values else (dx, dv, dla)
     if spec.window > 0:
         keys = -(-S // C)
         dk, dv = launch.call(
-            kernels.dwindow_kernel, q, k, v, cos_, sin_, doc_, do, lse, delta_w, dk, dv,
+            kernels.dwindow_kernel, q, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
             T, S, halo, keys, c.rope_batch,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype)],
-            grid=keys * B * H, num_warps=c.tiles.dwindow,
+            grid=keys * B * H, num_warps=c.tiles.dwindow, num_stages=c.tiles.dwindow_stages,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
             **c.pads, **c.half,

@@ -292,6 +292,20 @@ def _window_mask(s, qrow, krow, WINDOW: tl.constexpr, qdoc, kdoc, HAS_DOC: tl.co
 
 
 @triton.jit
+def _key_tile(k_ptr, kr, j, kok, cs, sn, H: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr,
+              ROPE: tl.constexpr, AGAIN: tl.constexpr):
+    """The halves of C keys from row kr, rotated. Pointers stand at row 0."""
+    at = k_ptr + kr.to(tl.int64) * (H * D)
+    k1 = _tile(at, j, kok, H * D, DH, DB, AGAIN)
+    k2 = _tile(at + DH, j, kok, H * D, DH, DB, AGAIN)
+    if ROPE:
+        c = _tile(cs + kr * DH, j, kok, DH, DH, DB)
+        s = _tile(sn + kr * DH, j, kok, DH, DH, DB)
+        k1, k2 = _rotate(k1, k2, c, s)
+    return k1, k2
+
+
+@triton.jit
 def _visible(t, live, qdoc, doc_ptr, vis_ptr, b, halo, LAG: tl.constexpr, ZERO: tl.constexpr,
              HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr):
     """Which queries see their slots (rows of the program)."""
@@ -327,6 +341,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
     MERGED: tl.constexpr = SLOTS and WINDOW > 0 and NP > 0 and LAG == NP * C
+    TWO: tl.constexpr = MERGED and NP == 1
     pid = tl.program_id(0)
     h0 = (pid % NHG) * GB
     c = (pid // NHG) % NC
@@ -396,19 +411,9 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
         else:
             y = tl.where(seen[:, None], y, NINF)
         m_s = tl.max(y, 1)
-        p = tl.exp2(y - _safe(m_s)[:, None])
-        l_s = tl.sum(p, 1)
+        y = tl.exp2(y - _safe(m_s)[:, None])
+        l_s = tl.sum(y, 1)
         m = m_s
-        a = _pairs(p, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
-        a = tl.where(causal, a, 0.0)
-        pe = p * e0
-        if HAS_DOC:
-            pe = tl.where(old[:, None], pe, 0.0)
-        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-        acc = _mm0(pe.to(TD), sv, PREC)
-        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-        if not MERGED:
-            acc = _mm(a.to(TD), vt, acc, PREC)
 
     if WINDOW > 0:
         if SLOTS:
@@ -420,12 +425,8 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
             q1, q2 = _rotate(q1, q2, qc, qs)
         qrow = (r0 + tok)[:, None]
         if MERGED:
-            k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB, True)
-            k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB, True)
-            if ROPE:
-                kc = _tile(cs + row0 * DH, j, kok, DH, DH, DB)
-                kn = _tile(sn + row0 * DH, j, kok, DH, DH, DB)
-                k1, k2 = _rotate(k1, k2, kc, kn)
+            # the tile that is leaving the window is the tile being written: one A for both
+            k1, k2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, True)
             s = _mm0(q1, tl.trans(k1), PREC)
             s = _mm(q2, tl.trans(k2), s, PREC) * sc
             kdoc = qdoc
@@ -433,42 +434,75 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
                 kdoc = tl.load(doc + krow, mask=kok, other=0)
             s = _window_mask(s, qrow, krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
             m_w = tl.max(s, 1)
-            p = tl.exp2(s - _safe(m_w)[:, None])
-            l_w = tl.sum(p, 1)
-            m = tl.maximum(m_s, m_w)
-            fs = tl.exp2(m_s - _safe(m))
-            fw = tl.exp2(m_w - _safe(m))
-            acc = acc * fs[:, None]
-            acc = _mm((a * fs[:, None] + p * fw[:, None]).to(TD), vt, acc, PREC)
-            first = -NP + 1
-        else:
-            first = -NP
-        first = tl.maximum(first, -((r0 + C - 1) // C))
-        for n in range(first, 1):
-            kr = r0 + n * C
-            krow = kr + j
-            kok = (krow >= 0) & (krow < S)
-            k1 = _tile(kbase + kr.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
-            k2 = _tile(kbase + kr.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
-            vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-            if ROPE:
-                kc = _tile(cs + kr * DH, j, kok, DH, DH, DB)
-                kn = _tile(sn + kr * DH, j, kok, DH, DH, DB)
-                k1, k2 = _rotate(k1, k2, kc, kn)
-            s = _mm0(q1, tl.trans(k1), PREC)
-            s = _mm(q2, tl.trans(k2), s, PREC) * sc
-            kdoc = qdoc
+    if TWO:
+        # window tiles: this one and the diagonal; logits first, so that no accumulator waits on them
+        jrow = r0 + j
+        jok = jrow < S
+        k1, k2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
+        s2 = _mm0(q1, tl.trans(k1), PREC)
+        s2 = _mm(q2, tl.trans(k2), s2, PREC) * sc
+        keep = jrow[None, :] <= qrow
+        if HAS_DOC:
+            keep = keep & (qdoc[:, None] == jdoc[None, :]) & (qdoc != 0)[:, None]
+        s2 = tl.where(keep, s2, NINF)
+        m_w = tl.maximum(m_w, tl.max(s2, 1))
+        s = tl.exp2(s - _safe(m_w)[:, None])
+        s2 = tl.exp2(s2 - _safe(m_w)[:, None])
+        l_w = tl.sum(s, 1) + tl.sum(s2, 1)
+        m = tl.maximum(m_s, m_w)
+        fs = tl.exp2(m_s - _safe(m))
+        fw = tl.exp2(m_w - _safe(m))
+        y = y * fs[:, None]
+        a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+        a = (tl.where(causal, a, 0.0) + s * fw[:, None]).to(TD)
+        s2 = (s2 * fw[:, None]).to(TD)
+        y = y * e0
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        acc = _mm0(y.to(TD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
+        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+        acc = _mm(a, vt, acc, PREC)
+        vt = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+        acc = _mm(s2, vt, acc, PREC)
+    else:
+        if SLOTS:
+            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+            a = tl.where(causal, a, 0.0)
+            y = y * e0
             if HAS_DOC:
-                kdoc = tl.load(doc + krow, mask=kok, other=0)
-            s = _window_mask(s, qrow, krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
-            mw = tl.maximum(m_w, tl.max(s, 1))
-            mj = tl.maximum(m, mw)
-            p = tl.exp2(s - _safe(mw)[:, None])
-            l_w = l_w * tl.exp2(m_w - _safe(mw)) + tl.sum(p, 1)
-            acc = acc * tl.exp2(m - _safe(mj))[:, None]
-            acc = _mm((p * tl.exp2(mw - _safe(mj))[:, None]).to(TD), vt, acc, PREC)
-            m_w = mw
-            m = mj
+                y = tl.where(old[:, None], y, 0.0)
+            acc = _mm0(y.to(TD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
+            vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+            if MERGED:
+                s = tl.exp2(s - _safe(m_w)[:, None])
+                l_w = tl.sum(s, 1)
+                m = tl.maximum(m_s, m_w)
+                fs = tl.exp2(m_s - _safe(m))
+                fw = tl.exp2(m_w - _safe(m))
+                acc = acc * fs[:, None]
+                a = a * fs[:, None] + s * fw[:, None]
+            acc = _mm(a.to(TD), vt, acc, PREC)
+        if WINDOW > 0:
+            for n in range(tl.maximum(1 - NP if MERGED else -NP, -((r0 + C - 1) // C)), 1):
+                kr = r0 + n * C
+                krow = kr + j
+                kok = (krow >= 0) & (krow < S)
+                k1, k2 = _key_tile(kbase, kr, j, kok, cs, sn, H, D, DH, DB, ROPE, False)
+                vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+                s = _mm0(q1, tl.trans(k1), PREC)
+                s = _mm(q2, tl.trans(k2), s, PREC) * sc
+                kdoc = qdoc
+                if HAS_DOC:
+                    kdoc = tl.load(doc + krow, mask=kok, other=0)
+                s = _window_mask(s, qrow, krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
+                mw = tl.maximum(m_w, tl.max(s, 1))
+                mj = tl.maximum(m, mw)
+                p = tl.exp2(s - _safe(mw)[:, None])
+                l_w = l_w * tl.exp2(m_w - _safe(mw)) + tl.sum(p, 1)
+                acc = acc * tl.exp2(m - _safe(mj))[:, None]
+                acc = _mm((p * tl.exp2(mw - _safe(mj))[:, None]).to(TD), vt, acc, PREC)
+                m_w = mw
+                m = mj
 
     total = l_s * tl.exp2(m_s - _safe(m)) + l_w * tl.exp2(m_w - _safe(m))
     if HAS_DOC:
@@ -481,22 +515,34 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
 
 
 @triton.jit
+def _slot_dq(de, a, s1, s2, k1, k2, q1, q2, dq1, dq2, GD: tl.constexpr, GPREC: tl.constexpr, FM: tl.constexpr):
+    dq1 = _mm(de, s1.to(GD), dq1, GPREC)
+    dq1 = _mm(a, k1.to(GD), dq1, GPREC)
+    dq2 = _mm(de, s2.to(GD), dq2, GPREC)
+    dq2 = _mm(a, k2.to(GD), dq2, GPREC)
+    return _dphi(dq1, q1, FM), _dphi(dq2, q2, FM)
+
+
+@triton.jit
 def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
               T, S, halo, NC, rope_batch,
-              dq_ptr, dl_ptr, p_ptr, lse_ptr, delta_s_ptr, delta_w_ptr,
+              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, lse (base 2, +inf for empty rows), and the deltas of the slots' and the window's side."""
+    head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
+    empty rows), and the window side's delta."""
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
+    # slots' part last, not held while the window is worked on (needs no other use of q)
+    LAST: tl.constexpr = SLOTS and WINDOW > 0 and FM == "none"
     pid = tl.program_id(0)
     h0 = (pid % NHG) * GB
     c = (pid // NHG) % NC
@@ -534,8 +580,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
     delta_s = delta - dls * tl.exp2(tl.minimum(lse - tl.where(ls == NINF, lse, ls), 100.0))
     delta_w = delta - dlw * tl.exp2(tl.minimum(lse - tl.where(lw == NINF, lse, lw), 100.0))
     tl.store(lse_ptr + rows, tl.where(none, float("inf"), lse), mask=live)
-    tl.store(delta_s_ptr + rows, delta_s, mask=live)
-    tl.store(delta_w_ptr + rows, delta_w, mask=live)
+    tl.store(delta_ptr + rows, delta_w, mask=live)
     q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB)
     q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB)
     dq1 = tl.zeros((R, DB), tl.float32)
@@ -545,10 +590,10 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
         lab = la_ptr + (b * S * H + h) * M
         mm = tl.arange(0, MB)
         krow = row0 + j
-        kok = (krow >= 0) & (krow < S)
+        kok0 = (krow >= 0) & (krow < S)
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-        k1 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB), FM)
-        k2 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB), FM)
+        k1 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB), FM)
+        k2 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok0, H * D, DH, DB), FM)
         s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
         s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
         f1 = _phi(q1, FM)
@@ -576,14 +621,20 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
         shown = seen[:, None] & (mm < M)[None, :]
         p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
         _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, qrows, live)
-        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
         x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         z = _mm0(do, tl.trans(sv), PREC)
         if HAS_DOC:
             z = tl.where(old[:, None], z, 0.0)
         z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
-        dl = p * (z - delta_s[:, None]) * scale
+        dl = p * (z - delta_s[:, None])
+        # dl l + p dp, with the logit l = log p + lse and p dp = dl + p delta
+        side = dl * (1.0 + (tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * LN2) + p * delta_s[:, None]
+        if GB > 1:
+            side = tl.sum(tl.reshape(side, (GB, C, MB)), 0)
+        _put(side_ptr + ((b * T + t0) * NHG + h0 // GB) * M, side, j, t0 + j < T, NHG * M, M, MB)
+        dl = dl * scale
         _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, qrows, live)
         a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
         a = tl.where(causal, a, 0.0).to(GD)
@@ -591,12 +642,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
         if HAS_DOC:
             de = tl.where(old[:, None], de, 0.0)
         de = de.to(GD)
-        dq1 = _mm0(de, s1.to(GD), GPREC)
-        dq1 = _mm(a, k1.to(GD), dq1, GPREC)
-        dq2 = _mm0(de, s2.to(GD), GPREC)
-        dq2 = _mm(a, k2.to(GD), dq2, GPREC)
-        dq1 = _dphi(dq1, q1, FM)
-        dq2 = _dphi(dq2, q2, FM)
+        if not LAST:
+            dq1, dq2 = _slot_dq(de, a, s1, s2, k1, k2, q1, q2, dq1, dq2, GD, GPREC, FM)
     if WINDOW > 0:
         if SLOTS:
             q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB, True)
@@ -606,32 +653,35 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
             qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
             qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
             q1, q2 = _rotate(q1, q2, qc, qs)
-            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
+            if not LAST:
+                dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
             kr = r0 + n * C
             krow = kr + j
             kok = (krow >= 0) & (krow < S)
-            k1 = _tile(kbase + kr.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
-            k2 = _tile(kbase + kr.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
-            vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-            if ROPE:
-                kc = _tile(cs + kr * DH, j, kok, DH, DH, DB)
-                kn = _tile(sn + kr * DH, j, kok, DH, DH, DB)
-                k1, k2 = _rotate(k1, k2, kc, kn)
+            k1, k2 = _key_tile(kbase, kr, j, kok, cs, sn, H, D, DH, DB, ROPE, True)
             s = _mm0(q1, tl.trans(k1), PREC)
             s = _mm(q2, tl.trans(k2), s, PREC) * sc
             kdoc = qdoc
             if HAS_DOC:
                 kdoc = tl.load(doc + krow, mask=kok, other=0)
             s = _window_mask(s, (r0 + tok)[:, None], krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
+            s = tl.exp2(s - lse[:, None])
+            vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB, True)
             z = _mm0(do, tl.trans(vt), PREC)
-            ds = (tl.exp2(s - lse[:, None]) * (z - delta_w[:, None]) * scale).to(TD)
+            ds = (s * (z - delta_w[:, None]) * scale).to(TD)
             dq1 = _mm(ds, k1, dq1, PREC)
             dq2 = _mm(ds, k2, dq2, PREC)
         if ROPE:
             qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB, True)
             qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB, True)
             dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
+    if LAST:
+        s1 = _tile(stb, mm, mm < M, D + V, DH, DB, True)
+        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB, True)
+        k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
+        k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok0, H * D, DH, DB)
+        dq1, dq2 = _slot_dq(de, a, s1, s2, k1, k2, q1, q2, dq1, dq2, GD, GPREC, FM)
     _put(dq_ptr + first * D, dq1, qrows, live, D, DH, DB)
     _put(dq_ptr + first * D + DH, dq2, qrows, live, D, DH, DB)
 
@@ -682,12 +732,12 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, dec_ptr, dl_ptr, p_ptr, doc_ptr, cur_pt
 
 @triton.jit
 def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 dl_ptr, p_ptr, lse_ptr, delta_ptr, part_ptr,
+                 side_ptr, part_ptr,
                  T, S, halo, NC, dx_ptr, dla_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  scale: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  VALUES: tl.constexpr, PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, NB: tl.constexpr, MB: tl.constexpr):
+                 PARTS: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, NB: tl.constexpr, MB: tl.constexpr):
     """Slot side of the gradient of the rows that chunk c writes: of keys and, in a second launch
     (VALUES), of values; the two are one computation, with x, y, pl = k, q, dl or v, do, p.
 
@@ -706,16 +756,20 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     j = tl.arange(0, C)
     krow = kr + j
     kok = (krow >= 0) & (krow < S)
-    live = t0 + j < T
     doc = doc_ptr + b * S
     mm = tl.arange(0, MB)
     kb = (b * S + kr) * H + h
     lab = la_ptr + (b * S * H + h) * M
     x = _phi(_tile(x_ptr + kb * N, j, kok, H * N, N, NB), F)
-    after = j[:, None] <= j[None, :]  # [written, query]
+    i = tl.arange(0, GB * C)
+    tok = i % C
+    qrows = tok * HQ + i // C
+    live = t0 + tok < T
+    after = j[:, None] <= tok[None, :]  # [written, query]
     if HAS_DOC:
-        qdoc = tl.load(doc + halo + t0 + j, mask=live, other=0)
-        after = after & (qdoc[:, None] == qdoc[None, :])
+        jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
+        qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
+        after = after & (jdoc[:, None] == qdoc[None, :])
 
     # inside the chunk, level by level
     g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
@@ -723,13 +777,13 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     bw = _level_first(g, w)[1].to(GD)
     dx = tl.zeros((C, NB), tl.float32)
     dw = tl.zeros((C, MB), tl.float32)
-    for gi in range(G):
-        rows = (b * T + t0) * HQ + h * G + gi
-        y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
-        pe = _tile(pl_ptr + rows * M, j, live, HQ * M, M, MB)
+    for gi in range(G // GB):
+        rows = (b * T + t0) * HQ + h * G + gi * GB
+        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
+        pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
         if levels > 1:
             g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-            pe = tl.where(g > -SPAN, pe, 0.0).to(GD)
+            pe = tl.where(_stack(g, GB, C, MB) > -SPAN, pe, 0.0).to(GD)
         a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
         dx = _mm(a, y.to(GD), dx, GPREC)
         a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
@@ -739,11 +793,12 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     for n in range(1, levels):
         e, inv = _level(g, 1.0, n)
         bw = (inv * w).to(GD)
+        e = _stack(e, GB, C, MB)
         db = tl.zeros((C, MB), tl.float32)
-        for gi in range(G):
-            rows = (b * T + t0) * HQ + h * G + gi
-            y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
-            pe = tl.where(e > 0, _tile(pl_ptr + rows * M, j, live, HQ * M, M, MB), 0.0).to(GD)
+        for gi in range(G // GB):
+            rows = (b * T + t0) * HQ + h * G + gi * GB
+            y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
+            pe = tl.where(e > 0, _tile(pl_ptr + rows * M, qrows, live, M, M, MB), 0.0).to(GD)
             a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
             dx = _mm(a, y.to(GD), dx, GPREC)
             a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
@@ -753,17 +808,11 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     # gates: what passes through step s inside the chunk
     side = -w * dw
     if VALUES:
-        # queries' side dl l + p dp, from p itself: l = log p + lse, p dp = dl + p delta
-        x0 = g - _reference(g)
-        for gi in range(G):
-            rows = (b * T + t0) * HQ + h * G + gi
-            lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=0.0)
-            delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-            de = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32) * (1.0 / scale)
-            pe = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB).to(tl.float32)
-            logit = (tl.log2(pe) - x0 + lse[:, None]) * LN2
-            side += tl.where(pe > 0, (de * (1.0 + logit) + pe * delta[:, None]) * tl.exp2(-x0), 0.0)
+        for gi in range(PARTS):
+            at = side_ptr + (((b * T + t0) * H + h) * PARTS + gi) * M
+            side += _tile(at, j, t0 + j < T, H * PARTS * M, M, MB)
     if HAS_DOC:
+        after = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
         dla = _mm0(tl.where(after, 1.0, 0.0), side, "tf32x3")
     else:
         dla = tl.cumsum(side, 0, reverse=True)
@@ -777,7 +826,7 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     if HAS_DOC:
         cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
         cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-        end = tl.where((qdoc == cur_end)[:, None], end, 0.0)
+        end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
         keep = tl.where(cur_end == cur_start, keep, 0.0)
     sb = ((b * H + h) * (NC + 1) + c) * (M * (D + V)) + COL
     ds = _tile(dst_ptr + sb + M * (D + V), mm, mm < M, D + V, N, NB)
@@ -787,7 +836,7 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     u = _mm0(x.to(GD), tl.trans(ds), GPREC) * end
     through = tl.cumsum(w * u, 0) - w * u + (cross * keep)[None, :]
     if HAS_DOC:
-        through = tl.where((qdoc == cur_end)[:, None], through, 0.0)
+        through = tl.where((jdoc == cur_end)[:, None], through, 0.0)
     dla += through - tl.exp2(la) * (u + dw)
     if VALUES:
         dla += _tile(part_ptr + kb * M, j, act, H * M, M, MB)
@@ -832,35 +881,32 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
     dk1 = tl.zeros((C, DB), tl.float32)
     dk2 = tl.zeros((C, DB), tl.float32)
     dv = tl.zeros((C, VB), tl.float32)
-    for n in range(NP + 1):
-        qr = kr + n * C
+    for it in range(G * (NP + 1)):
+        qr = kr + it % (NP + 1) * C
         t0 = qr - halo
-        if (t0 + C > 0) & (t0 < T):
-            live = (t0 + j >= 0) & (t0 + j < T)
-            qdoc = kdoc
-            if HAS_DOC:
-                qdoc = tl.load(doc + qr + j, mask=live, other=0)
-            if ROPE:
-                qc = _tile(cos_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-                qs = _tile(sin_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-            for gi in range(G):
-                rows = (b * T + t0) * HQ + h * G + gi
-                q1 = _tile(q_ptr + rows * D, j, live, HQ * D, DH, DB)
-                q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
-                if ROPE:
-                    q1, q2 = _rotate(q1, q2, qc, qs)
-                s = _mm0(k1, tl.trans(q1), PREC)
-                s = _mm(k2, tl.trans(q2), s, PREC) * (scale * LOG2E)
-                s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
-                lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
-                p = tl.exp2(s - lse[None, :])
-                do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-                dv = _mm(p.to(TD), do, dv, PREC)
-                z = _mm0(vt, tl.trans(do), PREC)
-                delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-                ds = (p * (z - delta[None, :]) * scale).to(TD)
-                dk1 = _mm(ds, q1, dk1, PREC)
-                dk2 = _mm(ds, q2, dk2, PREC)
+        live = (t0 + j >= 0) & (t0 + j < T)
+        rows = (b * T + t0) * HQ + h * G + it // (NP + 1)
+        q1 = _tile(q_ptr + rows * D, j, live, HQ * D, DH, DB)
+        q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
+        if ROPE:
+            qc = _tile(cos_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
+            qs = _tile(sin_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
+            q1, q2 = _rotate(q1, q2, qc, qs)
+        s = _mm0(k1, tl.trans(q1), PREC)
+        s = _mm(k2, tl.trans(q2), s, PREC) * (scale * LOG2E)
+        qdoc = kdoc
+        if HAS_DOC:
+            qdoc = tl.load(doc + qr + j, mask=live, other=0)
+        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
+        lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
+        s = tl.exp2(s - lse[None, :])
+        do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
+        dv = _mm(s.to(TD), do, dv, PREC)
+        z = _mm0(vt, tl.trans(do), PREC)
+        delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+        ds = (s * (z - delta[None, :]) * scale).to(TD)
+        dk1 = _mm(ds, q1, dk1, PREC)
+        dk2 = _mm(ds, q2, dk2, PREC)
     if ROPE:
         kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
         kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)

@@ -26,6 +26,10 @@ class Tiles:
     dstate: int = 4
     dslot: int = 4
     dwindow: int = 4
+    dslot_heads: int = 1
+    dstate_stages: int = 1
+    dslot_stages: int = 1
+    dwindow_stages: int = 1
 
 
 def default(d: int, v: int, m: int, itemsize: int) -> Tiles:
