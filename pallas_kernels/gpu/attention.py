@@ -183,7 +183,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         last = jnp.zeros((B, H, 0, width), jnp.float32)
     heads = c.heads(c.tiles.heads)
     o, lse_s, lse_w = launch.call(
-        kernels.output_kernel, q, k, v, la, st, cos_, sin_, doc_, cur, vis,
+        kernels.output_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype)] + [_sds((B, T, HQ), jnp.float32)] * 2,
         grid=NC * B * (HQ // heads), num_warps=c.tiles.output,
@@ -207,7 +207,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     mrows = (B, T, HQ, M) if c.slots else (1,)
     heads = c.heads(c.tiles.dq_heads)
     dq, dl, p, side, lse, delta = launch.call(
-        kernels.dq_kernel, q, k, v, la, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
+        kernels.dq_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
         dls.astype(f32), dlw.astype(f32),
         T, S, halo, NC, c.rope_batch,
         out=[
@@ -235,22 +235,16 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dk = dv = none
     dla = jnp.zeros_like(log_alpha)
     if c.slots:
-        # rows that no query writes to the slots have no slot side: zeros, where nothing else fills them
-        zeroed = (0, 1) if spec.window == 0 else (1,)
-        part = none
-        for values, x, y, pl, n in ((False, k, q, dl, D), (True, v, do, p, V)):
-            dx, part = launch.call(
-                kernels.dslot_kernel, x, y, pl, la, st, dst, doc_, cur, side, part,
-                T, S, halo, NC,
-                out=[
-                    _sds(x.shape, x.dtype),
-                    _sds(log_alpha.shape, log_alpha.dtype if values else f32),
-                ],
-                grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages, zeroed=zeroed,
-                HQ=HQ, **c.shape, **c.lag, scale=float(spec.scale), VALUES=values, **c.precision,
-                PARTS=HQ // heads // H, C=C, GB=c.heads(c.tiles.dslot_heads), NB=_pow2(n), MB=c.pads["MB"],
-            )  # fmt: skip
-            dk, dv, dla = (dk, dx, part) if values else (dx, dv, dla)
+        # rows that no query writes to the slots: zeros, where nothing else fills them
+        dk, dv, dla = launch.call(
+            kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, st, dst, doc_, cur, side,
+            T, S, halo, NC,
+            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
+            grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages,
+            zeroed=(2,) if spec.window > 0 else (0, 1, 2),
+            HQ=HQ, **c.shape, **c.lag, **c.precision, PARTS=HQ // heads // H,
+            GB=c.heads(c.tiles.dslot_heads), **c.pads, **c.full,
+        )  # fmt: skip
     if spec.window > 0:
         keys = -(-S // C)
         dk, dv = launch.call(

@@ -17,6 +17,8 @@ one more reference ("level") per SPAN, so that no factor overflows and what is d
 All logits inside are base 2 (scaled by log2 e); lse and gates at the boundary are natural.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -24,6 +26,8 @@ SPAN = tl.constexpr(96.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NINF = tl.constexpr(float("-inf"))
+# Triton's interpreter has no bfloat16 products
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
@@ -34,6 +38,26 @@ def _mm(a, b, acc, PREC: tl.constexpr):
 @triton.jit
 def _mm0(a, b, PREC: tl.constexpr):
     return tl.dot(a, b, input_precision=PREC)
+
+
+@triton.jit
+def _cumsum(x, C: tl.constexpr, REVERSE: tl.constexpr = False):
+    """Running sums over the rows of x [C, N], on the tensor cores: three bfloat16 parts are float32."""
+    if INTERPRETED:
+        return tl.cumsum(x, 0, reverse=REVERSE)
+    else:
+        i = tl.arange(0, C)
+        if REVERSE:
+            ones = (i[:, None] <= i[None, :]).to(tl.bfloat16)
+        else:
+            ones = (i[:, None] >= i[None, :]).to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        x -= high.to(tl.float32)
+        mid = x.to(tl.bfloat16)
+        x -= mid.to(tl.float32)
+        y = tl.dot(ones, x.to(tl.bfloat16))
+        y = tl.dot(ones, mid, y)
+        return tl.dot(ones, high, y)
 
 
 @triton.jit
@@ -119,6 +143,7 @@ def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, M
         dr = tl.load(doc_ptr + row0 + i, mask=act, other=0)
         act = act & (dq == dr) & (dq != 0)
     la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB).to(tl.float32)
+    la = tl.maximum(la, -SPAN * LN2)  # nothing older is left after such a step anyway
     return la, _write_weight(la), act
 
 
@@ -153,15 +178,15 @@ def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB
           HAS_DOC: tl.constexpr):
     """g and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
     la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC)
-    return tl.cumsum(la * LOG2E, 0), w
+    return _cumsum(la * LOG2E, C), w
 
 
 @triton.jit
 def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-             GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr):
+             GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr):
     """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
     y = _mm(x, b0, y0, PREC) * e0
-    if levels > 1:
+    if STRONG:
         g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
         for n in range(1, levels):
             e, b = _level(g, w, n)
@@ -171,10 +196,10 @@ def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.
 
 @triton.jit
 def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-           GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr):
+           GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr):
     """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
     a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
-    if levels > 1:
+    if STRONG:
         g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
         for n in range(1, levels):
             e, b = _level(g, w, n)
@@ -184,13 +209,24 @@ def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.conste
 
 @triton.jit
 def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-               GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, rows, ok):
+               GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, rows, ok):
     """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level."""
     y = p * e0
-    if levels > 1:
+    if STRONG:
         g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
         y = p * _stack(tl.exp2(g - _reference(g)), GB, C, MB)
     _put(ptr, y, rows, ok, M, M, MB)
+
+
+@triton.jit
+def _strong(dec_ptr, b, h, c, H: tl.constexpr, NC, M: tl.constexpr, MB: tl.constexpr):
+    """Whether a chunk's gates need more than one level (or a document ends in it).
+
+    Such chunks take their own copy of a kernel's body: the common one has no trace of the levels.
+    """
+    cols = tl.arange(0, MB)
+    keep = tl.load(dec_ptr + ((b * H + h) * NC + c) * M + cols, mask=cols < M, other=1.0)
+    return tl.min(keep) < 1.3e-29
 
 
 @triton.jit
@@ -221,7 +257,7 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
     doc = doc_ptr + b * S
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC)
     la = la * LOG2E
-    g = tl.cumsum(la, 0)
+    g = _cumsum(la, C)
     total = tl.sum(la, 0)
     keep = tl.exp2(total)
     end = w * tl.exp2(tl.minimum(total[None, :] - g, 0.0))
@@ -327,14 +363,14 @@ def _visible(t, live, qdoc, doc_ptr, vis_ptr, b, halo, LAG: tl.constexpr, ZERO: 
 
 
 @triton.jit
-def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
                   T, S, halo, NC, rope_batch,
                   o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
@@ -377,7 +413,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
         row0 = r0 - LAG
         lab = la_ptr + (b * S * H + h) * M
         g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
-        levels = _levels(g)
+        levels = _levels(g) if STRONG else 1
         e0, b0 = _level_first(g, w)
         b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
@@ -404,7 +440,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
             cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
             old = qdoc == cur_start
             y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC) * sc
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
         seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
         if M != MB:
             y = tl.where(seen[:, None] & (mm < M)[None, :], y, NINF)
@@ -453,7 +489,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
         fs = tl.exp2(m_s - _safe(m))
         fw = tl.exp2(m_w - _safe(m))
         y = y * fs[:, None]
-        a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+        a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
         a = (tl.where(causal, a, 0.0) + s * fw[:, None]).to(TD)
         s2 = (s2 * fw[:, None]).to(TD)
         y = y * e0
@@ -466,7 +502,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
         acc = _mm(s2, vt, acc, PREC)
     else:
         if SLOTS:
-            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
             a = tl.where(causal, a, 0.0)
             y = y * e0
             if HAS_DOC:
@@ -515,16 +551,33 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr
 
 
 @triton.jit
-def _slot_dq(de, a, s1, s2, k1, k2, q1, q2, dq1, dq2, GD: tl.constexpr, GPREC: tl.constexpr, FM: tl.constexpr):
-    dq1 = _mm(de, s1.to(GD), dq1, GPREC)
-    dq1 = _mm(a, k1.to(GD), dq1, GPREC)
-    dq2 = _mm(de, s2.to(GD), dq2, GPREC)
-    dq2 = _mm(a, k2.to(GD), dq2, GPREC)
-    return _dphi(dq1, q1, FM), _dphi(dq2, q2, FM)
+def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+                  T, S, halo, NC, rope_batch,
+                  o_ptr, lse_s_ptr, lse_w_ptr,
+                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    pid = tl.program_id(0)
+    h = pid % (HQ // GB) * GB // (HQ // H)
+    c = (pid // (HQ // GB)) % NC
+    b = (pid // (HQ // GB) // NC).to(tl.int64)
+    strong = False
+    if SLOTS:
+        strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)
+    if strong:
+        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
+            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
+            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, True)
+    else:
+        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
+            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
+            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, False)
 
 
 @triton.jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
               T, S, halo, NC, rope_batch,
               dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
@@ -532,7 +585,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
     head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
     empty rows), and the window side's delta."""
@@ -541,8 +594,6 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
     TD: tl.constexpr = v_ptr.dtype.element_ty
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
-    # slots' part last, not held while the window is worked on (needs no other use of q)
-    LAST: tl.constexpr = SLOTS and WINDOW > 0 and FM == "none"
     pid = tl.program_id(0)
     h0 = (pid % NHG) * GB
     c = (pid // NHG) % NC
@@ -610,24 +661,24 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
         y = _mm0(f1, tl.trans(s1), PREC)
         y = _mm(f2, tl.trans(s2), y, PREC)
         g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
-        levels = _levels(g)
+        levels = _levels(g) if STRONG else 1
         e0, b0 = _level_first(g, w)
         b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC) * sc
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
         seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
         shown = seen[:, None] & (mm < M)[None, :]
         p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
-        _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, qrows, live)
+        _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
         vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
         x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         z = _mm0(do, tl.trans(sv), PREC)
         if HAS_DOC:
             z = tl.where(old[:, None], z, 0.0)
-        z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+        z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
         dl = p * (z - delta_s[:, None])
         # dl l + p dp, with the logit l = log p + lse and p dp = dl + p delta
         side = dl * (1.0 + (tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * LN2) + p * delta_s[:, None]
@@ -635,15 +686,19 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
             side = tl.sum(tl.reshape(side, (GB, C, MB)), 0)
         _put(side_ptr + ((b * T + t0) * NHG + h0 // GB) * M, side, j, t0 + j < T, NHG * M, M, MB)
         dl = dl * scale
-        _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, qrows, live)
-        a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, GPREC)
+        _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
+        a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
         a = tl.where(causal, a, 0.0).to(GD)
         de = dl * e0
         if HAS_DOC:
             de = tl.where(old[:, None], de, 0.0)
         de = de.to(GD)
-        if not LAST:
-            dq1, dq2 = _slot_dq(de, a, s1, s2, k1, k2, q1, q2, dq1, dq2, GD, GPREC, FM)
+        dq1 = _mm0(de, s1.to(GD), GPREC)
+        dq1 = _mm(a, k1.to(GD), dq1, GPREC)
+        dq2 = _mm0(de, s2.to(GD), GPREC)
+        dq2 = _mm(a, k2.to(GD), dq2, GPREC)
+        dq1 = _dphi(dq1, q1, FM)
+        dq2 = _dphi(dq2, q2, FM)
     if WINDOW > 0:
         if SLOTS:
             q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB, True)
@@ -653,8 +708,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
             qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
             qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
             q1, q2 = _rotate(q1, q2, qc, qs)
-            if not LAST:
-                dq1, dq2 = _rotate(dq1, dq2, qc, qs)
+            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
             kr = r0 + n * C
             krow = kr + j
@@ -676,14 +730,40 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cu
             qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB, True)
             qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB, True)
             dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
-    if LAST:
-        s1 = _tile(stb, mm, mm < M, D + V, DH, DB, True)
-        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB, True)
-        k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
-        k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok0, H * D, DH, DB)
-        dq1, dq2 = _slot_dq(de, a, s1, s2, k1, k2, q1, q2, dq1, dq2, GD, GPREC, FM)
     _put(dq_ptr + first * D, dq1, qrows, live, D, DH, DB)
     _put(dq_ptr + first * D + DH, dq2, qrows, live, D, DH, DB)
+
+
+@triton.jit
+def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+              o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
+              T, S, halo, NC, rope_batch,
+              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
+              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+              PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
+    head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
+    empty rows), and the window side's delta."""
+    pid = tl.program_id(0)
+    h = pid % (HQ // GB) * GB // (HQ // H)
+    c = (pid // (HQ // GB)) % NC
+    b = (pid // (HQ // GB) // NC).to(tl.int64)
+    strong = False
+    if SLOTS:
+        strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)
+    if strong:
+        _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+            do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
+            dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+            ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, True)
+    else:
+        _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+            do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
+            dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+            ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, False)
 
 
 @triton.jit
@@ -704,8 +784,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, dec_ptr, dl_ptr, p_ptr, doc_ptr, cur_pt
     live = t0 + j < T
     doc = doc_ptr + b * S
     mm = tl.arange(0, MB)
-    keep = tl.load(dec_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=1.0)
-    strong = tl.min(keep) < 1e-28  # rows of a further level (or of a later document) must not count
+    strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)  # rows of a later level or document must not count
     dk = tl.zeros((MB, DB), tl.float32)
     dv = tl.zeros((MB, VB), tl.float32)
     for gi in range(G):
@@ -731,21 +810,33 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, dec_ptr, dl_ptr, p_ptr, doc_ptr, cur_pt
 
 
 @triton.jit
-def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 side_ptr, part_ptr,
-                 T, S, halo, NC, dx_ptr, dla_ptr,
-                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 scale: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
-                 VALUES: tl.constexpr, PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 PARTS: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, NB: tl.constexpr, MB: tl.constexpr):
-    """Slot side of the gradient of the rows that chunk c writes: of keys and, in a second launch
-    (VALUES), of values; the two are one computation, with x, y, pl = k, q, dl or v, do, p.
+def _slot_pass(x, y_ptr, pl_ptr, dx, dw, bw, g, level, h, b, t0, live, after, qrows, T,
+               N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
+               M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
+               PREC: tl.constexpr, GPREC: tl.constexpr, STRONG: tl.constexpr):
+    """One level of the pairs inside a chunk, for keys (x, y, pl = k, q, dl) or values (v, do, p)."""
+    for gi in range(G // GB):
+        rows = (b * T + t0) * HQ + h * G + gi * GB
+        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
+        pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
+        if STRONG:
+            e, inv = _level(g, 1.0, level)
+            pe = tl.where(_stack(e, GB, C, MB) > 0, pe, 0.0).to(GD)
+        a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
+        dx = _mm(a, y.to(GD), dx, GPREC)
+        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
+        dw = _mm(a, pe, dw, GPREC)
+    return dx, dw
 
-    Each launch adds its share of the gate gradient; the first leaves it in float32 for the second.
-    """
-    N: tl.constexpr = V if VALUES else D
-    COL: tl.constexpr = D if VALUES else 0
-    F: tl.constexpr = "none" if VALUES else FM
+
+@triton.jit
+def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+           T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
+           HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+           LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+           PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, PARTS: tl.constexpr,
+           C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
+           STRONG: tl.constexpr):
     G: tl.constexpr = HQ // H
     pid = tl.program_id(0)
     h = pid % H
@@ -760,7 +851,6 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
     mm = tl.arange(0, MB)
     kb = (b * S + kr) * H + h
     lab = la_ptr + (b * S * H + h) * M
-    x = _phi(_tile(x_ptr + kb * N, j, kok, H * N, N, NB), F)
     i = tl.arange(0, GB * C)
     tok = i % C
     qrows = tok * HQ + i // C
@@ -770,80 +860,112 @@ def dslot_kernel(x_ptr, y_ptr, pl_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr
         jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
         qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
         after = after & (jdoc[:, None] == qdoc[None, :])
-
-    # inside the chunk, level by level
-    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-    levels = _levels(g)
-    bw = _level_first(g, w)[1].to(GD)
-    dx = tl.zeros((C, NB), tl.float32)
-    dw = tl.zeros((C, MB), tl.float32)
-    for gi in range(G // GB):
-        rows = (b * T + t0) * HQ + h * G + gi * GB
-        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
-        pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
-        if levels > 1:
-            g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-            pe = tl.where(_stack(g, GB, C, MB) > -SPAN, pe, 0.0).to(GD)
-        a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
-        dx = _mm(a, y.to(GD), dx, GPREC)
-        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
-        dw = _mm(a, pe, dw, GPREC)
-    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-    dw *= _level_first(g, 1.0)[1]
-    for n in range(1, levels):
-        e, inv = _level(g, 1.0, n)
-        bw = (inv * w).to(GD)
-        e = _stack(e, GB, C, MB)
-        db = tl.zeros((C, MB), tl.float32)
-        for gi in range(G // GB):
-            rows = (b * T + t0) * HQ + h * G + gi * GB
-            y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
-            pe = tl.where(e > 0, _tile(pl_ptr + rows * M, qrows, live, M, M, MB), 0.0).to(GD)
-            a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
-            dx = _mm(a, y.to(GD), dx, GPREC)
-            a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
-            db = _mm(a, pe, db, GPREC)
-        dw += db * inv
-
-    # gates: what passes through step s inside the chunk
-    side = -w * dw
-    if VALUES:
-        for gi in range(PARTS):
-            at = side_ptr + (((b * T + t0) * H + h) * PARTS + gi) * M
-            side += _tile(at, j, t0 + j < T, H * PARTS * M, M, MB)
-    if HAS_DOC:
-        after = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
-        dla = _mm0(tl.where(after, 1.0, 0.0), side, "tf32x3")
-    else:
-        dla = tl.cumsum(side, 0, reverse=True)
-
-    # and through the state after it: chunk to later, earlier to later
-    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-    la = la * LOG2E
-    total = tl.sum(la, 0)
-    keep = tl.exp2(total)
-    end = tl.exp2(tl.minimum(total[None, :] - tl.cumsum(la, 0), 0.0))
-    if HAS_DOC:
         cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
         cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+
+    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    total = tl.min(g, 0)
+    levels = _levels(g) if STRONG else 1
+    bw = _level_first(g, w)[1].to(GD)
+    end = tl.exp2(total[None, :] - g) * w
+    if HAS_DOC:
+        end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
+    end = end.to(GD)
+    sb = ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+    nb = sb + M * (D + V)
+
+    x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, DB), FM)
+    ds = _tile(dst_ptr + nb, mm, mm < M, D + V, D, DB)
+    old = _tile(st_ptr + sb, mm, mm < M, D + V, D, DB)
+    cross = tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
+    u = _mm0(x.to(GD), tl.trans(ds), GPREC)
+    dx = _mm0(end, ds, GPREC)
+    dw = tl.zeros((C, MB), tl.float32)
+    dx, dw = _slot_pass(x, q_ptr, dl_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
+                        D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+    if STRONG:
+        dw *= _level_first(g, 1.0)[1]
+        for n in range(1, levels):
+            e, inv = _level(g, 1.0, n)
+            db = tl.zeros((C, MB), tl.float32)
+            dx, db = _slot_pass(x, q_ptr, dl_ptr, dx, db, (inv * w).to(GD), g, n, h, b, t0, live, after, qrows,
+                                T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dw += db * inv
+    if FM != "none":
+        dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM)
+    _put(dk_ptr + kb * D, dx, j, kok, H * D, D, DB)
+
+    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
+    old = _tile(st_ptr + sb + D, mm, mm < M, D + V, V, VB)
+    cross += tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
+    u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
+    dx = _mm0(end, ds, GPREC)
+    if STRONG:
+        dv = tl.zeros((C, MB), tl.float32)
+        dx, dv = _slot_pass(x, do_ptr, p_ptr, dx, dv, bw, g, 0, h, b, t0, live, after, qrows, T,
+                            V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+        dw += dv * _level_first(g, 1.0)[1]
+        for n in range(1, levels):
+            e, inv = _level(g, 1.0, n)
+            db = tl.zeros((C, MB), tl.float32)
+            dx, db = _slot_pass(x, do_ptr, p_ptr, dx, db, (inv * w).to(GD), g, n, h, b, t0, live, after, qrows,
+                                T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dw += db * inv
+    else:
+        dx, dw = _slot_pass(x, do_ptr, p_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
+                            V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+    _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
+
+    # gates: what passes through step s; first inside the chunk
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    la = la * LOG2E
+    g = tl.cumsum(la, 0)
+    if not STRONG:
+        dw *= tl.exp2(-g)
+    dla = -w * dw
+    for gi in range(PARTS):
+        dla += _tile(side_ptr + (((b * T + t0) * H + h) * PARTS + gi) * M, j, t0 + j < T, H * PARTS * M, M, MB)
+    if HAS_DOC:
+        same = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
+        dla = _mm0(tl.where(same, 1.0, 0.0), dla, "tf32x3")
+    else:
+        dla = tl.cumsum(dla, 0, reverse=True)
+    # then through the state after it: from this chunk, and from before it
+    total = tl.sum(la, 0)
+    end = tl.exp2(tl.minimum(total[None, :] - g, 0.0))
+    keep = tl.exp2(total)
+    if HAS_DOC:
         end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
         keep = tl.where(cur_end == cur_start, keep, 0.0)
-    sb = ((b * H + h) * (NC + 1) + c) * (M * (D + V)) + COL
-    ds = _tile(dst_ptr + sb + M * (D + V), mm, mm < M, D + V, N, NB)
-    old = _tile(st_ptr + sb, mm, mm < M, D + V, N, NB)
-    cross = tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
-    dx = _mm((end * w).to(GD), ds, dx, GPREC)
-    u = _mm0(x.to(GD), tl.trans(ds), GPREC) * end
+    u = u * end
     through = tl.cumsum(w * u, 0) - w * u + (cross * keep)[None, :]
     if HAS_DOC:
         through = tl.where((jdoc == cur_end)[:, None], through, 0.0)
     dla += through - tl.exp2(la) * (u + dw)
-    if VALUES:
-        dla += _tile(part_ptr + kb * M, j, act, H * M, M, MB)
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
-    if F != "none":
-        dx = _dphi(dx, _tile(x_ptr + kb * N, j, kok, H * N, N, NB, True), F)
-    _put(dx_ptr + kb * N, dx, j, kok, H * N, N, NB)
+
+
+@triton.jit
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, dec_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr,
+                 side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
+                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, PARTS: tl.constexpr,
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
+    pid = tl.program_id(0)
+    h = pid % H
+    c = (pid // H) % NC
+    b = (pid // H // NC).to(tl.int64)
+    if _strong(dec_ptr, b, h, c, H, NC, M, MB):
+        _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+               T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
+               PARTS, C, GB, DB, VB, MB, True)
+    else:
+        _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+               T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
+               PARTS, C, GB, DB, VB, MB, False)
 
 
 @triton.jit
