@@ -131,6 +131,17 @@ def _optional(cos, sin, doc, visible0, halo, T, dtype):
     )
 
 
+def _both(call: _Call, kernel, *args, out, **constants):
+    """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs."""
+    held = [jnp.zeros((1,), s.dtype) for s in out]
+    held = launch.call(kernel, *args, *held, out=out, STRONG=False, **constants)
+    if not call.slots:
+        return held
+    constants["zeroed"] = ()
+    aliases = {len(args) + i: i for i in range(len(out))}
+    return launch.call(kernel, *args, *held, out=out, aliases=aliases, STRONG=True, **constants)
+
+
 def _scan(call: _Call, x, dec, init, reverse: bool):
     from pallas_kernels.gpu import kernels
 
@@ -182,8 +193,8 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         st, dec = jnp.zeros((1,), v.dtype), jnp.zeros((1,), jnp.float32)
         last = jnp.zeros((B, H, 0, width), jnp.float32)
     heads = c.heads(c.tiles.heads)
-    o, lse_s, lse_w = launch.call(
-        kernels.output_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis,
+    o, lse_s, lse_w = _both(
+        c, kernels.output_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype)] + [_sds((B, T, HQ), jnp.float32)] * 2,
         grid=NC * B * (HQ // heads), num_warps=c.tiles.output,
@@ -206,8 +217,8 @@ def _backward(spec, residuals, cotangents, tiles=None):
     f32 = jnp.float32
     mrows = (B, T, HQ, M) if c.slots else (1,)
     heads = c.heads(c.tiles.dq_heads)
-    dq, dl, p, side, lse, delta = launch.call(
-        kernels.dq_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
+    dq, dl, p, side, lse, delta = _both(
+        c, kernels.dq_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
         dls.astype(f32), dlw.astype(f32),
         T, S, halo, NC, c.rope_batch,
         out=[
@@ -236,8 +247,8 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dla = jnp.zeros_like(log_alpha)
     if c.slots:
         # rows that no query writes to the slots: zeros, where nothing else fills them
-        dk, dv, dla = launch.call(
-            kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, st, dst, doc_, cur, side,
+        dk, dv, dla = _both(
+            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, st, dst, doc_, cur, side,
             T, S, halo, NC,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
             grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages,

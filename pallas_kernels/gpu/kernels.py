@@ -222,7 +222,8 @@ def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.c
 def _strong(dec_ptr, b, h, c, H: tl.constexpr, NC, M: tl.constexpr, MB: tl.constexpr):
     """Whether a chunk's gates need more than one level (or a document ends in it).
 
-    Such chunks take their own copy of a kernel's body: the common one has no trace of the levels.
+    Such chunks are left to a second launch of the same kernel (STRONG), which writes into the first
+    one's outputs: the common code then has no trace of the levels, and is faster for it.
     """
     cols = tl.arange(0, MB)
     keep = tl.load(dec_ptr + ((b * H + h) * NC + c) * M + cols, mask=cols < M, other=1.0)
@@ -520,23 +521,23 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
             acc = _mm(a.to(TD), vt, acc, PREC)
         if WINDOW > 0:
             for n in range(tl.maximum(1 - NP if MERGED else -NP, -((r0 + C - 1) // C)), 1):
-                kr = r0 + n * C
-                krow = kr + j
-                kok = (krow >= 0) & (krow < S)
-                k1, k2 = _key_tile(kbase, kr, j, kok, cs, sn, H, D, DH, DB, ROPE, False)
-                vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-                s = _mm0(q1, tl.trans(k1), PREC)
-                s = _mm(q2, tl.trans(k2), s, PREC) * sc
-                kdoc = qdoc
+                row = r0 + n * C
+                rows_k = row + j
+                ok_k = (rows_k >= 0) & (rows_k < S)
+                kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, False)
+                vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB)
+                sw = _mm0(q1, tl.trans(kw1), PREC)
+                sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
+                doc_k = qdoc
                 if HAS_DOC:
-                    kdoc = tl.load(doc + krow, mask=kok, other=0)
-                s = _window_mask(s, qrow, krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
-                mw = tl.maximum(m_w, tl.max(s, 1))
+                    doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
+                sw = _window_mask(sw, qrow, rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
+                mw = tl.maximum(m_w, tl.max(sw, 1))
                 mj = tl.maximum(m, mw)
-                p = tl.exp2(s - _safe(mw)[:, None])
-                l_w = l_w * tl.exp2(m_w - _safe(mw)) + tl.sum(p, 1)
+                pw = tl.exp2(sw - _safe(mw)[:, None])
+                l_w = l_w * tl.exp2(m_w - _safe(mw)) + tl.sum(pw, 1)
                 acc = acc * tl.exp2(m - _safe(mj))[:, None]
-                acc = _mm((p * tl.exp2(mw - _safe(mj))[:, None]).to(TD), vt, acc, PREC)
+                acc = _mm((pw * tl.exp2(mw - _safe(mj))[:, None]).to(TD), vw, acc, PREC)
                 m_w = mw
                 m = mj
 
@@ -553,27 +554,23 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
 @triton.jit
 def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
                   T, S, halo, NC, rope_batch,
-                  o_ptr, lse_s_ptr, lse_w_ptr,
+                  o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     pid = tl.program_id(0)
     h = pid % (HQ // GB) * GB // (HQ // H)
     c = (pid // (HQ // GB)) % NC
     b = (pid // (HQ // GB) // NC).to(tl.int64)
-    strong = False
+    mine = True
     if SLOTS:
-        strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)
-    if strong:
+        mine = _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG
+    if mine:
         _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
             S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, True)
-    else:
-        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
-            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, False)
+            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
@@ -710,22 +707,22 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
             q1, q2 = _rotate(q1, q2, qc, qs)
             dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
-            kr = r0 + n * C
-            krow = kr + j
-            kok = (krow >= 0) & (krow < S)
-            k1, k2 = _key_tile(kbase, kr, j, kok, cs, sn, H, D, DH, DB, ROPE, True)
-            s = _mm0(q1, tl.trans(k1), PREC)
-            s = _mm(q2, tl.trans(k2), s, PREC) * sc
-            kdoc = qdoc
+            row = r0 + n * C
+            rows_k = row + j
+            ok_k = (rows_k >= 0) & (rows_k < S)
+            kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, True)
+            sw = _mm0(q1, tl.trans(kw1), PREC)
+            sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
+            doc_k = qdoc
             if HAS_DOC:
-                kdoc = tl.load(doc + krow, mask=kok, other=0)
-            s = _window_mask(s, (r0 + tok)[:, None], krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
-            s = tl.exp2(s - lse[:, None])
-            vt = _tile(vbase + kr.to(tl.int64) * (H * V), j, kok, H * V, V, VB, True)
-            z = _mm0(do, tl.trans(vt), PREC)
-            ds = (s * (z - delta_w[:, None]) * scale).to(TD)
-            dq1 = _mm(ds, k1, dq1, PREC)
-            dq2 = _mm(ds, k2, dq2, PREC)
+                doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
+            sw = _window_mask(sw, (r0 + tok)[:, None], rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
+            sw = tl.exp2(sw - lse[:, None])
+            vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB, True)
+            zw = _mm0(do, tl.trans(vw), PREC)
+            dsw = (sw * (zw - delta_w[:, None]) * scale).to(TD)
+            dq1 = _mm(dsw, kw1, dq1, PREC)
+            dq2 = _mm(dsw, kw2, dq2, PREC)
         if ROPE:
             qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB, True)
             qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB, True)
@@ -738,12 +735,12 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
 def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
               T, S, halo, NC, rope_batch,
-              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
+              dq_in, dl_in, p_in, side_in, lse_in, delta_in, dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
     head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
     empty rows), and the window side's delta."""
@@ -751,19 +748,14 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, do
     h = pid % (HQ // GB) * GB // (HQ // H)
     c = (pid // (HQ // GB)) % NC
     b = (pid // (HQ // GB) // NC).to(tl.int64)
-    strong = False
+    mine = True
     if SLOTS:
-        strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)
-    if strong:
+        mine = _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG
+    if mine:
         _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
             do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
             dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-            ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, True)
-    else:
-        _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
-            do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-            dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-            ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, False)
+            ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
@@ -948,24 +940,20 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, 
 
 @triton.jit
 def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, dec_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
+                 side_ptr, T, S, halo, NC, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, PARTS: tl.constexpr,
-                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
     pid = tl.program_id(0)
     h = pid % H
     c = (pid // H) % NC
     b = (pid // H // NC).to(tl.int64)
-    if _strong(dec_ptr, b, h, c, H, NC, M, MB):
+    if _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG:
         _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
-               T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-               PARTS, C, GB, DB, VB, MB, True)
-    else:
-        _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
-               T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-               PARTS, C, GB, DB, VB, MB, False)
+            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
+            PARTS, C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
