@@ -193,21 +193,39 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         st, dec = jnp.zeros((1,), v.dtype), jnp.zeros((1,), jnp.float32)
         last = jnp.zeros((B, H, 0, width), jnp.float32)
     heads = c.heads(c.tiles.heads)
-    o, lse_s, lse_w = _both(
-        c, kernels.output_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis,
+    o, lse_s, lse_w = launch.call(
+        kernels.output_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype)] + [_sds((B, T, HQ), jnp.float32)] * 2,
         grid=NC * B * (HQ // heads), num_warps=c.tiles.output,
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
-    return results, (q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, o, lse_s, lse_w, st, dec)
+    return results, (
+        q,
+        k,
+        v,
+        log_alpha,
+        slot_k0,
+        slot_v0,
+        cos,
+        sin,
+        doc,
+        visible0,
+        o,
+        lse_s,
+        lse_w,
+        st,
+        dec,
+    )
 
 
 def _backward(spec, residuals, cotangents, tiles=None):
     from pallas_kernels.gpu import kernels
 
-    q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, o, lse_s, lse_w, st, dec = residuals
+    q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, o, lse_s, lse_w, st, dec = (
+        residuals
+    )
     do, dls, dlw, dlast_k, dlast_v = cotangents
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
@@ -269,7 +287,9 @@ def _backward(spec, residuals, cotangents, tiles=None):
         )  # fmt: skip
     dk0 = dv0 = None
     if c.init:
-        dfirst = jnp.zeros((B, H, 0, width), f32) if dfirst is None else dfirst.reshape(B, H, M, width)
+        dfirst = (
+            jnp.zeros((B, H, 0, width), f32) if dfirst is None else dfirst.reshape(B, H, M, width)
+        )
         dk0 = dfirst[..., :D].astype(slot_k0.dtype)
         dv0 = dfirst[..., D:].astype(slot_v0.dtype)
     return dq, dk, dv, dla, dk0, dv0

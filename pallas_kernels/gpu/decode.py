@@ -28,7 +28,11 @@ def supports(q, k, v, log_alpha, buffers: Buffers, spec: Any) -> str | None:
     if reason:
         return reason
     d, vd, m = k.shape[-1], v.shape[-1], log_alpha.shape[-1]
-    if not (q.dtype == k.dtype == v.dtype) or str(q.dtype) not in ("bfloat16", "float16", "float32"):
+    if not (q.dtype == k.dtype == v.dtype) or str(q.dtype) not in (
+        "bfloat16",
+        "float16",
+        "float32",
+    ):
         return f"q, k and v must share one 16-bit or 32-bit float dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
     if spec.window is None:
         return "window=None (full attention) keeps a growing cache and is left to the xla backend"

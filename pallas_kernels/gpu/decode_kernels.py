@@ -1,3 +1,5 @@
+# ruff: noqa: E501
+# fmt: off
 """Triton kernels of one decoding step: write what leaves the window, then answer.
 
 The token at position p of its document waits in row p % P of the ring; its own position in the
@@ -8,7 +10,7 @@ document (slots restart from zero; length is then 0).
 import triton
 import triton.language as tl
 
-from pallas_kernels.gpu.kernels import LN2, LOG2E, NINF, _phi, _safe, _write_weight
+from pallas_kernels.gpu.kernels import LOG2E, NINF, _phi, _safe, _write_weight
 
 
 @triton.jit
@@ -124,21 +126,21 @@ def read_kernel(q_ptr, slot_k_ptr, slot_v_ptr, ring_k_ptr, ring_v_ptr, ring_cos_
             age = (p % P - i + P) % P
             ok = (i < P) & (age < WINDOW) & (age <= p)
             okk = ok[:, None] & (d < DH)[None, :]
-            at = (bh * P + i)[:, None] * D + d[None, :]
-            k1 = tl.load(ring_k_ptr + at, mask=okk, other=0.0).to(tl.float32)
-            k2 = tl.load(ring_k_ptr + at + DH, mask=okk, other=0.0).to(tl.float32)
-            at = (b * P + i)[:, None] * DH + d[None, :]
-            kc = tl.load(ring_cos_ptr + at, mask=okk, other=0.0)
-            kn = tl.load(ring_sin_ptr + at, mask=okk, other=0.0)
-            s = _half_dot(r1, r2, k1 * kc - k2 * kn, k2 * kc + k1 * kn, PREC) * (scale * LOG2E)
-            s = tl.where(ok[None, :], s, NINF)
-            high = tl.maximum(top, tl.max(s, 1))
-            s = tl.exp2(s - _safe(high)[:, None])
+            to = (bh * P + i)[:, None] * D + d[None, :]
+            w1 = tl.load(ring_k_ptr + to, mask=okk, other=0.0).to(tl.float32)
+            w2 = tl.load(ring_k_ptr + to + DH, mask=okk, other=0.0).to(tl.float32)
+            to = (b * P + i)[:, None] * DH + d[None, :]
+            kc = tl.load(ring_cos_ptr + to, mask=okk, other=0.0)
+            kn = tl.load(ring_sin_ptr + to, mask=okk, other=0.0)
+            ws = _half_dot(r1, r2, w1 * kc - w2 * kn, w2 * kc + w1 * kn, PREC) * (scale * LOG2E)
+            ws = tl.where(ok[None, :], ws, NINF)
+            high = tl.maximum(top, tl.max(ws, 1))
+            ws = tl.exp2(ws - _safe(high)[:, None])
             fade = tl.exp2(top - _safe(high))
-            total = total * fade + tl.sum(s, 1)
-            at = (bh * P + i)[:, None] * V + e[None, :]
-            v = tl.load(ring_v_ptr + at, mask=ok[:, None] & (e < V)[None, :], other=0.0).to(tl.float32)
-            acc = tl.dot(s, v, acc * fade[:, None], input_precision=PREC)
+            total = total * fade + tl.sum(ws, 1)
+            to = (bh * P + i)[:, None] * V + e[None, :]
+            wv = tl.load(ring_v_ptr + to, mask=ok[:, None] & (e < V)[None, :], other=0.0).to(tl.float32)
+            acc = tl.dot(ws, wv, acc * fade[:, None], input_precision=PREC)
             top = high
     acc = acc * tl.where((total > 0) & (mode > 0), 1.0 / total, 0.0)[:, None]
     at = o_ptr + (bh * G + g)[:, None] * V + e[None, :]

@@ -1,3 +1,5 @@
+# ruff: noqa: E501
+# fmt: off
 """Triton kernels of Native Hybrid Attention: forward and backward.
 
 Notation (docs/gpu_kernels.md has the derivation):
@@ -222,8 +224,9 @@ def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.c
 def _strong(dec_ptr, b, h, c, H: tl.constexpr, NC, M: tl.constexpr, MB: tl.constexpr):
     """Whether a chunk's gates need more than one level (or a document ends in it).
 
-    Such chunks are left to a second launch of the same kernel (STRONG), which writes into the first
-    one's outputs: the common code then has no trace of the levels, and is faster for it.
+    Such chunks run a copy of a kernel's body of their own (STRONG): the common one has no trace of the
+    levels. In the backward kernels even that costs registers, so the copy is a second launch of the
+    same kernel, which writes into the first one's outputs.
     """
     cols = tl.arange(0, MB)
     keep = tl.load(dec_ptr + ((b * H + h) * NC + c) * M + cols, mask=cols < M, other=1.0)
@@ -554,23 +557,27 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
 @triton.jit
 def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
                   T, S, halo, NC, rope_batch,
-                  o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
+                  o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     pid = tl.program_id(0)
     h = pid % (HQ // GB) * GB // (HQ // H)
     c = (pid // (HQ // GB)) % NC
     b = (pid // (HQ // GB) // NC).to(tl.int64)
-    mine = True
+    strong = False
     if SLOTS:
-        mine = _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG
-    if mine:
+        strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)
+    if strong:
         _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
             S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, True)
+    else:
+        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
+            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
+            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, False)
 
 
 @triton.jit
@@ -784,8 +791,8 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, dec_ptr, dl_ptr, p_ptr, doc_ptr, cur_pt
         dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
         p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
         if strong:
-            g, w = _sums(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
-            first = g > -SPAN
+            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
+            first = tl.cumsum(la * LOG2E, 0) > -SPAN
             if HAS_DOC:
                 cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
                 qdoc = tl.load(doc + r0 + j, mask=live, other=0)

@@ -13,8 +13,9 @@ from typing import Any
 class Tiles:
     """Choices for one (head_dim, value_dim, slots, dtype).
 
-    chunk: tokens of a chunk (a power of two); heads, dq_heads: query heads that a program of
-    the output and the dq kernel stacks (they share their kv head); the rest are warps per program, by kernel.
+    chunk: tokens of a chunk (a power of two); heads, dq_heads, dslot_heads: query heads that a
+    program of that kernel stacks (they share their kv head); *_stages: depth of its software
+    pipeline; the rest are warps per program, by kernel.
     """
 
     chunk: int = 64
@@ -32,13 +33,13 @@ class Tiles:
     dwindow_stages: int = 1
 
 
-def default(d: int, v: int, m: int, itemsize: int) -> Tiles:
-    """The choice where no tuned one is committed: sure to fit, spill-free."""
-    wide = max(d, v, m) > 128 or itemsize == 4
-    if wide:
-        return Tiles(chunk=32, state=8, output=8, dq=8, dstate=8, dslot=8, dwindow=8)
-    big = max(d, v) > 64
-    return Tiles(chunk=64, output=4, dq=8 if big else 4, dslot=8 if big else 4, dwindow=8 if big else 4)
+def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
+    """The choice where no tuned one is committed."""
+    if itemsize == 4 or max(d, v, m) > 128:
+        return Tiles(chunk=32)
+    if max(d, v) > 64:
+        return Tiles(heads=2, dq_heads=2, output=8, dq=8) if group % 2 == 0 else Tiles()
+    return Tiles()
 
 
 @functools.cache
@@ -52,4 +53,4 @@ def choose(device: str, dtype: str, d: int, v: int, m: int, group: int) -> Tiles
     found = _table(device).get(f"{dtype}-d{d}-v{v}-m{m}-g{group}")
     if found is not None:
         return Tiles(**found)
-    return default(d, v, m, 4 if dtype == "float32" else 2)
+    return default(d, v, m, group, 4 if dtype == "float32" else 2)
