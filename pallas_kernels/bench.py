@@ -265,7 +265,7 @@ def main() -> None:
 def render(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     lines = [
-        f"{report['device']}, jax {report['jax']}, bfloat16, {TOKENS} tokens (one row where T is longer)",
+        f"{report['device']}, jax {report['jax']}, bfloat16, {TOKENS} tokens (one row where T is longer)",  # noqa: E501
         "",
     ]
     lines += ["| shape | what | T | fwd ms | fwd+bwd ms | extra MB |", "|---|---|---|---|---|---|"]
@@ -280,7 +280,7 @@ def render(report: dict[str, Any]) -> str:
         if "step_ms" in r:
             lines.append(f"| {r['shape']} | step | {r['step_ms']} |")
             lines.append(
-                f"| {r['shape']} | state of {r['state_MB']} MB read and written once | {r['state_read_write_ms']} |"
+                f"| {r['shape']} | state of {r['state_MB']} MB read and written once | {r['state_read_write_ms']} |"  # noqa: E501
             )
     return "\n".join(lines) + "\n"
 

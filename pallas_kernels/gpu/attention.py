@@ -22,11 +22,11 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     reason = launch.missing()
     if reason:
         return reason
-    b, t, hq, d = q.shape
-    _, s, h, vd = v.shape
+    b, t, _, d = q.shape
+    _, _, h, vd = v.shape
     m = log_alpha.shape[-1]
     if not (q.dtype == k.dtype == v.dtype) or str(q.dtype) not in DTYPES:
-        return f"q, k and v must share one of the dtypes {', '.join(DTYPES)}, not {q.dtype}, {k.dtype}, {v.dtype}"
+        return f"q, k and v must share one of {DTYPES}, not {q.dtype}, {k.dtype}, {v.dtype}"
     if str(log_alpha.dtype) not in DTYPES:
         return f"log_alpha must be {' or '.join(DTYPES)}, not {log_alpha.dtype}"
     if min(b, t, h) == 0:
@@ -229,7 +229,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     do, dls, dlw, dlast_k, dlast_v = cotangents
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
-    D, V, width, halo = c.D, c.V, c.D + c.V, spec.halo
+    D, width, halo = c.D, c.D + c.V, spec.halo
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
@@ -268,7 +268,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dk, dv, dla = _both(
             c, kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, st, dst, doc_, cur, side,
             T, S, halo, NC,
-            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
+            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],  # noqa: E501
             grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages,
             zeroed=(2,) if spec.window > 0 else (0, 1, 2),
             HQ=HQ, **c.shape, **c.lag, **c.precision, PARTS=HQ // heads // H,

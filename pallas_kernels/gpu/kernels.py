@@ -1,4 +1,4 @@
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF005, RUF059
 # fmt: off
 """Triton kernels of Native Hybrid Attention: forward and backward.
 
