@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Time the kernels beside cuDNN, after checking them: ``python -m pallas_kernels.bench``.
 
 One table (Markdown on stdout and in <out>.md), the same as JSON, and a picture of time over T. Every
@@ -265,7 +266,7 @@ def main() -> None:
 def render(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     lines = [
-        f"{report['device']}, jax {report['jax']}, bfloat16, {TOKENS} tokens (one row where T is longer)",  # noqa: E501
+        f"{report['device']}, jax {report['jax']}, bfloat16, {TOKENS} tokens (one row where T is longer)",
         "",
     ]
     lines += ["| shape | what | T | fwd ms | fwd+bwd ms | extra MB |", "|---|---|---|---|---|---|"]
@@ -280,7 +281,7 @@ def render(report: dict[str, Any]) -> str:
         if "step_ms" in r:
             lines.append(f"| {r['shape']} | step | {r['step_ms']} |")
             lines.append(
-                f"| {r['shape']} | state of {r['state_MB']} MB read and written once | {r['state_read_write_ms']} |"  # noqa: E501
+                f"| {r['shape']} | state of {r['state_MB']} MB read and written once | {r['state_read_write_ms']} |"
             )
     return "\n".join(lines) + "\n"
 

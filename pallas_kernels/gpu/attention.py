@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Native Hybrid Attention on NVIDIA GPUs: forward, backward and their coverage.
 
 See docs/gpu_kernels.md for the derivation; kernels.py holds the kernels.
@@ -31,10 +32,14 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         return f"log_alpha must be {' or '.join(DTYPES)}, not {log_alpha.dtype}"
     if min(b, t, h) == 0:
         return "an empty batch, sequence or head axis is left to the xla backend"
-    if d % 16 or d > 256 or vd % 16 or vd > 256:
-        return f"head_dim and value_dim must be multiples of 16 up to 256, not {d} and {vd}"
-    if m > 256 or m % 8:
-        return f"slots must be a multiple of 8 up to 256, not {m}"
+    widest = 128 if str(q.dtype) == "bfloat16" else 64
+    if d % 16 or vd % 16 or max(d, vd) > widest:
+        return (
+            f"head_dim and value_dim must be multiples of 16 up to {widest} for {q.dtype} "
+            f"(wider ones are not proven on hardware yet), not {d} and {vd}"
+        )
+    if m > 64 or m % 8:
+        return f"slots must be a multiple of 8 up to 64 (more are not proven on hardware yet), not {m}"
     if spec.window is None:
         return "window=None (full attention) belongs to jax.nn.dot_product_attention"
     if m == 0 and spec.window == 0:
@@ -268,7 +273,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dk, dv, dla = _both(
             c, kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, st, dst, doc_, cur, side,
             T, S, halo, NC,
-            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],  # noqa: E501
+            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
             grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages,
             zeroed=(2,) if spec.window > 0 else (0, 1, 2),
             HQ=HQ, **c.shape, **c.lag, **c.precision, PARTS=HQ // heads // H,

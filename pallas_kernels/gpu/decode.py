@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """One decoding step on NVIDIA GPUs: two launches, the state updated in place."""
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def supports(q, k, v, log_alpha, buffers: Buffers, spec: Any) -> str | None:
         "float16",
         "float32",
     ):
-        return f"q, k and v must share one 16-bit or 32-bit float dtype, not {q.dtype}, {k.dtype}, {v.dtype}"  # noqa: E501
+        return f"q, k and v must share one 16-bit or 32-bit float dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
     if spec.window is None:
         return "window=None (full attention) keeps a growing cache and is left to the xla backend"
-    if d % 16 or vd % 16 or max(d, vd, m) > 256:
-        return f"head_dim and value_dim must be multiples of 16 and at most 256 like slots, not {d}, {vd}, {m}"  # noqa: E501
+    if d % 16 or vd % 16 or max(d, vd) > 128 or m > 64:
+        return f"head_dim and value_dim must be multiples of 16 up to 128, slots at most 64, not {d}, {vd}, {m}"
     if m == 0 or spec.window + spec.slot_lag == 0:
         return "a step without slots, or with neither window nor lag, is left to the xla backend"
     return None
@@ -73,7 +74,7 @@ def step(
     buffers = Buffers(
         *launch.call(
             decode_kernels.write_kernel,
-            k, v, log_alpha, cos.astype(jnp.float32), sin.astype(jnp.float32), mode, length, *buffers,  # noqa: E501
+            k, v, log_alpha, cos.astype(jnp.float32), sin.astype(jnp.float32), mode, length, *buffers,
             out=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in buffers],
             grid=b * h, num_warps=8, aliases={first + i: i for i in range(len(buffers))},
             LAG=spec.slot_lag, FM=spec.feature_map, DB=_pow2(d), **sizes,
@@ -84,7 +85,7 @@ def step(
         seen = ((written > 0) | (length >= spec.slot_lag)).astype(jnp.int32)
     (o,) = launch.call(
         decode_kernels.read_kernel,
-        q, buffers.slot_k, buffers.slot_v, buffers.k, buffers.v, buffers.cos, buffers.sin, mode, length, seen,  # noqa: E501
+        q, buffers.slot_k, buffers.slot_v, buffers.k, buffers.v, buffers.cos, buffers.sin, mode, length, seen,
         out=[jax.ShapeDtypeStruct((b, hq, vd), v.dtype)],
         grid=b * h, num_warps=4, G=group, scale=float(spec.scale), WINDOW=spec.window,
         FM=spec.feature_map, PREC="tf32x3" if v.dtype == jnp.float32 else "tf32",

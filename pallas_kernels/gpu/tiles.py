@@ -36,7 +36,7 @@ class Tiles:
 def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
     """The choice where no tuned one is committed."""
     if itemsize == 4 or max(d, v, m) > 128:
-        return Tiles(chunk=32)
+        return Tiles(chunk=32, state=8, output=8, dq=8, dstate=8, dslot=8, dwindow=8)
     if max(d, v) > 64:
         return Tiles(heads=2, dq_heads=2, output=8, dq=8) if group % 2 == 0 else Tiles()
     return Tiles()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Run the Triton kernels in Triton's interpreter on numpy arrays, behind the same ``launch.call``."""
 
 from __future__ import annotations

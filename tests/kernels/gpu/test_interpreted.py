@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Outputs and every gradient of the Triton kernels, in Triton's interpreter, against the oracle."""
 
 import jax
