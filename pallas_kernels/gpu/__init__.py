@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs (sm_80 and newer), called through jax-triton."""

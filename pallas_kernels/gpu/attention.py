@@ -1,0 +1,331 @@
+# ruff: noqa: E501
+"""Native Hybrid Attention on NVIDIA GPUs: forward, backward and their coverage.
+
+See docs/gpu_kernels.md for the derivation; kernels.py holds the kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu import launch
+from pallas_kernels.gpu.tiles import Tiles, choose
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
+    """Why these kernels cannot take a call (arguments as for ``forward``), or None."""
+    reason = launch.missing()
+    if reason:
+        return reason
+    b, t, _, d = q.shape
+    _, _, h, vd = v.shape
+    m = log_alpha.shape[-1]
+    if not (q.dtype == k.dtype == v.dtype) or str(q.dtype) not in DTYPES:
+        return f"q, k and v must share one of {DTYPES}, not {q.dtype}, {k.dtype}, {v.dtype}"
+    if str(log_alpha.dtype) not in DTYPES:
+        return f"log_alpha must be {' or '.join(DTYPES)}, not {log_alpha.dtype}"
+    if min(b, t, h) == 0:
+        return "an empty batch, sequence or head axis is left to the xla backend"
+    widest = 128 if str(q.dtype) == "bfloat16" else 64
+    if d % 16 or vd % 16 or max(d, vd) > widest:
+        return (
+            f"head_dim and value_dim must be multiples of 16 up to {widest} for {q.dtype} "
+            f"(wider ones are not proven on hardware yet), not {d} and {vd}"
+        )
+    if m > 64 or m % 8:
+        return f"slots must be a multiple of 8 up to 64 (more are not proven on hardware yet), not {m}"
+    if spec.window is None:
+        return "window=None (full attention) belongs to jax.nn.dot_product_attention"
+    if m == 0 and spec.window == 0:
+        return "a call with neither slots nor a window is left to the xla backend"
+    return None
+
+
+def _pow2(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _sds(shape, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@functools.cache
+def device_name() -> str:
+    """Short name of the GPU in use, as in pallas_kernels/tuned ('h100')."""
+    kind = jax.devices()[0].device_kind.lower()
+    for name in ("h100", "h200", "b200", "a100"):
+        if name in kind:
+            return name
+    return kind.replace(" ", "-")
+
+
+class _Call:
+    """Shapes, constants and tile choices of one call."""
+
+    def __init__(self, q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles: Tiles | None):
+        import triton.language as tl
+
+        self.B, self.T, self.HQ, self.D = q.shape
+        _, self.S, self.H, self.V = v.shape
+        self.M = log_alpha.shape[-1]
+        self.dtype = v.dtype
+        dtype = str(v.dtype)
+        self.tiles = tiles or choose(
+            device_name(), dtype, self.D, self.V, self.M, self.HQ // self.H
+        )
+        C = self.C = self.tiles.chunk
+        self.NC = -(-self.T // C)
+        self.spec = spec
+        self.slots = self.M > 0
+        self.init = slot_k0 is not None
+        # operands of the gate products: float16 lacks the range
+        self.gate_dtype = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+        ieee = "tf32x3" if dtype == "float32" else "tf32"
+        self.precision = {
+            "PREC": ieee,
+            "GPREC": ieee,
+            "GD": tl.bfloat16 if dtype == "bfloat16" else tl.float32,
+        }
+        self.rope_batch = self.S if cos is not None and cos.ndim == 3 else 0
+        M = max(self.M, 1)
+        self.shape = {"H": self.H, "D": self.D, "V": self.V, "M": M}
+        self.pads = {"C": C, "VB": _pow2(self.V), "MB": _pow2(M)}
+        self.half = {"DB": _pow2(self.D // 2)}
+        self.full = {"DB": _pow2(self.D)}
+        self.lag = {"LAG": spec.slot_lag, "FM": spec.feature_map, "HAS_DOC": doc is not None}
+        self.flags = {
+            "scale": float(spec.scale),
+            "WINDOW": spec.window,
+            "ZERO": spec.empty_slots == "zero",
+            "SLOTS": self.slots,
+            "ROPE": cos is not None,
+            "HAS_VIS": visible0 is not None,
+        }
+
+    def heads(self, wanted: int) -> int:
+        """Query heads to stack: as many as wanted where the group allows."""
+        return wanted if (self.HQ // self.H) % wanted == 0 else 1
+
+
+def _optional(cos, sin, doc, visible0, halo, T, dtype):
+    """Arrays for the absent optional inputs, and the running document of each query.
+
+    Rotated rows are rounded to the inputs' dtype, so bfloat16 inputs take float16 tables (their error,
+    2^-12, is a fraction of bfloat16's 2^-9): half the bytes and registers.
+    """
+    dummy = jnp.zeros((1,), jnp.int32)
+    cur = dummy
+    if doc is not None:
+        doc = doc.astype(jnp.int32)
+        cur = jax.lax.cummax(jnp.maximum(doc[:, halo : halo + T], 1), axis=1)
+    if cos is not None and dtype == jnp.bfloat16:
+        cos, sin = cos.astype(jnp.float16), sin.astype(jnp.float16)
+    table = jnp.zeros((1,), jnp.float32)
+    return (
+        table if cos is None else cos,
+        table if sin is None else sin,
+        dummy if doc is None else doc,
+        cur,
+        dummy if visible0 is None else visible0.astype(jnp.int32),
+    )
+
+
+def _both(call: _Call, kernel, *args, out, **constants):
+    """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs."""
+    held = [jnp.zeros((1,), s.dtype) for s in out]
+    held = launch.call(kernel, *args, *held, out=out, STRONG=False, **constants)
+    if not call.slots:
+        return held
+    constants["zeroed"] = ()
+    aliases = {len(args) + i: i for i in range(len(out))}
+    return launch.call(kernel, *args, *held, out=out, aliases=aliases, STRONG=True, **constants)
+
+
+def _scan(call: _Call, x, dec, init, reverse: bool):
+    from pallas_kernels.gpu import kernels
+
+    rows = call.B * call.H
+    N, M = call.D + call.V, call.M
+    block = 1024
+    x, last = launch.call(
+        kernels.scan_kernel,
+        x,
+        dec,
+        jnp.zeros((1,), jnp.float32) if init is None else init,
+        call.NC,
+        out=[_sds(x.shape, x.dtype), _sds((rows, M, N), jnp.float32)],
+        grid=rows * -(-M * N // block),
+        num_warps=4,
+        aliases={0: 0},
+        N=N,
+        M=M,
+        HAS_INIT=init is not None,
+        REVERSE=reverse,
+        BLOCK=block,
+        U=8,
+    )
+    return x, last
+
+
+def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None):
+    from pallas_kernels.gpu import kernels
+
+    c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
+    B, T, S, H, HQ, M, NC = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC
+    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, spec.halo, T, v.dtype)
+    la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
+    width = c.D + c.V
+    if c.slots:
+        st, dec = launch.call(
+            kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC,
+            out=[_sds((B * H, NC + 1, M, width), v.dtype), _sds((B * H, NC, M), jnp.float32)],
+            grid=NC * B * H, num_warps=c.tiles.state,
+            **c.shape, **c.lag, PREC=c.precision["PREC"], **c.pads, **c.full,
+        )  # fmt: skip
+        init = None
+        if c.init:
+            init = jnp.concatenate([slot_k0, slot_v0], -1).astype(jnp.float32)
+            init = init.reshape(B * H, M, width)
+        st, last = _scan(c, st, dec, init, reverse=False)
+        last = last.reshape(B, H, M, width)
+    else:
+        st, dec = jnp.zeros((1,), v.dtype), jnp.zeros((1,), jnp.float32)
+        last = jnp.zeros((B, H, 0, width), jnp.float32)
+    heads = c.heads(c.tiles.heads)
+    o, lse_s, lse_w = launch.call(
+        kernels.output_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis,
+        T, S, spec.halo, NC, c.rope_batch,
+        out=[_sds((B, T, HQ, c.V), v.dtype)] + [_sds((B, T, HQ), jnp.float32)] * 2,
+        grid=NC * B * (HQ // heads), num_warps=c.tiles.output,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+    )  # fmt: skip
+    results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
+    return results, (
+        q,
+        k,
+        v,
+        log_alpha,
+        slot_k0,
+        slot_v0,
+        cos,
+        sin,
+        doc,
+        visible0,
+        o,
+        lse_s,
+        lse_w,
+        st,
+        dec,
+    )
+
+
+def _backward(spec, residuals, cotangents, tiles=None):
+    from pallas_kernels.gpu import kernels
+
+    q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, o, lse_s, lse_w, st, dec = (
+        residuals
+    )
+    do, dls, dlw, dlast_k, dlast_v = cotangents
+    c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
+    B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
+    D, width, halo = c.D, c.D + c.V, spec.halo
+    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
+    la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
+    f32 = jnp.float32
+    mrows = (B, T, HQ, M) if c.slots else (1,)
+    heads = c.heads(c.tiles.dq_heads)
+    dq, dl, p, side, lse, delta = _both(
+        c, kernels.dq_kernel, q, k, v, la, dec, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
+        dls.astype(f32), dlw.astype(f32),
+        T, S, halo, NC, c.rope_batch,
+        out=[
+            _sds(q.shape, q.dtype), _sds(mrows, c.gate_dtype), _sds(mrows, c.gate_dtype),
+            _sds((B, T, HQ // heads, M) if c.slots else (1,), f32), *[_sds((B, T, HQ), f32)] * 2,
+        ],
+        grid=NC * B * (HQ // heads), num_warps=c.tiles.dq,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+    )  # fmt: skip
+    dfirst = None
+    if c.slots:
+        (dst,) = launch.call(
+            kernels.dstate_kernel, q, do, la, dec, dl, p, doc_, cur, T, S, halo, NC,
+            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype)],
+            grid=NC * B * H, num_warps=c.tiles.dstate, num_stages=c.tiles.dstate_stages,
+            HQ=HQ, **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"],
+            **c.pads, **c.full,
+        )  # fmt: skip
+        dlast = jnp.concatenate([dlast_k, dlast_v], -1).astype(f32).reshape(B * H, M, width)
+        dst, dfirst = _scan(c, dst, dec, dlast, reverse=True)
+    else:
+        dst = jnp.zeros((1,), v.dtype)
+
+    none = jnp.zeros((1,), v.dtype)
+    dk = dv = none
+    dla = jnp.zeros_like(log_alpha)
+    if c.slots:
+        # rows that no query writes to the slots: zeros, where nothing else fills them
+        dk, dv, dla = _both(
+            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, st, dst, doc_, cur, side,
+            T, S, halo, NC,
+            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
+            grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages,
+            zeroed=(2,) if spec.window > 0 else (0, 1, 2),
+            HQ=HQ, **c.shape, **c.lag, **c.precision, PARTS=HQ // heads // H,
+            GB=c.heads(c.tiles.dslot_heads), **c.pads, **c.full,
+        )  # fmt: skip
+    if spec.window > 0:
+        keys = -(-S // C)
+        dk, dv = launch.call(
+            kernels.dwindow_kernel, q, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
+            T, S, halo, keys, c.rope_batch,
+            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype)],
+            grid=keys * B * H, num_warps=c.tiles.dwindow, num_stages=c.tiles.dwindow_stages,
+            HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
+            ADD=c.slots, ROPE=cos is not None, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
+            **c.pads, **c.half,
+        )  # fmt: skip
+    dk0 = dv0 = None
+    if c.init:
+        dfirst = (
+            jnp.zeros((B, H, 0, width), f32) if dfirst is None else dfirst.reshape(B, H, M, width)
+        )
+        dk0 = dfirst[..., :D].astype(slot_k0.dtype)
+        dv0 = dfirst[..., D:].astype(slot_v0.dtype)
+    return dq, dk, dv, dla, dk0, dv0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(10,))
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array,
+    slot_k0: jax.Array | None, slot_v0: jax.Array | None,
+    cos: jax.Array | None, sin: jax.Array | None,
+    doc: jax.Array | None, visible0: jax.Array | None, spec: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Native Hybrid Attention (arXiv 2510.07019, eq. 1-4), differentiable.
+
+    q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V] of one dtype; log_alpha [B,S,H,M] <= 0; slot_k0 [B,H,M,D]
+    and slot_v0 [B,H,M,V] float32 or None; cos, sin [S,D/2] or [B,S,D/2] float32 or None; doc [B,S]
+    int32 (0 = padding, else documents 1, 2, ...) or None; visible0 [B] bool or None. S = halo + T.
+    spec has window, slot_lag, scale, feature_map, empty_slots, halo.
+
+    Returns o [B,T,HQ,V] in v's dtype, lse_slot and lse_window [B,T,HQ] float32 (natural log, -inf
+    where that side is empty), and the final slots [B,H,M,D], [B,H,M,V] float32.
+    """
+    return _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec)[0]
+
+
+def _forward_rule(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec):
+    return _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec)
+
+
+def _backward_rule(spec, residuals, cotangents):
+    return (*_backward(spec, residuals, cotangents), None, None, None, None)
+
+
+forward.defvjp(_forward_rule, _backward_rule)

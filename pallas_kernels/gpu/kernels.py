@@ -1,0 +1,1039 @@
+# ruff: noqa: E501, RUF005, RUF059
+# fmt: off
+"""Triton kernels of Native Hybrid Attention: forward and backward.
+
+Notation (docs/gpu_kernels.md has the derivation):
+
+  C        tokens of a chunk, also rows of a key tile
+  R        query rows of a program: GB query heads of one kv head times C tokens
+  M, D, V  slots, key width, value width; MB, VB their powers of two; DH = D / 2, DB its power of two
+  t        token of this call, at key row halo + t; its written token is row halo + t - LAG
+  g        inclusive sum over the chunk of the written tokens' log2 gates   [C, M], <= 0
+  w        write weight 1 - alpha                                            [C, M]
+  st       states before each chunk: keys in columns 0..D, values in D..D+V  [B*H, NC+1, M, D+V]
+  dst      the loss's gradient for those states, same layout
+
+Decays between two tokens of a chunk, 2^(g_t - g_j), are factored as 2^(g_t - r) 2^(r - g_j) with a
+reference r. One reference serves gates that sum to more than -SPAN; a chunk with stronger gates takes
+one more reference ("level") per SPAN, so that no factor overflows and what is dropped is < 2^-SPAN.
+All logits inside are base 2 (scaled by log2 e); lse and gates at the boundary are natural.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+SPAN = tl.constexpr(96.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NINF = tl.constexpr(float("-inf"))
+# Triton's interpreter has no bfloat16 products
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def _mm(a, b, acc, PREC: tl.constexpr):
+    return tl.dot(a, b, acc, input_precision=PREC)
+
+
+@triton.jit
+def _mm0(a, b, PREC: tl.constexpr):
+    return tl.dot(a, b, input_precision=PREC)
+
+
+@triton.jit
+def _cumsum(x, C: tl.constexpr, REVERSE: tl.constexpr = False):
+    """Running sums over the rows of x [C, N], on the tensor cores: three bfloat16 parts are float32."""
+    if INTERPRETED:
+        return tl.cumsum(x, 0, reverse=REVERSE)
+    else:
+        i = tl.arange(0, C)
+        if REVERSE:
+            ones = (i[:, None] <= i[None, :]).to(tl.bfloat16)
+        else:
+            ones = (i[:, None] >= i[None, :]).to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        x -= high.to(tl.float32)
+        mid = x.to(tl.bfloat16)
+        x -= mid.to(tl.float32)
+        y = tl.dot(ones, x.to(tl.bfloat16))
+        y = tl.dot(ones, mid, y)
+        return tl.dot(ones, high, y)
+
+
+@triton.jit
+def _tile(ptr, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Rows `rows` (where ok) of a matrix of N columns, padded with zeros to NB columns.
+
+    AGAIN: load with a cache modifier, which keeps the compiler from merging this load with an earlier one and
+    so from holding the tile in registers in between.
+    """
+    cols = tl.arange(0, NB)
+    mask = ok[:, None]
+    if N != NB:
+        mask = mask & (cols < N)[None, :]
+    at = ptr + rows[:, None] * stride + cols[None, :]
+    if AGAIN:
+        return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca")
+    else:
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _put(ptr, x, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr):
+    cols = tl.arange(0, NB)
+    mask = ok[:, None]
+    if N != NB:
+        mask = mask & (cols < N)[None, :]
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _phi(x, FM: tl.constexpr):
+    if FM == "silu":
+        y = x.to(tl.float32)
+        return (y / (1.0 + tl.exp2(-y * LOG2E))).to(x.dtype)
+    elif FM == "relu":
+        return tl.maximum(x, 0.0).to(x.dtype)
+    else:
+        return x
+
+
+@triton.jit
+def _dphi(g, x, FM: tl.constexpr):
+    """Gradient g of phi(x) taken back to x."""
+    if FM == "silu":
+        y = x.to(tl.float32)
+        s = 1.0 / (1.0 + tl.exp2(-y * LOG2E))
+        return g * (s * (1.0 + y * (1.0 - s)))
+    elif FM == "relu":
+        return tl.where(x > 0, g, 0.0)
+    else:
+        return g
+
+
+@triton.jit
+def _write_weight(la):
+    """1 - exp(la), without cancellation for gates near 0."""
+    x = tl.maximum(la, -0.35)
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(la > -0.35, -series, 1.0 - tl.exp2(la * LOG2E))
+
+
+@triton.jit
+def _stack(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    """[C, N] repeated for GB heads: [GB * C, N]."""
+    if GB == 1:
+        return x
+    else:
+        return tl.reshape(tl.broadcast_to(x[None, :, :], (GB, C, N)), (GB * C, N))
+
+
+@triton.jit
+def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
+           HAS_DOC: tl.constexpr):
+    """Gates of the C steps whose written rows start at row0 and whose queries start at row query0.
+
+    n: how many steps exist. Pointers stand at the row of index 0. Returns the gate (0 where nothing
+    is written), its write weight (0 there), and which steps write.
+    """
+    i = tl.arange(0, C)
+    act = (i < n) & (row0 + i >= 0)
+    if HAS_DOC:
+        dq = tl.load(doc_ptr + query0 + i, mask=i < n, other=0)
+        dr = tl.load(doc_ptr + row0 + i, mask=act, other=0)
+        act = act & (dq == dr) & (dq != 0)
+    la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB).to(tl.float32)
+    la = tl.maximum(la, -SPAN * LN2)  # nothing older is left after such a step anyway
+    return la, _write_weight(la), act
+
+
+@triton.jit
+def _level(g, w, n):
+    """Factors of level n: decay from its reference to t (rows of the level only), reference to j times w."""
+    x = g + n * SPAN
+    e = tl.where((x <= 0) & (x > -SPAN), tl.exp2(tl.maximum(x, -SPAN)), 0.0)
+    b = tl.where(x > -SPAN, tl.exp2(-tl.maximum(x, -SPAN)), 0.0)
+    return e, b * w
+
+
+@triton.jit
+def _level_first(g, w):
+    live = g > -SPAN
+    x = tl.maximum(g, -SPAN)
+    return tl.where(live, tl.exp2(x), 0.0), tl.where(live, tl.exp2(-x), 0.0) * w
+
+
+@triton.jit
+def _reference(g):
+    return -SPAN * (-g / SPAN).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def _levels(g):
+    return (tl.max(-g) / SPAN).to(tl.int32) + 1
+
+
+@triton.jit
+def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
+          HAS_DOC: tl.constexpr):
+    """g and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
+    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC)
+    return _cumsum(la * LOG2E, C), w
+
+
+@triton.jit
+def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
+             GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr):
+    """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
+    y = _mm(x, b0, y0, PREC) * e0
+    if STRONG:
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        for n in range(1, levels):
+            e, b = _level(g, w, n)
+            y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
+    return y
+
+
+@triton.jit
+def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
+           GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr):
+    """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
+    a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
+    if STRONG:
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        for n in range(1, levels):
+            e, b = _level(g, w, n)
+            a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
+    return a
+
+
+@triton.jit
+def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
+               GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, rows, ok):
+    """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level."""
+    y = p * e0
+    if STRONG:
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        y = p * _stack(tl.exp2(g - _reference(g)), GB, C, MB)
+    _put(ptr, y, rows, ok, M, M, MB)
+
+
+@triton.jit
+def _strong(dec_ptr, b, h, c, H: tl.constexpr, NC, M: tl.constexpr, MB: tl.constexpr):
+    """Whether a chunk's gates need more than one level (or a document ends in it).
+
+    Such chunks run a copy of a kernel's body of their own (STRONG): the common one has no trace of the
+    levels. In the backward kernels even that costs registers, so the copy is a second launch of the
+    same kernel, which writes into the first one's outputs.
+    """
+    cols = tl.arange(0, MB)
+    keep = tl.load(dec_ptr + ((b * H + h) * NC + c) * M + cols, mask=cols < M, other=1.0)
+    return tl.min(keep) < 1.3e-29
+
+
+@triton.jit
+def _rotate(x1, x2, c, s):
+    a = x1.to(tl.float32)
+    b = x2.to(tl.float32)
+    return (a * c - b * s).to(x1.dtype), (b * c + a * s).to(x1.dtype)
+
+
+@triton.jit
+def _safe(m):
+    return tl.where(m == NINF, 0.0, m)
+
+
+@triton.jit
+def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """What chunk c adds to the state, at st[c + 1], and how much of the earlier state it keeps, at dec[c]."""
+    pid = tl.program_id(0)
+    h = pid % H
+    c = (pid // H) % NC
+    b = (pid // H // NC).to(tl.int64)
+    i = tl.arange(0, C)
+    t0 = c * C
+    row0 = halo + t0 - LAG
+    n = T - t0
+    doc = doc_ptr + b * S
+    la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC)
+    la = la * LOG2E
+    g = _cumsum(la, C)
+    total = tl.sum(la, 0)
+    keep = tl.exp2(total)
+    end = w * tl.exp2(tl.minimum(total[None, :] - g, 0.0))
+    if HAS_DOC:
+        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
+        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+        dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
+        end = tl.where((dq == cur_end)[:, None], end, 0.0)
+        keep = tl.where(cur_end == cur_start, keep, 0.0)
+    cols = tl.arange(0, MB)
+    tl.store(dec_ptr + ((b * H + h) * NC + c) * M + cols, keep, mask=cols < M)
+    wt = tl.trans(end.to(k_ptr.dtype.element_ty))
+    kbase = k_ptr + (b * S + row0) * (H * D) + h * D
+    k = _phi(_tile(kbase, i, act, H * D, D, DB), FM)
+    base = st_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
+    ok = cols < M
+    _put(base, _mm0(wt, k, PREC), cols, ok, D + V, D, DB)
+    v = _tile(v_ptr + (b * S + row0) * (H * V) + h * V, i, act, H * V, V, VB)
+    _put(base + D, _mm0(wt, v, PREC), cols, ok, D + V, V, VB)
+
+
+@triton.jit
+def scan_kernel(x_in, dec_ptr, init_ptr, NC, x_ptr, last_ptr, N: tl.constexpr, M: tl.constexpr,
+                HAS_INIT: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr):
+    """In place: x[c+1] += dec[c] x[c] for c = 0.., from x[0] = init; or reversed, from x[NC] = init.
+
+    x: [rows, NC + 1, M, N]; the last state is also written in float32.
+    """
+    pid = tl.program_id(0)
+    blocks: tl.constexpr = (M * N + BLOCK - 1) // BLOCK
+    r = (pid // blocks).to(tl.int64)
+    e = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    ok = e < M * N
+    m = e // N
+    if HAS_INIT:
+        s = tl.load(init_ptr + r * (M * N) + e, mask=ok, other=0.0)
+    else:
+        s = tl.zeros((BLOCK,), tl.float32)
+    dec = dec_ptr + r * NC * M + m
+    x0 = r * (NC + 1)
+    start = NC if REVERSE else 0
+    tl.store(x_ptr + (x0 + start) * (M * N) + e, s.to(x_ptr.dtype.element_ty), mask=ok)
+    for i0 in range(0, NC, U):
+        # all loads of a block first: the recurrence then waits for memory once per U chunks
+        xs = ()
+        ds = ()
+        for u in tl.static_range(U):
+            c = NC - 1 - (i0 + u) if REVERSE else i0 + u
+            at = (x0 + (c if REVERSE else c + 1)) * (M * N) + e
+            here = ok & (i0 + u < NC)
+            xs = xs + (tl.load(x_in + at, mask=here, other=0.0),)
+            ds = ds + (tl.load(dec + c * M, mask=here, other=1.0),)
+        for u in tl.static_range(U):
+            c = NC - 1 - (i0 + u) if REVERSE else i0 + u
+            at = (x0 + (c if REVERSE else c + 1)) * (M * N) + e
+            s = ds[u] * s + xs[u].to(tl.float32)
+            tl.store(x_ptr + at, s.to(x_ptr.dtype.element_ty), mask=ok & (i0 + u < NC))
+    tl.store(last_ptr + r * (M * N) + e, s, mask=ok)
+
+
+@triton.jit
+def _window_mask(s, qrow, krow, WINDOW: tl.constexpr, qdoc, kdoc, HAS_DOC: tl.constexpr):
+    """s [queries, keys] or [keys, queries], with qrow, krow already broadcastable."""
+    keep = (krow <= qrow) & (krow > qrow - WINDOW) & (krow >= 0)
+    if HAS_DOC:
+        keep = keep & (qdoc == kdoc) & (qdoc != 0)
+    return tl.where(keep, s, NINF)
+
+
+@triton.jit
+def _key_tile(k_ptr, kr, j, kok, cs, sn, H: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr,
+              ROPE: tl.constexpr, AGAIN: tl.constexpr):
+    """The halves of C keys from row kr, rotated. Pointers stand at row 0."""
+    at = k_ptr + kr.to(tl.int64) * (H * D)
+    k1 = _tile(at, j, kok, H * D, DH, DB, AGAIN)
+    k2 = _tile(at + DH, j, kok, H * D, DH, DB, AGAIN)
+    if ROPE:
+        c = _tile(cs + kr * DH, j, kok, DH, DH, DB)
+        s = _tile(sn + kr * DH, j, kok, DH, DH, DB)
+        k1, k2 = _rotate(k1, k2, c, s)
+    return k1, k2
+
+
+@triton.jit
+def _visible(t, live, qdoc, doc_ptr, vis_ptr, b, halo, LAG: tl.constexpr, ZERO: tl.constexpr,
+             HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr):
+    """Which queries see their slots (rows of the program)."""
+    if ZERO:
+        seen = live
+        if HAS_DOC:
+            seen = seen & (qdoc != 0)
+    else:
+        seen = live & (halo + t - LAG >= 0)
+        if HAS_DOC:
+            dr = tl.load(doc_ptr + halo + t - LAG, mask=seen, other=0)
+            seen = seen & (dr == qdoc) & (qdoc != 0)
+        if HAS_VIS:
+            first = live & (tl.load(vis_ptr + b) != 0)
+            if HAS_DOC:
+                first = first & (qdoc == 1)
+            seen = seen | first
+    return seen
+
+
+@triton.jit
+def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+                  T, S, halo, NC, rope_batch,
+                  o_ptr, lse_s_ptr, lse_w_ptr,
+                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+    R: tl.constexpr = GB * C
+    DH: tl.constexpr = D // 2
+    TD: tl.constexpr = v_ptr.dtype.element_ty
+    NHG: tl.constexpr = HQ // GB
+    NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
+    MERGED: tl.constexpr = SLOTS and WINDOW > 0 and NP > 0 and LAG == NP * C
+    TWO: tl.constexpr = MERGED and NP == 1
+    pid = tl.program_id(0)
+    h0 = (pid % NHG) * GB
+    c = (pid // NHG) % NC
+    b = (pid // NHG // NC).to(tl.int64)
+    h = h0 // (HQ // H)
+    t0 = c * C
+    r0 = halo + t0
+    i = tl.arange(0, R)
+    tok = i % C
+    j = tl.arange(0, C)
+    live = t0 + tok < T
+    doc = doc_ptr + b * S
+    qdoc = tok
+    if HAS_DOC:
+        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
+    qrows = tok * HQ + i // C
+    qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
+    q1 = _tile(qbase, qrows, live, D, DH, DB)
+    q2 = _tile(qbase + DH, qrows, live, D, DH, DB)
+    kbase = k_ptr + (b * S * H + h) * D
+    vbase = v_ptr + (b * S * H + h) * V
+    cs = cos_ptr + b * rope_batch * DH
+    sn = sin_ptr + b * rope_batch * DH
+    sc = scale * LOG2E
+
+    acc = tl.zeros((R, VB), tl.float32)
+    m_s = tl.full((R,), NINF, tl.float32)
+    l_s = tl.zeros((R,), tl.float32)
+    m_w = tl.full((R,), NINF, tl.float32)
+    l_w = tl.zeros((R,), tl.float32)
+    m = tl.full((R,), NINF, tl.float32)
+    if SLOTS:
+        row0 = r0 - LAG
+        lab = la_ptr + (b * S * H + h) * M
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
+        levels = _levels(g) if STRONG else 1
+        e0, b0 = _level_first(g, w)
+        b0 = b0.to(GD)
+        e0 = _stack(e0, GB, C, MB)
+        krow = row0 + j
+        kok = (krow >= 0) & (krow < S)
+        k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
+        k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
+        mm = tl.arange(0, MB)
+        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+        s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
+        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
+        f1 = _phi(q1, FM)
+        f2 = _phi(q2, FM)
+        causal = tok[:, None] >= j[None, :]
+        if HAS_DOC:
+            jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
+            causal = causal & (qdoc[:, None] == jdoc[None, :])
+        x = _mm0(f1, tl.trans(_phi(k1, FM)), PREC)
+        x = _mm(f2, tl.trans(_phi(k2, FM)), x, PREC)
+        x = tl.where(causal, x, 0.0).to(GD)
+        y = _mm0(f1, tl.trans(s1), PREC)
+        y = _mm(f2, tl.trans(s2), y, PREC)
+        if HAS_DOC:
+            cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+            old = qdoc == cur_start
+            y = tl.where(old[:, None], y, 0.0)
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
+        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
+        if M != MB:
+            y = tl.where(seen[:, None] & (mm < M)[None, :], y, NINF)
+        else:
+            y = tl.where(seen[:, None], y, NINF)
+        m_s = tl.max(y, 1)
+        y = tl.exp2(y - _safe(m_s)[:, None])
+        l_s = tl.sum(y, 1)
+        m = m_s
+
+    if WINDOW > 0:
+        if SLOTS:
+            q1 = _tile(qbase, qrows, live, D, DH, DB, True)
+            q2 = _tile(qbase + DH, qrows, live, D, DH, DB, True)
+        if ROPE:
+            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
+            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
+            q1, q2 = _rotate(q1, q2, qc, qs)
+        qrow = (r0 + tok)[:, None]
+        if MERGED:
+            # the tile that is leaving the window is the tile being written: one A for both
+            k1, k2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, True)
+            s = _mm0(q1, tl.trans(k1), PREC)
+            s = _mm(q2, tl.trans(k2), s, PREC) * sc
+            kdoc = qdoc
+            if HAS_DOC:
+                kdoc = tl.load(doc + krow, mask=kok, other=0)
+            s = _window_mask(s, qrow, krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
+            m_w = tl.max(s, 1)
+    if TWO:
+        # window tiles: this one and the diagonal; logits first, so that no accumulator waits on them
+        jrow = r0 + j
+        jok = jrow < S
+        k1, k2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
+        s2 = _mm0(q1, tl.trans(k1), PREC)
+        s2 = _mm(q2, tl.trans(k2), s2, PREC) * sc
+        keep = jrow[None, :] <= qrow
+        if HAS_DOC:
+            keep = keep & (qdoc[:, None] == jdoc[None, :]) & (qdoc != 0)[:, None]
+        s2 = tl.where(keep, s2, NINF)
+        m_w = tl.maximum(m_w, tl.max(s2, 1))
+        s = tl.exp2(s - _safe(m_w)[:, None])
+        s2 = tl.exp2(s2 - _safe(m_w)[:, None])
+        l_w = tl.sum(s, 1) + tl.sum(s2, 1)
+        m = tl.maximum(m_s, m_w)
+        fs = tl.exp2(m_s - _safe(m))
+        fw = tl.exp2(m_w - _safe(m))
+        y = y * fs[:, None]
+        a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        a = (tl.where(causal, a, 0.0) + s * fw[:, None]).to(TD)
+        s2 = (s2 * fw[:, None]).to(TD)
+        y = y * e0
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        acc = _mm0(y.to(TD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
+        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+        acc = _mm(a, vt, acc, PREC)
+        vt = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+        acc = _mm(s2, vt, acc, PREC)
+    else:
+        if SLOTS:
+            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+            a = tl.where(causal, a, 0.0)
+            y = y * e0
+            if HAS_DOC:
+                y = tl.where(old[:, None], y, 0.0)
+            acc = _mm0(y.to(TD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
+            vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+            if MERGED:
+                s = tl.exp2(s - _safe(m_w)[:, None])
+                l_w = tl.sum(s, 1)
+                m = tl.maximum(m_s, m_w)
+                fs = tl.exp2(m_s - _safe(m))
+                fw = tl.exp2(m_w - _safe(m))
+                acc = acc * fs[:, None]
+                a = a * fs[:, None] + s * fw[:, None]
+            acc = _mm(a.to(TD), vt, acc, PREC)
+        if WINDOW > 0:
+            for n in range(tl.maximum(1 - NP if MERGED else -NP, -((r0 + C - 1) // C)), 1):
+                row = r0 + n * C
+                rows_k = row + j
+                ok_k = (rows_k >= 0) & (rows_k < S)
+                kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, False)
+                vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB)
+                sw = _mm0(q1, tl.trans(kw1), PREC)
+                sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
+                doc_k = qdoc
+                if HAS_DOC:
+                    doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
+                sw = _window_mask(sw, qrow, rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
+                mw = tl.maximum(m_w, tl.max(sw, 1))
+                mj = tl.maximum(m, mw)
+                pw = tl.exp2(sw - _safe(mw)[:, None])
+                l_w = l_w * tl.exp2(m_w - _safe(mw)) + tl.sum(pw, 1)
+                acc = acc * tl.exp2(m - _safe(mj))[:, None]
+                acc = _mm((pw * tl.exp2(mw - _safe(mj))[:, None]).to(TD), vw, acc, PREC)
+                m_w = mw
+                m = mj
+
+    total = l_s * tl.exp2(m_s - _safe(m)) + l_w * tl.exp2(m_w - _safe(m))
+    if HAS_DOC:
+        total = tl.where(qdoc == 0, 0.0, total)
+    acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
+    lse = (b * T + t0) * HQ + h0 + qrows
+    tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + tl.log2(l_s)) * LN2, NINF), mask=live)
+    tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + tl.log2(l_w)) * LN2, NINF), mask=live)
+
+
+@triton.jit
+def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+                  T, S, halo, NC, rope_batch,
+                  o_ptr, lse_s_ptr, lse_w_ptr,
+                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    pid = tl.program_id(0)
+    h = pid % (HQ // GB) * GB // (HQ // H)
+    c = (pid // (HQ // GB)) % NC
+    b = (pid // (HQ // GB) // NC).to(tl.int64)
+    strong = False
+    if SLOTS:
+        strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)
+    if strong:
+        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
+            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
+            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, True)
+    else:
+        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
+            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
+            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, False)
+
+
+@triton.jit
+def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+              o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
+              T, S, halo, NC, rope_batch,
+              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
+              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+              PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
+    head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
+    empty rows), and the window side's delta."""
+    R: tl.constexpr = GB * C
+    DH: tl.constexpr = D // 2
+    TD: tl.constexpr = v_ptr.dtype.element_ty
+    NHG: tl.constexpr = HQ // GB
+    NP: tl.constexpr = (WINDOW + C - 2) // C
+    pid = tl.program_id(0)
+    h0 = (pid % NHG) * GB
+    c = (pid // NHG) % NC
+    b = (pid // NHG // NC).to(tl.int64)
+    h = h0 // (HQ // H)
+    t0 = c * C
+    r0 = halo + t0
+    i = tl.arange(0, R)
+    tok = i % C
+    j = tl.arange(0, C)
+    live = t0 + tok < T
+    doc = doc_ptr + b * S
+    qdoc = tok
+    if HAS_DOC:
+        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
+    qrows = tok * HQ + i // C
+    kbase = k_ptr + (b * S * H + h) * D
+    vbase = v_ptr + (b * S * H + h) * V
+    cs = cos_ptr + b * rope_batch * DH
+    sn = sin_ptr + b * rope_batch * DH
+    sc = scale * LOG2E
+    first = (b * T + t0) * HQ + h0
+    do = _tile(do_ptr + first * V, qrows, live, V, V, VB)
+    o = _tile(o_ptr + first * V, qrows, live, V, V, VB)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    rows = first + qrows
+    ls = tl.load(lse_s_ptr + rows, mask=live, other=NINF) * LOG2E
+    lw = tl.load(lse_w_ptr + rows, mask=live, other=NINF) * LOG2E
+    top = _safe(tl.maximum(ls, lw))
+    lse = top + tl.log2(tl.exp2(ls - top) + tl.exp2(lw - top))
+    none = lse == NINF
+    lse = tl.where(none, 0.0, lse)
+    dls = tl.load(dls_ptr + rows, mask=live, other=0.0)
+    dlw = tl.load(dlw_ptr + rows, mask=live, other=0.0)
+    delta_s = delta - dls * tl.exp2(tl.minimum(lse - tl.where(ls == NINF, lse, ls), 100.0))
+    delta_w = delta - dlw * tl.exp2(tl.minimum(lse - tl.where(lw == NINF, lse, lw), 100.0))
+    tl.store(lse_ptr + rows, tl.where(none, float("inf"), lse), mask=live)
+    tl.store(delta_ptr + rows, delta_w, mask=live)
+    q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB)
+    q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB)
+    dq1 = tl.zeros((R, DB), tl.float32)
+    dq2 = tl.zeros((R, DB), tl.float32)
+    if SLOTS:
+        row0 = r0 - LAG
+        lab = la_ptr + (b * S * H + h) * M
+        mm = tl.arange(0, MB)
+        krow = row0 + j
+        kok0 = (krow >= 0) & (krow < S)
+        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+        k1 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB), FM)
+        k2 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok0, H * D, DH, DB), FM)
+        s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
+        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
+        f1 = _phi(q1, FM)
+        f2 = _phi(q2, FM)
+        causal = tok[:, None] >= j[None, :]
+        if HAS_DOC:
+            jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
+            causal = causal & (qdoc[:, None] == jdoc[None, :])
+            cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+            old = qdoc == cur_start
+        x = _mm0(f1, tl.trans(k1), PREC)
+        x = _mm(f2, tl.trans(k2), x, PREC)
+        x = tl.where(causal, x, 0.0).to(GD)
+        y = _mm0(f1, tl.trans(s1), PREC)
+        y = _mm(f2, tl.trans(s2), y, PREC)
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
+        levels = _levels(g) if STRONG else 1
+        e0, b0 = _level_first(g, w)
+        b0 = b0.to(GD)
+        e0 = _stack(e0, GB, C, MB)
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
+        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
+        shown = seen[:, None] & (mm < M)[None, :]
+        p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
+        _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
+        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
+        x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
+        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
+        z = _mm0(do, tl.trans(sv), PREC)
+        if HAS_DOC:
+            z = tl.where(old[:, None], z, 0.0)
+        z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        dl = p * (z - delta_s[:, None])
+        # dl l + p dp, with the logit l = log p + lse and p dp = dl + p delta
+        side = dl * (1.0 + (tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * LN2) + p * delta_s[:, None]
+        if GB > 1:
+            side = tl.sum(tl.reshape(side, (GB, C, MB)), 0)
+        _put(side_ptr + ((b * T + t0) * NHG + h0 // GB) * M, side, j, t0 + j < T, NHG * M, M, MB)
+        dl = dl * scale
+        _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
+        a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        a = tl.where(causal, a, 0.0).to(GD)
+        de = dl * e0
+        if HAS_DOC:
+            de = tl.where(old[:, None], de, 0.0)
+        de = de.to(GD)
+        dq1 = _mm0(de, s1.to(GD), GPREC)
+        dq1 = _mm(a, k1.to(GD), dq1, GPREC)
+        dq2 = _mm0(de, s2.to(GD), GPREC)
+        dq2 = _mm(a, k2.to(GD), dq2, GPREC)
+        dq1 = _dphi(dq1, q1, FM)
+        dq2 = _dphi(dq2, q2, FM)
+    if WINDOW > 0:
+        if SLOTS:
+            q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB, True)
+            q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB, True)
+            do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
+        if ROPE:
+            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
+            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
+            q1, q2 = _rotate(q1, q2, qc, qs)
+            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
+        for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
+            row = r0 + n * C
+            rows_k = row + j
+            ok_k = (rows_k >= 0) & (rows_k < S)
+            kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, True)
+            sw = _mm0(q1, tl.trans(kw1), PREC)
+            sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
+            doc_k = qdoc
+            if HAS_DOC:
+                doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
+            sw = _window_mask(sw, (r0 + tok)[:, None], rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
+            sw = tl.exp2(sw - lse[:, None])
+            vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB, True)
+            zw = _mm0(do, tl.trans(vw), PREC)
+            dsw = (sw * (zw - delta_w[:, None]) * scale).to(TD)
+            dq1 = _mm(dsw, kw1, dq1, PREC)
+            dq2 = _mm(dsw, kw2, dq2, PREC)
+        if ROPE:
+            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB, True)
+            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB, True)
+            dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
+    _put(dq_ptr + first * D, dq1, qrows, live, D, DH, DB)
+    _put(dq_ptr + first * D + DH, dq2, qrows, live, D, DH, DB)
+
+
+@triton.jit
+def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+              o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
+              T, S, halo, NC, rope_batch,
+              dq_in, dl_in, p_in, side_in, lse_in, delta_in, dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
+              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+              PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
+    head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
+    empty rows), and the window side's delta."""
+    pid = tl.program_id(0)
+    h = pid % (HQ // GB) * GB // (HQ // H)
+    c = (pid // (HQ // GB)) % NC
+    b = (pid // (HQ // GB) // NC).to(tl.int64)
+    mine = True
+    if SLOTS:
+        mine = _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG
+    if mine:
+        _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+            do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
+            dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+            ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+
+
+@triton.jit
+def dstate_kernel(q_ptr, do_ptr, la_ptr, dec_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
+                  T, S, halo, NC, dst_ptr, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+                  M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+                  GPREC: tl.constexpr, GD: tl.constexpr,
+                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """What chunk c's own queries ask of the state before it, at dst[c]."""
+    G: tl.constexpr = HQ // H
+    pid = tl.program_id(0)
+    h = pid % H
+    c = (pid // H) % NC
+    b = (pid // H // NC).to(tl.int64)
+    t0 = c * C
+    r0 = halo + t0
+    j = tl.arange(0, C)
+    live = t0 + j < T
+    doc = doc_ptr + b * S
+    mm = tl.arange(0, MB)
+    strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)  # rows of a later level or document must not count
+    dk = tl.zeros((MB, DB), tl.float32)
+    dv = tl.zeros((MB, VB), tl.float32)
+    for gi in range(G):
+        rows = (b * T + t0) * HQ + h * G + gi
+        dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
+        p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
+        if strong:
+            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
+            first = tl.cumsum(la * LOG2E, 0) > -SPAN
+            if HAS_DOC:
+                cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+                qdoc = tl.load(doc + r0 + j, mask=live, other=0)
+                first = first & (qdoc == cur_start)[:, None]
+            dl = tl.where(first, dl, 0.0).to(GD)
+            p = tl.where(first, p, 0.0).to(GD)
+        q = _phi(_tile(q_ptr + rows * D, j, live, HQ * D, D, DB), FM)
+        dk = _mm(tl.trans(dl), q.to(GD), dk, GPREC)
+        do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
+        dv = _mm(tl.trans(p), do.to(GD), dv, GPREC)
+    base = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+    _put(base, dk, mm, mm < M, D + V, D, DB)
+    _put(base + D, dv, mm, mm < M, D + V, V, VB)
+
+
+@triton.jit
+def _slot_pass(x, y_ptr, pl_ptr, dx, dw, bw, g, level, h, b, t0, live, after, qrows, T,
+               N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
+               M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
+               PREC: tl.constexpr, GPREC: tl.constexpr, STRONG: tl.constexpr):
+    """One level of the pairs inside a chunk, for keys (x, y, pl = k, q, dl) or values (v, do, p)."""
+    for gi in range(G // GB):
+        rows = (b * T + t0) * HQ + h * G + gi * GB
+        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
+        pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
+        if STRONG:
+            e, inv = _level(g, 1.0, level)
+            pe = tl.where(_stack(e, GB, C, MB) > 0, pe, 0.0).to(GD)
+        a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
+        dx = _mm(a, y.to(GD), dx, GPREC)
+        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
+        dw = _mm(a, pe, dw, GPREC)
+    return dx, dw
+
+
+@triton.jit
+def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+           T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
+           HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+           LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+           PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, PARTS: tl.constexpr,
+           C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
+           STRONG: tl.constexpr):
+    G: tl.constexpr = HQ // H
+    pid = tl.program_id(0)
+    h = pid % H
+    c = (pid // H) % NC
+    b = (pid // H // NC).to(tl.int64)
+    t0 = c * C
+    kr = halo + t0 - LAG
+    j = tl.arange(0, C)
+    krow = kr + j
+    kok = (krow >= 0) & (krow < S)
+    doc = doc_ptr + b * S
+    mm = tl.arange(0, MB)
+    kb = (b * S + kr) * H + h
+    lab = la_ptr + (b * S * H + h) * M
+    i = tl.arange(0, GB * C)
+    tok = i % C
+    qrows = tok * HQ + i // C
+    live = t0 + tok < T
+    after = j[:, None] <= tok[None, :]  # [written, query]
+    if HAS_DOC:
+        jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
+        qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
+        after = after & (jdoc[:, None] == qdoc[None, :])
+        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
+        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+
+    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    total = tl.min(g, 0)
+    levels = _levels(g) if STRONG else 1
+    bw = _level_first(g, w)[1].to(GD)
+    end = tl.exp2(total[None, :] - g) * w
+    if HAS_DOC:
+        end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
+    end = end.to(GD)
+    sb = ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+    nb = sb + M * (D + V)
+
+    x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, DB), FM)
+    ds = _tile(dst_ptr + nb, mm, mm < M, D + V, D, DB)
+    old = _tile(st_ptr + sb, mm, mm < M, D + V, D, DB)
+    cross = tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
+    u = _mm0(x.to(GD), tl.trans(ds), GPREC)
+    dx = _mm0(end, ds, GPREC)
+    dw = tl.zeros((C, MB), tl.float32)
+    dx, dw = _slot_pass(x, q_ptr, dl_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
+                        D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+    if STRONG:
+        dw *= _level_first(g, 1.0)[1]
+        for n in range(1, levels):
+            e, inv = _level(g, 1.0, n)
+            db = tl.zeros((C, MB), tl.float32)
+            dx, db = _slot_pass(x, q_ptr, dl_ptr, dx, db, (inv * w).to(GD), g, n, h, b, t0, live, after, qrows,
+                                T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dw += db * inv
+    if FM != "none":
+        dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM)
+    _put(dk_ptr + kb * D, dx, j, kok, H * D, D, DB)
+
+    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
+    old = _tile(st_ptr + sb + D, mm, mm < M, D + V, V, VB)
+    cross += tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
+    u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
+    dx = _mm0(end, ds, GPREC)
+    if STRONG:
+        dv = tl.zeros((C, MB), tl.float32)
+        dx, dv = _slot_pass(x, do_ptr, p_ptr, dx, dv, bw, g, 0, h, b, t0, live, after, qrows, T,
+                            V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+        dw += dv * _level_first(g, 1.0)[1]
+        for n in range(1, levels):
+            e, inv = _level(g, 1.0, n)
+            db = tl.zeros((C, MB), tl.float32)
+            dx, db = _slot_pass(x, do_ptr, p_ptr, dx, db, (inv * w).to(GD), g, n, h, b, t0, live, after, qrows,
+                                T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dw += db * inv
+    else:
+        dx, dw = _slot_pass(x, do_ptr, p_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
+                            V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+    _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
+
+    # gates: what passes through step s; first inside the chunk
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    la = la * LOG2E
+    g = tl.cumsum(la, 0)
+    if not STRONG:
+        dw *= tl.exp2(-g)
+    dla = -w * dw
+    for gi in range(PARTS):
+        dla += _tile(side_ptr + (((b * T + t0) * H + h) * PARTS + gi) * M, j, t0 + j < T, H * PARTS * M, M, MB)
+    if HAS_DOC:
+        same = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
+        dla = _mm0(tl.where(same, 1.0, 0.0), dla, "tf32x3")
+    else:
+        dla = tl.cumsum(dla, 0, reverse=True)
+    # then through the state after it: from this chunk, and from before it
+    total = tl.sum(la, 0)
+    end = tl.exp2(tl.minimum(total[None, :] - g, 0.0))
+    keep = tl.exp2(total)
+    if HAS_DOC:
+        end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
+        keep = tl.where(cur_end == cur_start, keep, 0.0)
+    u = u * end
+    through = tl.cumsum(w * u, 0) - w * u + (cross * keep)[None, :]
+    if HAS_DOC:
+        through = tl.where((jdoc == cur_end)[:, None], through, 0.0)
+    dla += through - tl.exp2(la) * (u + dw)
+    _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
+
+
+@triton.jit
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, dec_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr,
+                 side_ptr, T, S, halo, NC, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
+                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, PARTS: tl.constexpr,
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+    """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
+    pid = tl.program_id(0)
+    h = pid % H
+    c = (pid // H) % NC
+    b = (pid // H // NC).to(tl.int64)
+    if _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG:
+        _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
+            PARTS, C, GB, DB, VB, MB, STRONG)
+
+
+@triton.jit
+def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in,
+                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr,
+                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
+                   ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in."""
+    DH: tl.constexpr = D // 2
+    TD: tl.constexpr = v_ptr.dtype.element_ty
+    G: tl.constexpr = HQ // H
+    NP: tl.constexpr = (WINDOW + C - 2) // C
+    pid = tl.program_id(0)
+    h = pid % H
+    tile = (pid // H) % NK
+    b = (pid // H // NK).to(tl.int64)
+    kr = tile * C
+    j = tl.arange(0, C)
+    krow = kr + j
+    kok = krow < S
+    doc = doc_ptr + b * S
+    kb = (b * S + kr) * H + h
+    k1 = _tile(k_ptr + kb * D, j, kok, H * D, DH, DB)
+    k2 = _tile(k_ptr + kb * D + DH, j, kok, H * D, DH, DB)
+    vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    if ROPE:
+        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
+        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
+        k1, k2 = _rotate(k1, k2, kc, kn)
+    kdoc = j
+    if HAS_DOC:
+        kdoc = tl.load(doc + krow, mask=kok, other=0)
+    dk1 = tl.zeros((C, DB), tl.float32)
+    dk2 = tl.zeros((C, DB), tl.float32)
+    dv = tl.zeros((C, VB), tl.float32)
+    for it in range(G * (NP + 1)):
+        qr = kr + it % (NP + 1) * C
+        t0 = qr - halo
+        live = (t0 + j >= 0) & (t0 + j < T)
+        rows = (b * T + t0) * HQ + h * G + it // (NP + 1)
+        q1 = _tile(q_ptr + rows * D, j, live, HQ * D, DH, DB)
+        q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
+        if ROPE:
+            qc = _tile(cos_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
+            qs = _tile(sin_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
+            q1, q2 = _rotate(q1, q2, qc, qs)
+        s = _mm0(k1, tl.trans(q1), PREC)
+        s = _mm(k2, tl.trans(q2), s, PREC) * (scale * LOG2E)
+        qdoc = kdoc
+        if HAS_DOC:
+            qdoc = tl.load(doc + qr + j, mask=live, other=0)
+        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
+        lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
+        s = tl.exp2(s - lse[None, :])
+        do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
+        dv = _mm(s.to(TD), do, dv, PREC)
+        z = _mm0(vt, tl.trans(do), PREC)
+        delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+        ds = (s * (z - delta[None, :]) * scale).to(TD)
+        dk1 = _mm(ds, q1, dk1, PREC)
+        dk2 = _mm(ds, q2, dk2, PREC)
+    if ROPE:
+        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
+        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
+        dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
+    if ADD:
+        t = krow + LAG - halo
+        had = kok & (t >= 0) & (t < T)
+        dk1 += _tile(dk_in + kb * D, j, had, H * D, DH, DB)
+        dk2 += _tile(dk_in + kb * D + DH, j, had, H * D, DH, DB)
+        dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
+    _put(dk_ptr + kb * D, dk1, j, kok, H * D, DH, DB)
+    _put(dk_ptr + kb * D + DH, dk2, j, kok, H * D, DH, DB)
+    _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)

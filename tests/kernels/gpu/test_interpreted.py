@@ -1,0 +1,127 @@
+# ruff: noqa: E501
+"""Outputs and every gradient of the Triton kernels, in Triton's interpreter, against the oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nha_jax.ops import reference
+from nha_jax.ops.core import Spec
+from pallas_kernels.gpu import attention, decode, launch
+from pallas_kernels.gpu.tiles import Tiles
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
+
+CASES = {
+    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(chunk=16, heads=2, dq_heads=2, dslot_heads=2)),
+    "slots_only": dict(window=0, lag=0, init=True),
+    "unaligned": dict(window=9, lag=5, fm="silu"),
+    "halo": dict(halo=21, init=True, empty="zero"),
+    "strong_gates": dict(gate=40.0),
+    "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
+    "one_token": dict(T=1),
+    "odd_sizes": dict(M=24, D=48, V=80, T=20),
+    "window_only": dict(M=0, rope=False),
+}
+TOLERANCE = {"o": 2e-6, "gradient": 1e-5}  # float32, relative RMS
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    finite = np.isfinite(b)
+    np.testing.assert_array_equal(np.isfinite(a), finite)
+    return np.linalg.norm((a - b)[finite]) / max(np.linalg.norm(b[finite]), 1e-30)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    import interpret
+
+    monkeypatch.setattr(launch, "call", interpret.call)
+
+
+def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none",
+          empty="masked", rope=True, doc=None, init=False, gate=1.0, tiles=None):  # fmt: skip
+    r = np.random.default_rng(0)
+    s = halo + T
+    n = r.standard_normal
+    arrays = [n((1, T, HQ, D)), n((1, s, H, D)), n((1, s, H, V))]
+    arrays.append(-gate * np.log1p(np.exp(-2 * n((1, s, H, M)))))
+    arrays += [n((1, H, M, D)), n((1, H, M, V))] if init else [None, None]
+    angle = np.arange(s)[:, None] * 1e4 ** (-np.arange(D // 2) / (D // 2))
+    tables = [np.cos(angle), np.sin(angle)] if rope else [None, None]
+    docs = None if doc is None else jnp.asarray([doc], jnp.int32)
+    lag = window if lag is None else lag
+    spec = Spec(window, lag, D**-0.5, feature_map=fm, empty_slots=empty, halo=halo)
+    arrays, tables = (
+        [None if x is None else jnp.asarray(x, jnp.float32) for x in xs] for xs in (arrays, tables)
+    )
+    return arrays, tables, docs, spec, tiles or Tiles(chunk=16)
+
+
+def wide(xs):
+    return [None if x is None else x.astype(jnp.float64) for x in xs]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name):
+    arrays, tables, docs, spec, tiles = build(**CASES[name])
+    got, kept = attention._forward(*arrays, *tables, docs, None, spec, tiles)
+    with jax.enable_x64(True):
+        tables64 = wide(tables)
+        inputs = [x for x in wide(arrays) if x is not None]
+
+        def oracle(*xs):
+            return reference.forward(*xs, *[None] * (6 - len(xs)), *tables64, docs, None, spec)
+
+        want, pull = jax.vjp(oracle, *inputs)
+        r = np.random.default_rng(1)
+        cotangents = [np.where(np.isfinite(x), r.standard_normal(x.shape), 0.0) for x in want]
+        gradients = pull(type(want)(*(jnp.asarray(c) for c in cotangents)))
+    # sums of gates near -1000 have few digits left for the decay between two neighbours
+    limit = TOLERANCE["gradient"] if name == "strong_gates" else TOLERANCE["o"]
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b) < limit
+    cotangents = [jnp.asarray(c, jnp.float32) for c in cotangents]
+    mine = attention._backward(spec, kept, cotangents, tiles)
+    for a, b in zip(mine, gradients, strict=False):
+        assert relative(a, b) < TOLERANCE["gradient"]
+
+
+def test_tolerance_rejects_wrong_outputs():
+    arrays, tables, docs, spec, tiles = build()
+    o = attention._forward(*arrays, *tables, docs, None, spec, tiles)[0][0]
+    assert relative(jnp.zeros_like(o), o) > TOLERANCE["o"]
+    assert relative(o * (1 + 1e-5), o) > TOLERANCE["o"]
+
+
+@pytest.mark.parametrize(("window", "lag", "empty"), [(5, 5, "masked"), (4, 9, "masked"), (6, 2, "zero")])
+def test_decoding_equals_the_whole(window, lag, empty):
+    arrays, tables, _, spec, _ = build(T=12, HQ=4, H=2, window=window, lag=lag, empty=empty)
+    q, k, v, la = arrays[:4]
+    with jax.enable_x64(True):
+        want = reference.forward(*wide(arrays), *wide(tables), None, None, spec)
+    (b, t, h, d), m, vd = k.shape, la.shape[-1], v.shape[-1]
+    p, z = max(window, lag), jnp.zeros
+    buffers = decode.Buffers(
+        z((b, h, m, d)), z((b, h, m, vd)), z((b, h, p, d)), z((b, h, p, vd)), z((b, h, p, m)),
+        z((b, p, d // 2)), z((b, p, d // 2)),
+    )  # fmt: skip
+    outputs = []
+    for i in range(t):
+        mode, length = jnp.array([1 if i else 2]), jnp.array([i])
+        o, buffers = decode.step(
+            q[:, i], k[:, i], v[:, i], la[:, i], tables[0][None, i], tables[1][None, i],
+            buffers, mode, length, jnp.maximum(length - lag, 0), spec,
+        )  # fmt: skip
+        outputs.append(o)
+    assert relative(jnp.stack(outputs, 1), want.o) < TOLERANCE["o"]
+    assert relative(buffers.slot_k, want.slot_k) < TOLERANCE["o"]
+    idle, same = decode.step(
+        q[:, 0], k[:, 0], v[:, 0], la[:, 0], tables[0][None, 0], tables[1][None, 0],
+        buffers, jnp.zeros(1, jnp.int32), length, length, spec,
+    )  # fmt: skip
+    assert not idle.any()
+    for a, b in zip(same, buffers, strict=True):
+        np.testing.assert_array_equal(a, b)
