@@ -1,0 +1,44 @@
+"""Frozen tile choices per TPU generation, read from pallas_kernels/tuned/tpu_*.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from importlib import resources
+
+import jax
+
+GENERATIONS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+KINDS = {  # jax device_kind -> generation
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    generation: str
+    chunk: int  # query rows per grid step
+    vmem: int  # bytes that one kernel may take
+
+
+@functools.cache
+def load(generation: str) -> Tiles:
+    """The committed choice for one of GENERATIONS."""
+    path = resources.files("pallas_kernels") / "tuned" / f"tpu_{generation}.json"
+    data = json.loads(path.read_text())
+    return Tiles(generation=generation, chunk=data["chunk"], vmem=data["vmem_mib"] << 20)
+
+
+def tiles_for(device: jax.Device | None = None) -> Tiles:
+    """Tiles of the device's generation; v5e's where the device is no TPU (interpret mode)."""
+    kind = (device or jax.devices()[0]).device_kind
+    return load(KINDS.get(kind, "v5e"))
