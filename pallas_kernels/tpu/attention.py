@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tpu import backward as backward_kernel
 from pallas_kernels.tpu import forward as forward_kernel
 from pallas_kernels.tpu.common import (
     FEATURE_MAPS,
@@ -21,6 +22,8 @@ from pallas_kernels.tpu.common import (
 from pallas_kernels.tpu.tiles import Tiles, tiles_for
 
 MAX_WIDTH = 256
+# exp(lse - lse_side) is cut here: below a share of e^-80 a side's own lse gets no exact gradient.
+MAX_RATIO = 80.0
 
 
 class Spec(Protocol):
@@ -165,7 +168,31 @@ def _attend_fwd(plan, interpret, q, k, v, slots, tags, table):
 
 
 def _attend_bwd(plan, interpret, saved, cotangents):
-    raise NotImplementedError
+    q, k, v, gates, tags, table, o, lse, starts = saved
+    do, dlse, *dends = cotangents
+    stats = _stats(plan, o, do, lse, dlse)
+    slots = [*gates, *starts, *dends]
+    tables = [] if table is None else [table]
+    dq, dk, dv, *dslots = backward_kernel.call(
+        plan, interpret, q, do, stats, k, v, tags, *slots, *tables
+    )
+    return dq, dk, dv, dslots, None, None
+
+
+def _stats(plan: Plan, o, do, lse, dlse):
+    """Row statistics of the backward kernel, [B, n, 3 hb G, T]: lse and the two deltas."""
+    batch, n, sides, t = lse.shape
+    lse = lse.reshape(batch, n, 2, sides // 2, t)
+    dlse = dlse.reshape(lse.shape)
+    total = jnp.logaddexp(lse[:, :, 0], lse[:, :, 1])
+    total = jnp.where(jnp.isfinite(total), total, 0.0)[:, :, None]
+    delta = do.astype(jnp.float32) * o.astype(jnp.float32)
+    delta = delta.reshape(batch, t, n * sides // 2, plan.v_pad)[..., : plan.v].sum(-1)
+    delta = jnp.swapaxes(delta, 1, 2).reshape(batch, n, 1, sides // 2, t)
+    # A side's own lse moves its logits by its local softmax, exp(logit - lse_side).
+    own = jnp.exp(jnp.minimum(total - jnp.where(jnp.isfinite(lse), lse, 0.0), MAX_RATIO))
+    deltas = delta - jnp.where(jnp.isfinite(lse), dlse * own, 0.0)
+    return jnp.concatenate([total, deltas], axis=2).reshape(batch, n, -1, t)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
