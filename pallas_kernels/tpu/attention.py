@@ -170,28 +170,26 @@ def _attend_fwd(plan, interpret, q, k, v, slots, tags, table):
 def _attend_bwd(plan, interpret, saved, cotangents):
     q, k, v, gates, tags, table, o, lse, starts = saved
     do, dlse, *dends = cotangents
-    stats = _stats(plan, o, do, lse, dlse)
+    stats = _stats(plan, lse, dlse)
     slots = [*gates, *starts, *dends]
     tables = [] if table is None else [table]
     dq, dk, dv, *dslots = backward_kernel.call(
-        plan, interpret, q, do, stats, k, v, tags, *slots, *tables
+        plan, interpret, q, o, do, stats, k, v, tags, *slots, *tables
     )
     return dq, dk, dv, dslots, None, None
 
 
-def _stats(plan: Plan, o, do, lse, dlse):
-    """Row statistics of the backward kernel, [B, n, 3 hb G, T]: lse and the two deltas."""
+def _stats(plan: Plan, lse, dlse):
+    """Row statistics of the backward kernel, [B, n, 3 hb G, T]: lse, and what the cotangents of
+    lse_slot and lse_window add to rowsum(do * o)."""
     batch, n, sides, t = lse.shape
     lse = lse.reshape(batch, n, 2, sides // 2, t)
     dlse = dlse.reshape(lse.shape)
     total = jnp.logaddexp(lse[:, :, 0], lse[:, :, 1])
     total = jnp.where(jnp.isfinite(total), total, 0.0)[:, :, None]
-    delta = do.astype(jnp.float32) * o.astype(jnp.float32)
-    delta = delta.reshape(batch, t, n * sides // 2, plan.v_pad)[..., : plan.v].sum(-1)
-    delta = jnp.swapaxes(delta, 1, 2).reshape(batch, n, 1, sides // 2, t)
     # A side's own lse moves its logits by its local softmax, exp(logit - lse_side).
     own = jnp.exp(jnp.minimum(total - jnp.where(jnp.isfinite(lse), lse, 0.0), MAX_RATIO))
-    deltas = delta - jnp.where(jnp.isfinite(lse), dlse * own, 0.0)
+    deltas = jnp.where(jnp.isfinite(lse), -dlse * own, 0.0)
     return jnp.concatenate([total, deltas], axis=2).reshape(batch, n, -1, t)
 
 

@@ -40,7 +40,7 @@ from pallas_kernels.tpu.common import (
 )
 from pallas_kernels.tpu.forward import state_decay
 
-LSE, DELTA_SLOT, DELTA_WINDOW, STATS = 0, 1, 2, 3
+LSE, SLOT, WINDOW, STATS = 0, 1, 2, 3
 
 
 def slot_backward(
@@ -146,7 +146,7 @@ def add_lagged(plan: Plan, ring: Any, block: jax.Array, lanes: slice, x: jax.Arr
 
 def kernel(plan: Plan, *refs: Any) -> None:
     refs_in = iter(refs)
-    q_ref, do_ref, stats_ref, k_ref, v_ref, tags_ref = (next(refs_in) for _ in range(6))
+    q_ref, o_ref, do_ref, stats_ref, k_ref, v_ref, tags_ref = (next(refs_in) for _ in range(7))
     slot_refs = [next(refs_in) if plan.m else None for _ in range(5)]
     gate_ref, starts_k_ref, starts_v_ref, end_dk_ref, end_dv_ref = slot_refs
     load_table_ref, table_ref = (next(refs_in) if plan.rope else None for _ in range(2))
@@ -206,6 +206,8 @@ def kernel(plan: Plan, *refs: Any) -> None:
         for h in heads:
             q = stack_heads(plan, q_ref[0], h, plan.d, plan.d_pad)
             do = stack_heads(plan, do_ref[0], h, plan.v, plan.v_pad)
+            o = stack_heads(plan, o_ref[0], h, plan.v, plan.v_pad)
+            delta = jnp.sum(do * o, axis=1, keepdims=True)
             per_stat = plan.heads_per_block * plan.groups
 
             def stat(which: int, h: int = h, per_stat: int = per_stat) -> jax.Array:
@@ -228,7 +230,7 @@ def kernel(plan: Plan, *refs: Any) -> None:
                     ring_rows(plan, v_ring, block, v_lanes(h)),
                     do,
                     lse,
-                    stat(DELTA_SLOT),
+                    delta + stat(SLOT),
                     starts_k_ref[0, h, 0],
                     starts_v_ref[0, h, 0],
                     dstate_k[h],
@@ -245,7 +247,7 @@ def kernel(plan: Plan, *refs: Any) -> None:
                     q = rotate(q, repeat(plan, table_ref[0]))
                 dq_window = plan.scale * window_backward(
                     plan, tags, tag_ring, rope_ring, v_ring, drope_ring, dv_ring,
-                    q * plan.scale, do, lse, stat(DELTA_WINDOW), block, k_lanes(h), v_lanes(h),
+                    q * plan.scale, do, lse, delta + stat(WINDOW), block, k_lanes(h), v_lanes(h),
                 )  # fmt: skip
                 if plan.rope:
                     dq_window = rotate(dq_window, repeat(plan, table_ref[0]), inverse=True)
@@ -313,7 +315,7 @@ def window_backward(
 
 
 def call(plan: Plan, interpret: Any, *inputs: jax.Array) -> list[jax.Array]:
-    """inputs: q, do, stats [B, n, 3 hb G, T], k, v, tags[, log_alpha, chunk states, end
+    """inputs: q, o, do, stats [B, n, 3 hb G, T], k, v, tags[, log_alpha, chunk states, end
     cotangents][, table]; returns dq, dk, dv[, dlog_alpha, dslot_k0, dslot_v0]."""
     c, hb, n = plan.chunk, plan.heads_per_block, plan.head_blocks
     f32 = jnp.float32
@@ -330,6 +332,7 @@ def call(plan: Plan, interpret: Any, *inputs: jax.Array) -> list[jax.Array]:
 
     q_lanes, o_lanes = hb * plan.groups * plan.d_pad, hb * plan.groups * plan.v_pad
     q_spec = pl.BlockSpec((1, c, q_lanes), lambda b, h, s: (b, chunk(s), h))
+    o_spec = pl.BlockSpec((1, c, o_lanes), lambda b, h, s: (b, chunk(s), h))
     widths = {"k": hb * plan.d_pad, "v": hb * plan.v_pad, "gate": hb * plan.m_pad}
 
     def key_in(name):
@@ -340,7 +343,8 @@ def call(plan: Plan, interpret: Any, *inputs: jax.Array) -> list[jax.Array]:
 
     in_specs = [
         q_spec,
-        pl.BlockSpec((1, c, o_lanes), lambda b, h, s: (b, chunk(s), h)),
+        o_spec,
+        o_spec,
         pl.BlockSpec((1, 1, STATS * hb * plan.groups, c), lambda b, h, s: (b, h, 0, chunk(s))),
         key_in("k"),
         key_in("v"),
