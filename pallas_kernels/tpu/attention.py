@@ -60,8 +60,8 @@ def supports(
     if jnp.dtype(log_alpha.dtype) not in (jnp.bfloat16, jnp.float32):
         return f"The TPU kernels take log_alpha in float32 or bfloat16, not {log_alpha.dtype}."
     for name, width in (("D", q.shape[-1]), ("V", v.shape[-1]), ("M", log_alpha.shape[-1])):
-        if width > MAX_WIDTH or width % 8:
-            return f"The TPU kernels take {name} in multiples of 8 up to {MAX_WIDTH}, not {width}."
+        if width > MAX_WIDTH:
+            return f"The TPU kernels take {name} up to {MAX_WIDTH}, not {width}."
     if spec.feature_map not in FEATURE_MAPS:
         return f"The TPU kernels take feature_map in {FEATURE_MAPS}, not {spec.feature_map!r}."
     if q.shape[1] == 0:
