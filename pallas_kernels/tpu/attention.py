@@ -107,7 +107,7 @@ def forward(
     refusal = supports(q, k, v, log_alpha, spec, tiles=tiles)
     if refusal:
         raise ValueError(refusal)
-    plan = _plan(q, k, v, log_alpha, spec, cos is not None, tiles)
+    plan = plan_for(q, k, v, log_alpha, spec, cos is not None, tiles)
     batch, t, query_heads = q.shape[:3]
     m = plan.m
     front = plan.halo_blocks * plan.chunk - spec.halo
@@ -272,7 +272,7 @@ def _plans(q, k, v, log_alpha, spec: Spec, tiles: Tiles, rope: bool = True) -> l
     return plans
 
 
-def _plan(q, k, v, log_alpha, spec: Spec, rope: bool, tiles: Tiles) -> Plan:
+def plan_for(q, k, v, log_alpha, spec: Spec, rope: bool, tiles: Tiles) -> Plan:
     """The plan that pads least among those that fit, then the smallest one."""
     plans = _plans(q, k, v, log_alpha, spec, tiles, rope)
     fitting = [p for p in plans if p.vmem_bytes <= tiles.vmem]

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu import cost
 from pallas_kernels.tpu.common import (
     READS,
     SURVIVES,
@@ -295,8 +296,8 @@ def window_backward(
         return dq + dq_tile
 
     zero = jnp.zeros((plan.rows, plan.d), jnp.float32)
-    if plan.window_blocks == 1 and plan.blocks > 1:
-        tail = min(-(-(plan.window - 1) // 16) * 16, c)
+    if plan.one_tile:
+        tail = plan.window_tail
         at = lax.rem(jnp.maximum(block - 1, 0), plan.ring)
         k = jnp.concatenate([k_ring[at, c - tail :, k_lanes], k_ring[here, :, k_lanes]], axis=0)
         v = jnp.concatenate([v_ring[at, c - tail :, v_lanes], v_ring[here, :, v_lanes]], axis=0)
@@ -407,6 +408,7 @@ def call(plan: Plan, interpret: Any, *inputs: jax.Array) -> list[jax.Array]:
         scratch_shapes=scratch,
         interpret=interpret,
         name="nha_backward",
+        cost_estimate=cost.backward(plan).estimate(),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=plan.vmem_limit,

@@ -61,6 +61,16 @@ class Plan:
         return -(-max(self.window - 1, 0) // self.chunk)
 
     @property
+    def one_tile(self) -> bool:
+        """The whole window lies in the query's own block and the tail of the one before."""
+        return self.window_blocks == 1 and self.blocks > 1
+
+    @property
+    def window_tail(self) -> int:
+        """Rows of the block before that a one-tile window reads, a multiple of a bf16 tile."""
+        return min(-(-(self.window - 1) // 16) * 16, self.chunk)
+
+    @property
     def lag_blocks(self) -> int:
         return -(-self.slot_lag // self.chunk) if self.m else 0
 

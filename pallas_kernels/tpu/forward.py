@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu import cost
 from pallas_kernels.tpu.common import (
     KEEPS,
     MASKED,
@@ -216,8 +217,8 @@ def window_attention(plan, tags, tag_ring, k_ring, v_ring, q, block, k_lanes, v_
         mask = window_mask(plan, tags.doc, tag_ring[at, 0:1], block * c, b * c)
         return window_tile(plan, q, k_ring[at, :, k_lanes], v_ring[at, :, v_lanes], mask, carry)
 
-    if plan.window_blocks == 1 and plan.blocks > 1:
-        tail = min(-(-(plan.window - 1) // 16) * 16, c)
+    if plan.one_tile:
+        tail = plan.window_tail
         at = lax.rem(jnp.maximum(block - 1, 0), plan.ring)
         k = jnp.concatenate([k_ring[at, c - tail :, k_lanes], k_ring[here, :, k_lanes]], axis=0)
         v = jnp.concatenate([v_ring[at, c - tail :, v_lanes], v_ring[here, :, v_lanes]], axis=0)
@@ -316,6 +317,7 @@ def call(plan: Plan, save_states: bool, interpret: Any, *inputs: jax.Array) -> l
         scratch_shapes=scratch,
         interpret=interpret,
         name="nha_forward",
+        cost_estimate=cost.forward(plan, save_states).estimate(),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=plan.vmem_limit,

@@ -30,12 +30,34 @@ class Tiles:
     vmem: int  # bytes that one kernel may take
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One JAX device of a generation: a chip, but half a chip (one core) on tpu7x."""
+
+    topology: str  # four devices or more, for ahead-of-time compilation
+    bf16_flops: float  # per second
+    hbm_bytes: float  # per second
+
+
 @functools.cache
+def _data(generation: str) -> dict:
+    path = resources.files("pallas_kernels") / "tuned" / f"tpu_{generation}.json"
+    return json.loads(path.read_text())
+
+
 def load(generation: str) -> Tiles:
     """The committed choice for one of GENERATIONS."""
-    path = resources.files("pallas_kernels") / "tuned" / f"tpu_{generation}.json"
-    data = json.loads(path.read_text())
-    return Tiles(generation=generation, chunk=data["chunk"], vmem=data["vmem_mib"] << 20)
+    data = _data(generation)
+    return Tiles(generation, chunk=data["chunk"], vmem=data["vmem_limit_mib"] << 20)
+
+
+def device(generation: str) -> Device:
+    data = _data(generation)
+    return Device(
+        topology=data["topology"],
+        bf16_flops=data["bf16_tflops"] * 1e12,
+        hbm_bytes=data["hbm_gb_per_s"] * 1e9,
+    )
 
 
 def tiles_for(device: jax.Device | None = None) -> Tiles:
