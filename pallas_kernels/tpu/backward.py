@@ -4,6 +4,10 @@ Grid (batch, head block, step). Step s loads key block `blocks - 1 - s`; `ring -
 it, the kernel differentiates the chunk whose lagged rows and window are then all loaded. Key
 block b is read by chunks >= b only, so its gradients are complete, and leave, at its own step;
 halo blocks leave in the last steps.
+
+Queries are in the lanes here: the logits of the G query heads of a kv head are [keys, G C], side
+by side, so that row statistics broadcast along sublanes and the sums over queries that make key
+and state gradients are plain products.
 """
 
 from __future__ import annotations
@@ -18,119 +22,168 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import cost
 from pallas_kernels.tpu.common import (
-    READS,
-    SURVIVES,
-    VISIBLE,
+    MASKED,
     WRITTEN,
     Gates,
+    HeadGates,
     Plan,
+    Rotation,
     Tags,
     dot,
     exact_dot,
     iotas,
+    mask_sum,
+    operand,
     phi,
     phi_grad,
-    repeat,
     ring_rows,
-    rotate,
     rounded,
-    stack_heads,
-    sum_heads,
     to_column,
-    window_mask,
+    transpose,
+    window_bias,
 )
-from pallas_kernels.tpu.forward import state_decay
 
 LSE, SLOT, WINDOW, STATS = 0, 1, 2, 3
 
 
+def across(plan: Plan, x: jax.Array) -> jax.Array:
+    """[n, C] -> [n, G C]."""
+    return x if plan.groups == 1 else jnp.concatenate([x] * plan.groups, axis=1)
+
+
+def fold(plan: Plan, x: jax.Array) -> jax.Array:
+    """[n, G C] -> [n, C], summed over query heads."""
+    c = plan.chunk
+    total = x[:, :c]
+    for g in range(1, plan.groups):
+        total = total + x[:, g * c : (g + 1) * c]
+    return total
+
+
 def slot_backward(
-    plan: Plan, tags: Tags, gates: Gates, q, k, v, do, lse, delta, state_k, state_v, dk_end, dv_end
-):
+    plan: Plan, tags: Tags, gates: HeadGates, q, k, v, do, lse, delta, state_k, state_v, dk_end,
+    dv_end,
+):  # fmt: skip
     """Gradients of `forward.slot_attention` for one kv head, logits recomputed.
 
-    q [GC, D], k [C, D] f32 after the feature map (q scaled), v [C, V], do [GC, V], lse and delta
-    [GC, 1], state_* at the chunk's start, d*_end of the state at its end.
+    q [GC, D], k [C, D] after the feature map, v [C, V], do [GC, V]: `operand`s; lse and delta
+    [1, GC]; state_* f32 at the chunk's start, d*_end of the state at its end.
     Returns dq [GC, D], dk [C, D], dv [C, V], dlog_alpha [C, M], dstate_k, dstate_v.
     """
-    c, m = plan.chunk, plan.m
-    same_doc = (tags.doc == tags.doc_row) & tags.written_row & (gates.strict | gates.eye)
-    same_doc = repeat(plan, same_doc)
-    eye = repeat(plan, gates.eye)
-    w = repeat(plan, gates.w)
-    from_state = repeat(plan, jnp.where(tags.has(READS), gates.from_start, 0.0))
-    a = jnp.where(same_doc, dot(plan, q, k, "nt"), 0.0)
-    db = jnp.where(same_doc, dot(plan, do, v, "nt"), 0.0)
-    a_own = jnp.sum(jnp.where(eye, a, 0.0), axis=1, keepdims=True)
-    db_own = jnp.sum(jnp.where(eye, db, 0.0), axis=1, keepdims=True)
-    q_state = dot(plan, q, state_k, "nt")  # [GC, M]
-    do_state = dot(plan, do, state_v, "nt")
+    c = plan.chunk
+    j, t = iotas(c, c)  # written row, reader
+    eye = across(plan, jnp.where(j == t, 1.0, 0.0))
+    seen = (tags.doc == tags.doc_row) & tags.has(WRITTEN) & (j <= t)
+    seen = across(plan, jnp.where(seen, 1.0, 0.0))
+    scaled = seen * plan.scale
+    bias = across(plan, jnp.where(tags.visible_row, 0.0, MASKED))  # [1, GC]
+    by_slot = {name: across(plan, x) for name, x in gates.by_slot.items() if name != "weight"}
+    reader, from_state, w = (by_slot[name] for name in ("reader", "from_state", "w"))
+    start_k, start_v = operand(plan, state_k), operand(plan, state_v)
 
-    def read(mask, reader, writer, carry):
-        mask, reader = repeat(plan, mask), repeat(plan, reader)
-        weight = gates.w * writer
-        return tuple(
-            acc + reader * dot(plan, jnp.where(mask, x, 0.0), weight)
-            for acc, x in zip(carry, (a, db), strict=True)
-        )
+    a = dot(plan, k, q, "nt") * scaled  # [C, GC]
+    db = dot(plan, v, do, "nt") * seen
+    q_state, do_state = dot(plan, start_k, q, "nt"), dot(plan, start_v, do, "nt")  # [M, GC]
+    logits = across(plan, gates.by_slot["from_state"] * plan.scale) * q_state + bias
+    dp = from_state * do_state
+    if gates.strong:
+        own = [jnp.sum(x * eye, axis=0, keepdims=True) for x in (a, db)]  # [1, GC]
 
-    logits, dp = gates.pairs(
-        read, (from_state * q_state + a_own * w, from_state * do_state + db_own * w)
-    )
-    p = jnp.where(repeat(plan, tags.has(VISIBLE)), jnp.exp(logits - lse), 0.0)
+        def read(mask, reader, writer, carry):
+            mask, reader = across(plan, transpose(mask)), across(plan, transpose(reader))
+            weight = transpose(gates.w * writer)
+            return tuple(
+                total + reader * dot(plan, weight, x * mask)
+                for total, x in zip(carry, (a, db), strict=True)
+            )
+
+        logits, dp = gates.levels(read, (logits + own[0] * w, dp + own[1] * w))
+    else:
+        weight = operand(plan, gates.by_slot["weight"])  # [M, C]
+        a_read, db_read = dot(plan, weight, a), dot(plan, weight, db)
+        logits, dp = logits + reader * a_read, dp + reader * db_read
+    p = jnp.exp(logits - lse)
     dl = p * (dp - delta)
 
     dl_state, p_state = rounded(plan, dl * from_state), rounded(plan, p * from_state)
-    flow = sum_heads(plan, dl_state * q_state + p_state * do_state)  # log-decay seen by readers
-    dw = sum_heads(plan, a_own * dl + db_own * p)
-    da = jnp.where(eye, jnp.sum(dl * w, axis=1, keepdims=True), 0.0)
-    b = jnp.where(eye, jnp.sum(p * w, axis=1, keepdims=True), 0.0)
+    # How the readers' log decay moves the loss, [M, C]; written rows' share is `back` below.
+    flow = plan.scale * fold(plan, dl_state * q_state) + fold(plan, p_state * do_state)
+    if gates.strong:
+        dw_own = transpose(fold(plan, own[0] * dl + own[1] * p))  # [C, M]
+        da = eye * jnp.sum(dl * w, axis=0, keepdims=True)
+        b = eye * jnp.sum(p * w, axis=0, keepdims=True)
 
-    def spread(mask, reader, writer, carry):
-        da, b, dw, flow = carry
-        mask, reader = repeat(plan, mask), repeat(plan, reader)
-        weight = rounded(plan, gates.w * writer)
+        def spread(mask, reader, writer, carry):
+            da, b, dw, flow, back = carry
+            mask, reader = across(plan, transpose(mask)), across(plan, transpose(reader))
+            weight = rounded(plan, gates.w * writer)
+            dl_read, p_read = rounded(plan, dl * reader), rounded(plan, p * reader)
+            a_pair, db_pair = a * mask, db * mask
+            into = dot(plan, a_pair, dl_read, "nt") + dot(plan, db_pair, p_read, "nt")  # [C, M]
+            ahead = dl_read * dot(plan, transpose(weight), a_pair)
+            ahead += p_read * dot(plan, transpose(weight), db_pair)
+            return (
+                da + mask * dot(plan, weight, dl_read),
+                b + mask * dot(plan, weight, p_read),
+                dw + writer * into,
+                flow + fold(plan, ahead),
+                back + weight * into,
+            )
+
+        zero = jnp.zeros_like(gates.w)
+        da, b, dw, flow, back = gates.levels(spread, (da, b, dw_own, flow, zero))
+    else:
+        weight = rounded(plan, gates.w * gates.writer)
         dl_read, p_read = rounded(plan, dl * reader), rounded(plan, p * reader)
-        da += jnp.where(mask, dot(plan, dl_read, weight, "nt"), 0.0)
-        b += jnp.where(mask, dot(plan, p_read, weight, "nt"), 0.0)
-        a_pair, db_pair = jnp.where(mask, a, 0.0), jnp.where(mask, db, 0.0)
-        back = dot(plan, a_pair, dl_read, "tn") + dot(plan, db_pair, p_read, "tn")  # [C, M]
-        ahead = dl_read * dot(plan, a_pair, weight) + p_read * dot(plan, db_pair, weight)
-        return da, b, dw + writer * back, flow + sum_heads(plan, ahead) - weight * back
+        da, b = dot(plan, weight, dl_read), dot(plan, weight, p_read)
+        into = dot(plan, a, dl_read, "nt") + dot(plan, db, p_read, "nt")
+        flow += fold(plan, dl_read * a_read + p_read * db_read)
+        dw, back = gates.writer * into, weight * into
+    da, b = operand(plan, da * scaled), operand(plan, b * seen)
 
-    da, b, dw, flow = gates.pairs(spread, (da, b, dw, flow))
-    da, b = jnp.where(same_doc, da, 0.0), jnp.where(same_doc, b, 0.0)
-
-    dk_end_r, dv_end_r = rounded(plan, dk_end), rounded(plan, dv_end)
-    survive = jnp.where(tags.has(SURVIVES), gates.to_end, 0.0)
-    kept = rounded(plan, gates.w * survive)
-    to_end = dot(plan, k, dk_end_r, "nt") + dot(plan, v, dv_end_r, "nt")  # [C, M]
-    dw += survive * to_end
-
-    i, j = iotas(c, c)
-    carry = state_decay(tags, gates)
-    through = carry * jnp.sum(state_k * dk_end_r, axis=1, keepdims=True)
-    through += carry * jnp.sum(state_v * dv_end_r, axis=1, keepdims=True)  # [M, 1]
-    mi, mj = iotas(m, m)
-    through = jnp.sum(jnp.where(mi == mj, through, 0.0), axis=0, keepdims=True)  # [1, M]
-    dg = exact_dot(jnp.where(j >= i, 1.0, 0.0), flow)
-    dg += exact_dot(jnp.where(j < i, 1.0, 0.0), kept * to_end) + through
+    end_k, end_v = rounded(plan, dk_end), rounded(plan, dv_end)
+    kept = rounded(plan, gates.w * gates.to_end)
+    to_end = dot(plan, k, end_k, "nt") + dot(plan, v, end_v, "nt")  # [C, M]
+    dw += gates.to_end * to_end
+    carry = to_column(gates.carry)
+    through = jnp.sum(state_k * end_k, axis=1, keepdims=True)
+    through += jnp.sum(state_v * end_v, axis=1, keepdims=True)
+    i, u = iotas(c, c)
+    dg = transpose(mask_sum_lanes(plan, flow, i >= u) + carry * through)
+    dg += mask_sum(plan, u < i, kept * to_end) - mask_sum(plan, u >= i, back)
     dlog_alpha = jnp.where(tags.has(WRITTEN), dg - gates.alpha * dw, 0.0)
 
-    dq = dot(plan, dl_state, state_k) + dot(plan, da, k)
-    dk = dot(plan, da, q, "tn") + dot(plan, kept, dk_end_r)
-    dv = dot(plan, b, do, "tn") + dot(plan, kept, dv_end_r)
-    dstate_k = carry * dk_end + dot(plan, dl_state, q, "tn")
-    dstate_v = carry * dv_end + dot(plan, p_state, do, "tn")
+    dq = dot(plan, da, k, "tn") + dot(plan, dl_state, state_k * plan.scale, "tn")
+    dk = dot(plan, da, q) + dot(plan, kept, end_k)
+    dv = dot(plan, b, do) + dot(plan, kept, end_v)
+    dstate_k = carry * dk_end + plan.scale * dot(plan, dl_state, q)
+    dstate_v = carry * dv_end + dot(plan, p_state, do)
     return dq, dk, dv, dlog_alpha, dstate_k, dstate_v
 
 
-def window_tile_backward(plan: Plan, q, k, v, do, mask, lse, delta):
-    """One tile: dq [GC, D], dk [n, D], dv [n, V]; q rotated and scaled, k rotated."""
-    mask = repeat(plan, mask)
-    p = jnp.where(mask, jnp.exp(dot(plan, q, k, "nt") - lse), 0.0)
-    ds = p * (dot(plan, do, v, "nt") - delta)
-    return dot(plan, ds, k), dot(plan, ds, q, "tn"), dot(plan, p, do, "tn")
+def mask_sum_lanes(plan: Plan, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sum of the masked lanes of x [n, C] f32 for every column of mask [C, C]."""
+    ones = jnp.where(mask, 1.0, 0.0)
+    if not plan.low_precision:
+        return exact_dot(x, ones)
+    high = rounded(plan, x)
+    return dot(plan, high, ones) + dot(plan, x - high, ones)
+
+
+def row_sums(plan: Plan, x: jax.Array) -> jax.Array:
+    """[n, V] f32 -> [1, n]."""
+    ones = jnp.ones((8, x.shape[1]), jnp.float32)
+    if not plan.low_precision:
+        return exact_dot(ones, x, "nt")[:1]
+    high = rounded(plan, x)
+    return (dot(plan, ones, high, "nt") + dot(plan, ones, x - high, "nt"))[:1]
+
+
+def window_tile_backward(plan: Plan, q, k, v, do, bias, lse, delta):
+    """One tile: dq [GC, D], dk [n, D], dv [n, V]; q rotated and scaled, k rotated, bias [n, C]."""
+    p = jnp.exp(dot(plan, k, q, "nt") + across(plan, bias) - lse)
+    ds = operand(plan, p * (dot(plan, v, do, "nt") - delta))
+    return dot(plan, ds, k, "tn"), dot(plan, ds, q), dot(plan, p, do)
 
 
 def add_lagged(plan: Plan, ring: Any, block: jax.Array, lanes: slice, x: jax.Array) -> None:
@@ -156,23 +209,13 @@ def kernel(plan: Plan, *refs: Any) -> None:
     k_ring, v_ring, tag_ring, dk_ring, dv_ring = (next(refs_in) for _ in range(5))
     slot_scratch = [next(refs_in) if plan.m else None for _ in range(4)]
     gate_ring, dgate_ring, dstate_k, dstate_v = slot_scratch
-    rope_ring, drope_ring = (
-        (next(refs_in), next(refs_in)) if plan.rope else (k_ring, dk_ring)
-    )
+    rope_ring, drope_ring = (next(refs_in), next(refs_in)) if plan.rope else (k_ring, dk_ring)
 
     step = pl.program_id(2)
     load = plan.blocks - 1 - step
     block = load + plan.ring - 1
     heads = range(plan.heads_per_block)
-
-    def k_lanes(h: int) -> slice:
-        return slice(h * plan.d_pad, h * plan.d_pad + plan.d)
-
-    def v_lanes(h: int) -> slice:
-        return slice(h * plan.v_pad, h * plan.v_pad + plan.v)
-
-    def m_lanes(h: int) -> slice:
-        return slice(h * plan.m_pad, h * plan.m_pad + plan.m)
+    groups = range(plan.groups)
 
     if plan.m:
 
@@ -194,41 +237,44 @@ def kernel(plan: Plan, *refs: Any) -> None:
             dgate_ring[at] = jnp.zeros_like(dgate_ring[at])
         if plan.rope:
             drope_ring[at] = jnp.zeros_like(drope_ring[at])
+            turn = Rotation(plan, load_table_ref[0])
             for h in heads:
-                x = rotate(k_ref[0, :, k_lanes(h)].astype(jnp.float32), load_table_ref[0])
-                rope_ring[at, :, k_lanes(h)] = x.astype(rope_ring.dtype)
+                lanes = plan.k_lanes(h)
+                rope_ring[at, :, lanes] = turn(k_ref[0, :, lanes]).astype(rope_ring.dtype)
 
     here = lax.rem(jnp.maximum(block, 0), plan.ring)
     ready = block < plan.blocks
 
-    @pl.when(ready & (block >= plan.halo_blocks))
-    def _():
-        tags = Tags(tag_ring[here, 0:1], tag_ring[here, 1:2])
+    def differentiate(tags: Tags, gates: Gates | None, strong: bool) -> None:
+        if plan.rope:
+            turn = Rotation(plan, table_ref[0], plan.scale)
+        if gates is not None:
+            by_head = gates.heads(strong)
+            lagged_k, lagged_v = (ring_rows(plan, ring, block) for ring in (k_ring, v_ring))
         for h in heads:
-            q = stack_heads(plan, q_ref[0], h, plan.d, plan.d_pad)
-            do = stack_heads(plan, do_ref[0], h, plan.v, plan.v_pad)
-            o = stack_heads(plan, o_ref[0], h, plan.v, plan.v_pad)
-            delta = jnp.sum(do * o, axis=1, keepdims=True)
-            per_stat = plan.heads_per_block * plan.groups
+            queries = [q_ref[0, :, plan.q_lanes(h, g)] for g in groups]
+            q = jnp.concatenate(queries, axis=0)  # [GC, D]
+            do = jnp.concatenate([do_ref[0, :, plan.o_lanes(h, g)] for g in groups], axis=0)
+            o = jnp.concatenate([o_ref[0, :, plan.o_lanes(h, g)] for g in groups], axis=0)
+            delta = row_sums(plan, do.astype(jnp.float32) * o.astype(jnp.float32))
 
-            def stat(which: int, h: int = h, per_stat: int = per_stat) -> jax.Array:
-                """[GC, 1]."""
-                first = which * per_stat + h * plan.groups
-                rows = [stats_ref[0, 0, first + g : first + g + 1] for g in range(plan.groups)]
-                return jnp.concatenate([to_column(row) for row in rows], axis=0)
+            def stat(which: int, h: int = h) -> jax.Array:
+                """[1, GC]."""
+                first = (which * plan.heads_per_block + h) * plan.groups
+                rows = [stats_ref[0, 0, first + g : first + g + 1] for g in groups]
+                return jnp.concatenate(rows, axis=1)
 
             lse = stat(LSE)
-            dq = jnp.zeros((plan.rows, plan.d), jnp.float32)
-            if plan.m:
-                gates = Gates(plan, ring_rows(plan, gate_ring, block, m_lanes(h)), tags.has(WRITTEN))
-                k = ring_rows(plan, k_ring, block, k_lanes(h)).astype(jnp.float32)
+            dq = jnp.zeros((plan.groups * plan.chunk, plan.d), jnp.float32)
+            if gates is not None:
+                k = lagged_k[:, plan.k_lanes(h)]
                 dq, dk, dv, dgate, new_dk, new_dv = slot_backward(
                     plan,
                     tags,
-                    gates,
-                    phi(plan.feature_map, q) * plan.scale,
-                    phi(plan.feature_map, k),
-                    ring_rows(plan, v_ring, block, v_lanes(h)),
+                    by_head[h],
+                    operand(plan, phi(plan.feature_map, q)),
+                    operand(plan, phi(plan.feature_map, k)),
+                    lagged_v[:, plan.v_lanes(h)],
                     do,
                     lse,
                     delta + stat(SLOT),
@@ -237,38 +283,56 @@ def kernel(plan: Plan, *refs: Any) -> None:
                     dstate_k[h],
                     dstate_v[h],
                 )
-                dq = phi_grad(plan.feature_map, q, dq * plan.scale)
-                add_lagged(plan, dk_ring, block, k_lanes(h), phi_grad(plan.feature_map, k, dk))
-                add_lagged(plan, dv_ring, block, v_lanes(h), dv)
-                add_lagged(plan, dgate_ring, block, m_lanes(h), dgate)
+                dq, dk = phi_grad(plan.feature_map, q, dq), phi_grad(plan.feature_map, k, dk)
+                add_lagged(plan, dk_ring, block, plan.k_lanes(h), dk)
+                add_lagged(plan, dv_ring, block, plan.v_lanes(h), dv)
+                add_lagged(plan, dgate_ring, block, plan.m_lanes(h), dgate)
                 dstate_k[h] = new_dk
                 dstate_v[h] = new_dv
             if plan.window:
-                if plan.rope:
-                    q = rotate(q, repeat(plan, table_ref[0]))
-                dq_window = plan.scale * window_backward(
+                turned = [turn(x) if plan.rope else x * plan.scale for x in queries]
+                dq_window = window_backward(
                     plan, tags, tag_ring, rope_ring, v_ring, drope_ring, dv_ring,
-                    q * plan.scale, do, lse, delta + stat(WINDOW), block, k_lanes(h), v_lanes(h),
+                    operand(plan, jnp.concatenate(turned, axis=0)), do, lse,
+                    delta + stat(WINDOW), block, plan.k_lanes(h), plan.v_lanes(h),
                 )  # fmt: skip
-                if plan.rope:
-                    dq_window = rotate(dq_window, repeat(plan, table_ref[0]), inverse=True)
-                dq += dq_window
-            for g in range(plan.groups):
-                start = (h * plan.groups + g) * plan.d_pad
-                part = dq[g * plan.chunk : (g + 1) * plan.chunk]
-                dq_ref[0, :, start : start + plan.d] = part.astype(dq_ref.dtype)
+            for g in groups:
+                rows = slice(g * plan.chunk, (g + 1) * plan.chunk)
+                part = dq[rows]
+                if plan.window:
+                    x = dq_window[rows]
+                    part += turn.back(x) if plan.rope else x * plan.scale
+                dq_ref[0, :, plan.q_lanes(h, g)] = part.astype(dq_ref.dtype)
+
+    @pl.when(ready & (block >= plan.halo_blocks))
+    def _():
+        tags = Tags(tag_ring[here, 0:1], tag_ring[here, 1:2])
+        if not plan.m:
+            differentiate(tags, None, False)
+            return
+        gates = Gates(plan, ring_rows(plan, gate_ring, block), tags)
+
+        @pl.when(gates.mild)
+        def _():
+            differentiate(tags, gates, False)
+
+        @pl.when(jnp.logical_not(gates.mild))
+        def _():
+            differentiate(tags, gates, True)
 
     @pl.when(ready)
     def _():
+        if plan.rope:
+            turn = Rotation(plan, table_ref[0])
         for h in heads:
-            dk = dk_ring[here, :, k_lanes(h)]
+            k_lanes, v_lanes, m_lanes = plan.k_lanes(h), plan.v_lanes(h), plan.m_lanes(h)
+            dk = dk_ring[here, :, k_lanes]
             if plan.rope:
-                drope = drope_ring[here, :, k_lanes(h)]
-                dk += rotate(drope, table_ref[0], inverse=True)
-            dk_ref[0, :, k_lanes(h)] = dk.astype(dk_ref.dtype)
-            dv_ref[0, :, v_lanes(h)] = dv_ring[here, :, v_lanes(h)].astype(dv_ref.dtype)
+                dk += turn.back(drope_ring[here, :, k_lanes])
+            dk_ref[0, :, k_lanes] = dk.astype(dk_ref.dtype)
+            dv_ref[0, :, v_lanes] = dv_ring[here, :, v_lanes].astype(dv_ref.dtype)
             if plan.m:
-                dgate_ref[0, :, m_lanes(h)] = dgate_ring[here, :, m_lanes(h)]
+                dgate_ref[0, :, m_lanes] = dgate_ring[here, :, m_lanes]
 
     if plan.m:
 
@@ -288,22 +352,24 @@ def window_backward(
 
     def tile(b, dq):
         at = lax.rem(b, plan.ring)
-        mask = window_mask(plan, tags.doc, tag_ring[at, 0:1], block * c, b * c)
+        doc = to_column(tag_ring[at, 0:1].astype(jnp.float32)).astype(jnp.int32)
+        bias = window_bias(plan, tags.doc_row, doc, block * c, b * c)
         k, v = k_ring[at, :, k_lanes], v_ring[at, :, v_lanes]
-        dq_tile, dk, dv = window_tile_backward(plan, q, k, v, do, mask, lse, delta)
+        dq_tile, dk, dv = window_tile_backward(plan, q, k, v, do, bias, lse, delta)
         dk_ring[at, :, k_lanes] += dk
         dv_ring[at, :, v_lanes] += dv
         return dq + dq_tile
 
-    zero = jnp.zeros((plan.rows, plan.d), jnp.float32)
+    zero = jnp.zeros((plan.groups * c, plan.d), jnp.float32)
     if plan.one_tile:
         tail = plan.window_tail
         at = lax.rem(jnp.maximum(block - 1, 0), plan.ring)
         k = jnp.concatenate([k_ring[at, c - tail :, k_lanes], k_ring[here, :, k_lanes]], axis=0)
         v = jnp.concatenate([v_ring[at, c - tail :, v_lanes], v_ring[here, :, v_lanes]], axis=0)
-        doc = jnp.concatenate([tag_ring[at, 0:1, c - tail :], tag_ring[here, 0:1]], axis=1)
-        mask = window_mask(plan, tags.doc, doc, block * c, block * c - tail)
-        dq, dk, dv = window_tile_backward(plan, q, k, v, do, mask, lse, delta)
+        before = to_column(tag_ring[at, 0:1].astype(jnp.float32)).astype(jnp.int32)
+        doc = jnp.concatenate([before[c - tail :], tags.doc], axis=0)
+        bias = window_bias(plan, tags.doc_row, doc, block * c, block * c - tail)
+        dq, dk, dv = window_tile_backward(plan, q, k, v, do, bias, lse, delta)
         dk_ring[at, c - tail :, k_lanes] += dk[:tail]
         dk_ring[here, :, k_lanes] += dk[tail:]
         dv_ring[at, c - tail :, v_lanes] += dv[:tail]

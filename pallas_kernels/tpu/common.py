@@ -11,6 +11,7 @@ Query rows of the G heads are stacked: row g * C + t.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 MASKED = -1e30
+MOST_NEGATIVE = -1e4  # log gate; its exp is 0, and sums of it stay finite
 # Row 1 of the tags: facts about the token at time t, one bit each.
 WRITTEN, READS, SURVIVES, KEEPS, VISIBLE = 1, 2, 4, 8, 16
 FEATURE_MAPS = ("none", "silu", "relu")
@@ -92,6 +94,25 @@ class Plan:
     def rows(self) -> int:
         return self.groups * self.chunk
 
+    def k_lanes(self, h: int) -> slice:
+        """Lanes of kv head h of the block in k."""
+        return slice(h * self.d_pad, h * self.d_pad + self.d)
+
+    def v_lanes(self, h: int) -> slice:
+        return slice(h * self.v_pad, h * self.v_pad + self.v)
+
+    def m_lanes(self, h: int) -> slice:
+        return slice(h * self.m_pad, h * self.m_pad + self.m)
+
+    def q_lanes(self, h: int, g: int) -> slice:
+        """Lanes of its query head g in q."""
+        start = (h * self.groups + g) * self.d_pad
+        return slice(start, start + self.d)
+
+    def o_lanes(self, h: int, g: int) -> slice:
+        start = (h * self.groups + g) * self.v_pad
+        return slice(start, start + self.v)
+
     @property
     def padded_lanes(self) -> int:
         """Lanes of one token in HBM, heads padded: the traffic that the layout costs."""
@@ -127,6 +148,11 @@ def dot(plan: Plan, a: jax.Array, b: jax.Array, dims: str = "nn") -> jax.Array:
     )
 
 
+def operand(plan: Plan, x: jax.Array) -> jax.Array:
+    """x as `dot` takes it, rounded once for many products."""
+    return x.astype(jnp.bfloat16 if plan.low_precision else jnp.float32)
+
+
 def exact_dot(a: jax.Array, b: jax.Array, dims: str = "nn") -> jax.Array:
     """f32 product at full precision: sums of gates."""
     contract = {"nn": ((1,), (0,)), "nt": ((1,), (1,))}[dims]
@@ -144,18 +170,21 @@ def rounded(plan: Plan, x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16).astype(jnp.float32) if plan.low_precision else x
 
 
-def one_minus_exp(x: jax.Array) -> jax.Array:
+def one_minus_exp(x: jax.Array, exp_x: jax.Array, terms: int = 8) -> jax.Array:
     """1 - exp(x) for x <= 0 without cancellation (Mosaic has no expm1)."""
     series = jnp.ones_like(x)
-    for n in range(8, 1, -1):
+    for n in range(terms, 1, -1):
         series = 1.0 + series * x * (1.0 / n)
-    return jnp.where(x > -0.35, -x * series, 1.0 - jnp.exp(x))
+    return jnp.where(x > -0.35, -x * series, 1.0 - exp_x)
 
 
 def phi(feature_map: str, x: jax.Array) -> jax.Array:
+    if feature_map == "none":
+        return x
+    x = x.astype(jnp.float32)
     if feature_map == "silu":
         return x / (1.0 + jnp.exp(-x))
-    return jnp.maximum(x, 0.0) if feature_map == "relu" else x
+    return jnp.maximum(x, 0.0)
 
 
 def phi_grad(feature_map: str, x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -165,14 +194,33 @@ def phi_grad(feature_map: str, x: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.where(x > 0.0, dy, 0.0) if feature_map == "relu" else dy
 
 
-def rotate(x: jax.Array, table: jax.Array, inverse: bool = False) -> jax.Array:
-    """Rotate-half RoPE of x [C, D] f32 by table [C, D] = [cos | sin]."""
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Rotate-half RoPE of x [n, D] f32 by table [n, D] = [cos | sin]."""
     half = x.shape[1] // 2
     cos, sin = table[:, :half], table[:, half:]
-    if inverse:
-        sin = -sin
     x1, x2 = x[:, :half], x[:, half:]
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=1)
+
+
+class Rotation:
+    """Rotate-half RoPE of many heads by one table; the swap of halves is an exact product."""
+
+    def __init__(self, plan: Plan, table: jax.Array, scale: float = 1.0):
+        """table [C, D] = [cos | sin]; what is rotated is also scaled."""
+        half = plan.d // 2
+        cos, sin = table[:, :half] * scale, table[:, half:] * scale
+        self.plan = plan
+        self.cos = jnp.concatenate([cos, cos], axis=1)
+        self.sin = jnp.concatenate([sin, sin], axis=1)
+        i, j = iotas(plan.d, plan.d)
+        self.swap = jnp.where(i == j + half, -1.0, jnp.where(i == j - half, 1.0, 0.0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32) * self.cos + dot(self.plan, x, self.swap) * self.sin
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """The transpose, for gradients."""
+        return x * self.cos - dot(self.plan, x, self.swap) * self.sin
 
 
 def iotas(n: int, m: int) -> tuple[jax.Array, jax.Array]:
@@ -186,48 +234,35 @@ def to_column(row: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
 
 
-def to_row(column: jax.Array) -> jax.Array:
-    """[n, 1] f32 -> [1, n] f32."""
-    n = column.shape[0]
-    i, j = iotas(n, n)
-    return jnp.sum(jnp.where(i == j, column, 0.0), axis=0, keepdims=True)
+def transpose(x: jax.Array) -> jax.Array:
+    """[C, n] f32 -> [n, C]; the lanes are filled up to whole tiles for it."""
+    c, n = x.shape
+    if n % 128:
+        x = jnp.concatenate([x, jnp.zeros((c, -n % 128), x.dtype)], axis=1)
+    return jnp.transpose(x)[:n]
 
 
-def stack_heads(plan: Plan, block: jax.Array, head: int, width: int, pad: int) -> jax.Array:
-    """Lanes of a kv head's G query heads, [C, lanes] -> [G C, width] f32."""
-    start = head * plan.groups * pad
-    parts = [
-        block[:, start + g * pad : start + g * pad + width].astype(jnp.float32)
-        for g in range(plan.groups)
-    ]
-    return parts[0] if plan.groups == 1 else jnp.concatenate(parts, axis=0)
+def columns_to_rows(columns: list[jax.Array]) -> jax.Array:
+    """n columns [C, 1] -> [n, C], by one transpose."""
+    c, n = columns[0].shape[0], len(columns)
+    lane = lax.broadcasted_iota(jnp.int32, (c, -(-n // 128) * 128), 1)
+    table = jnp.zeros(lane.shape, jnp.float32)
+    for i, x in enumerate(columns):
+        table = jnp.where(lane == i, x, table)
+    return transpose(table)[:n]
 
 
-def repeat(plan: Plan, x: jax.Array) -> jax.Array:
-    """[C, n] -> [G C, n]."""
-    return x if plan.groups == 1 else jnp.concatenate([x] * plan.groups, axis=0)
-
-
-def sum_heads(plan: Plan, x: jax.Array) -> jax.Array:
-    """[G C, n] -> [C, n]."""
-    c = plan.chunk
-    total = x[:c]
-    for g in range(1, plan.groups):
-        total = total + x[g * c : (g + 1) * c]
-    return total
-
-
-def ring_rows(plan: Plan, ring: Any, chunk_block: jax.Array, lanes: slice) -> jax.Array:
+def ring_rows(plan: Plan, ring: Any, chunk_block: jax.Array) -> jax.Array:
     """The C rows that lie slot_lag before block `chunk_block`, from a ring of blocks.
 
     Rows before the first block come out as rows of the first one: the caller masks them.
     """
     first = chunk_block - plan.lag_blocks
-    x = ring[lax.rem(jnp.maximum(first, 0), plan.ring), :, lanes]
+    x = ring[lax.rem(jnp.maximum(first, 0), plan.ring)]
     off = plan.lag_offset
     if off == 0:
         return x
-    y = ring[lax.rem(jnp.maximum(first + 1, 0), plan.ring), :, lanes]
+    y = ring[lax.rem(jnp.maximum(first + 1, 0), plan.ring)]
     return jnp.concatenate([x[off:], y[:off]], axis=0)
 
 
@@ -237,6 +272,7 @@ class Tags:
     def __init__(self, doc_row: jax.Array, bits_row: jax.Array):
         """doc_row, bits_row [1, C] int32."""
         self.doc_row = doc_row
+        self.visible_row = (bits_row & VISIBLE) != 0
         self.written_row = (bits_row & WRITTEN) != 0
         self.doc = to_column(doc_row.astype(jnp.float32)).astype(jnp.int32)
         self.bits = to_column(bits_row.astype(jnp.float32)).astype(jnp.int32)
@@ -245,62 +281,128 @@ class Tags:
         return (self.bits & bit) != 0
 
 
-class Gates:
-    """Decays of one chunk and kv head from the log gates of its written rows.
+class Pairs:
+    """Which rows of a chunk are paired with which: reader t (rows), written row j (columns)."""
 
-    `pairs` sums a function over all pairs j < t of the chunk in factored form, w_t,j =
-    exp(g_t - g_j) = reader[t] * writer[j]. Mild chunks need one reference point. Otherwise the
-    pairs are split over log2(C) levels: at level i they meet at the boundary of two neighbouring
-    blocks of 2^i rows, so both factors are at most 1 and exact for any gate.
+    def __init__(self, plan: Plan, tags: Tags):
+        t, j = iotas(plan.chunk, plan.chunk)
+        self.eye = j == t
+        seen = (tags.doc == tags.doc_row) & tags.written_row & (j <= t)
+        self.seen = jnp.where(seen, 1.0, 0.0)
+
+
+class Gates:
+    """Decays of one chunk, for all kv heads of a block side by side in the lanes.
+
+    Sums over the pairs j <= t of the chunk are taken in factored form, exp(g_t - g_j) =
+    reader[t] * writer[j]. A mild chunk needs one reference point. A strong one splits its pairs
+    j < t over log2(C) levels: at level i they meet at the boundary of two neighbouring blocks of
+    2^i rows, so both factors are at most 1 and exact for any gate.
     """
 
-    def __init__(self, plan: Plan, log_alpha: jax.Array, written: jax.Array):
-        """log_alpha [C, M] f32, written [C, 1] bool."""
+    def __init__(self, plan: Plan, log_alpha: jax.Array, tags: Tags):
+        """log_alpha [C, lanes] f32 of the written rows."""
         c = plan.chunk
         self.plan = plan
         t, j = iotas(c, c)
-        self.strict = j < t
-        self.eye = j == t
-        self.log_alpha = jnp.where(written, log_alpha, 0.0)
-        self.alpha = jnp.exp(self.log_alpha)
-        self.w = one_minus_exp(self.log_alpha)
-        self.g = exact_dot(jnp.where(j <= t, 1.0, 0.0), self.log_alpha)
-        self.total = self.g[c - 1 : c]  # [1, M]
+        written = tags.has(WRITTEN)
+        self.log_alpha = jnp.where(written, jnp.maximum(log_alpha, MOST_NEGATIVE), 0.0)
+        self.g = mask_sum(plan, j <= t, self.log_alpha)
+        self.total = self.g[c - 1 : c]  # [1, lanes]
         self.mild = jnp.max(-self.total) <= plan.mild_decay
-        self.from_start = jnp.exp(self.g)
-        self.to_end = jnp.exp(exact_dot(jnp.where(j > t, 1.0, 0.0), self.log_alpha))
+        self.reads, self.survives = tags.has(READS), tags.has(SURVIVES)
+        self.keeps = jnp.where(tags.has(KEEPS)[:1], 1.0, 0.0)  # [1, 1]
 
-    def pairs(self, body: Callable[..., Any], init: Any) -> Any:
-        """Sum of body(mask [C, C], reader [C, M], writer [C, M], carry) over the levels."""
-        c = self.plan.chunk
-        t, u = iotas(c, c)
-
-        def mild() -> Any:
+    def heads(self, strong: bool) -> list[HeadGates]:
+        """Per kv head; computed where they are used, once for all lanes."""
+        plan, c = self.plan, self.plan.chunk
+        alpha = jnp.exp(self.log_alpha)
+        w = one_minus_exp(self.log_alpha, alpha, 4 if plan.low_precision else 8)
+        if strong:
+            t, j = iotas(c, c)
+            from_start = jnp.exp(self.g)
+            to_end = jnp.exp(mask_sum(plan, j > t, self.log_alpha))
+            reader = writer = self.g  # unused: levels have their own
+        else:
             reference = self.g[c // 2 : c // 2 + 1]
             reader, writer = jnp.exp(self.g - reference), jnp.exp(reference - self.g)
-            return body(self.strict, reader, writer, init)
+            from_start = reader * jnp.exp(reference)
+            to_end = writer * jnp.exp(self.total - reference)
+        arrays = dict(
+            log_alpha=self.log_alpha,
+            alpha=alpha,
+            w=w,
+            reader=reader,
+            writer=writer,
+            from_state=jnp.where(self.reads, from_start, 0.0),
+            to_end=jnp.where(self.survives, to_end, 0.0),
+            carry=self.keeps * jnp.exp(self.total),
+        )
+        return [
+            HeadGates(
+                plan, strong, **{name: x[:, plan.m_lanes(h)] for name, x in arrays.items()}
+            )
+            for h in range(plan.heads_per_block)
+        ]
+
+
+@dataclasses.dataclass
+class HeadGates:
+    plan: Plan
+    strong: bool
+    log_alpha: jax.Array  # [C, M]
+    alpha: jax.Array  # [C, M]
+    w: jax.Array  # [C, M] 1 - alpha
+    reader: jax.Array  # [C, M] exp(g - reference)
+    writer: jax.Array  # [C, M] exp(reference - g)
+    from_state: jax.Array  # [C, M] decay since the chunk's start, 0 where the state is not read
+    to_end: jax.Array  # [C, M] decay to the chunk's end, 0 where the row does not survive
+    carry: jax.Array  # [1, M] what the chunk leaves of the state it started from
+
+    def levels(self, body: Callable[..., Any], init: Any) -> Any:
+        """Strong chunks: body(mask [C, C] of 0 and 1, reader [C, M], writer [C, M], carry) per level."""
+        c = self.plan.chunk
+        t, u = iotas(c, c)
 
         def level(i: jax.Array, carry: Any) -> Any:
             block_t, block_u = lax.shift_right_logical(t, i), lax.shift_right_logical(u, i)
             same = block_t == block_u
-            since = jnp.where(same & (u <= t), 1.0, 0.0)
-            until = jnp.where(same & (u > t), 1.0, 0.0)
             mask = (block_t == block_u + 1) & ((block_t & 1) == 1)
-            reader = jnp.exp(exact_dot(since, self.log_alpha))
-            writer = jnp.exp(exact_dot(until, self.log_alpha))
-            return body(mask, reader, writer, carry)
+            reader = jnp.exp(mask_sum(self.plan, same & (u <= t), self.log_alpha))
+            writer = jnp.exp(mask_sum(self.plan, same & (u > t), self.log_alpha))
+            return body(jnp.where(mask, 1.0, 0.0), reader, writer, carry)
 
-        def strong() -> Any:
-            return lax.fori_loop(0, int(math.log2(c)), level, init)
+        return lax.fori_loop(0, int(math.log2(c)), level, init)
 
-        return lax.cond(self.mild, mild, strong)
+    @functools.cached_property
+    def by_slot(self) -> dict[str, jax.Array]:
+        """What readers need with slots in the rows, [M, C]."""
+        names = ("reader", "from_state", "w")
+        arrays = {name: transpose(getattr(self, name)) for name in names}
+        arrays["weight"] = transpose(self.w * self.writer)
+        return arrays
 
 
-def window_mask(
-    plan: Plan, doc: jax.Array, doc_row: jax.Array, first_query: Any, first_key: Any
+def mask_sum(plan: Plan, mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Sum of the masked rows of x [C, n] f32 for every row of mask [C, C]."""
+    if not plan.low_precision:
+        return exact_dot(jnp.where(mask, 1.0, 0.0), x)
+    ones = jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
+    high = x.astype(jnp.bfloat16)
+    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    return dot(plan, ones, high) + dot(plan, ones, low)
+
+
+def window_bias(
+    plan: Plan, query_doc: jax.Array, key_doc: jax.Array, first_query: Any, first_key: Any
 ) -> jax.Array:
-    """[C, keys] bool: key in the query's window and document. doc [C, 1], doc_row [1, keys]."""
-    i, j = iotas(plan.chunk, doc_row.shape[1])
-    behind = (i + first_query) - (j + first_key)
-    in_window = (behind >= 0) & (behind < plan.window) & (j + first_key >= 0)
-    return in_window & (doc == doc_row) & (doc_row != 0)
+    """0 where the key is in the query's window and document, else MASKED.
+
+    [C, keys] for query_doc [C, 1] and key_doc [1, keys]; [keys, C] for [1, C] and [keys, 1].
+    """
+    by_query = query_doc.shape[1] == 1 and key_doc.shape[0] == 1
+    shape = jnp.broadcast_shapes(query_doc.shape, key_doc.shape)
+    query = lax.broadcasted_iota(jnp.int32, shape, 0 if by_query else 1) + first_query
+    key = lax.broadcasted_iota(jnp.int32, shape, 1 if by_query else 0) + first_key
+    in_window = (query >= key) & (query - key < plan.window) & (key >= 0)
+    return jnp.where(in_window & (query_doc == key_doc) & (key_doc != 0), 0.0, MASKED)

@@ -230,7 +230,7 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
                 gate = pick(ring_g_ref, h, leaves, gate_first)
             gate = jnp.where(write, jnp.maximum(gate, -1e4), 0.0)
             keep = jnp.where(goes_on, to_column(jnp.exp(gate)), 0.0)  # [M, 1]
-            share = to_column(one_minus_exp(gate))
+            share = to_column(one_minus_exp(gate, jnp.exp(gate)))
             leaving_k = phi(z.feature_map, leaving_k)
             slot_k = keep * slot_k_ref[0, h] + share * leaving_k
             slot_v = keep * slot_v_ref[0, h] + share * leaving_v

@@ -6,6 +6,7 @@ VMEM blocks; once the halo is loaded, every step also answers one chunk of C que
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,88 +17,85 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import cost
 from pallas_kernels.tpu.common import (
-    KEEPS,
     MASKED,
-    READS,
-    SURVIVES,
     VISIBLE,
-    WRITTEN,
     Gates,
+    HeadGates,
+    Pairs,
     Plan,
+    Rotation,
     Tags,
+    columns_to_rows,
     dot,
-    iotas,
+    operand,
     phi,
-    repeat,
     ring_rows,
-    rotate,
-    stack_heads,
-    to_row,
-    window_mask,
+    to_column,
+    window_bias,
 )
 
+# Row maxima stop here, so that exp(MASKED - maximum) is 0 even where everything is masked.
+FLOOR = MASKED / 10
 
-def slot_attention(plan: Plan, tags: Tags, gates: Gates, q, k, v, state_k, state_v):
-    """Slot side of one kv head: (row maximum, sum, values) and the state after the chunk.
 
-    q [GC, D] f32 (feature map and scale applied), k [C, D], v [C, V] lagged rows.
+def softmax_side(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Row maximum [C, 1], sum [C, 1] and weights of logits [C, n]; masked ones weigh 0."""
+    top = jnp.maximum(jnp.max(logits, axis=1, keepdims=True), FLOOR)
+    p = jnp.exp(logits - top)
+    return top, jnp.sum(p, axis=1, keepdims=True), p
+
+
+def slot_attention(plan: Plan, pairs: Pairs, gates: HeadGates, bias, queries, k, v, state_k, state_v):
+    """Slot side of some query heads of one kv head: (row maximum, sum, values) of each.
+
+    queries: [C, D] each, k [C, D] and v [C, V] lagged rows, state_* at the chunk's start, all as
+    `operand`s after the feature map; bias [C, M] masks invisible slots.
     """
-    same_doc = (tags.doc == tags.doc_row) & tags.written_row  # [C, C] reader's document wrote it
-    a = jnp.where(repeat(plan, same_doc & (gates.strict | gates.eye)), dot(plan, q, k, "nt"), 0.0)
-    eye = repeat(plan, gates.eye)
-    w = repeat(plan, gates.w)
-    from_state = repeat(plan, jnp.where(tags.has(READS), gates.from_start, 0.0))  # [GC, M]
+    scaled_pairs = pairs.seen * plan.scale
+    scaled_state = gates.from_state * plan.scale
+    a = [dot(plan, q, k, "nt") * scaled_pairs for q in queries]
+    logits = [dot(plan, q, state_k, "nt") * scaled_state + bias for q in queries]
+    if gates.strong:
+        for i, x in enumerate(a):
+            logits[i] += jnp.sum(jnp.where(pairs.eye, x, 0.0), axis=1, keepdims=True) * gates.w
 
-    logits = from_state * dot(plan, q, state_k, "nt")
-    logits += jnp.sum(jnp.where(eye, a, 0.0), axis=1, keepdims=True) * w
+        def read(mask, reader, writer, totals):
+            weight = operand(plan, gates.w * writer)
+            return tuple(
+                total + reader * dot(plan, x * mask, weight)
+                for total, x in zip(totals, a, strict=True)
+            )
 
-    def read(mask, reader, writer, acc):
-        masked = jnp.where(repeat(plan, mask), a, 0.0)
-        return acc + repeat(plan, reader) * dot(plan, masked, gates.w * writer)
+        logits = gates.levels(read, tuple(logits))
+    else:
+        weight = operand(plan, gates.w * gates.writer)
+        logits = [y + gates.reader * dot(plan, x, weight) for x, y in zip(a, logits, strict=True)]
 
-    logits = gates.pairs(read, logits)
-    visible = repeat(plan, tags.has(VISIBLE))
-    top = jnp.where(visible, jnp.max(logits, axis=1, keepdims=True), MASKED)
-    p = jnp.where(visible, jnp.exp(logits - top), 0.0)
+    sides = [softmax_side(x) for x in logits]
+    if gates.strong:
 
-    b = jnp.where(eye, jnp.sum(p * w, axis=1, keepdims=True), 0.0)
+        def spread(mask, reader, writer, totals):
+            weight = operand(plan, gates.w * writer)
+            return tuple(
+                total + mask * dot(plan, p * reader, weight, "nt")
+                for total, (_, _, p) in zip(totals, sides, strict=True)
+            )
 
-    def spread(mask, reader, writer, acc):
-        pair = dot(plan, p * repeat(plan, reader), gates.w * writer, "nt")
-        return acc + jnp.where(repeat(plan, mask), pair, 0.0)
-
-    b = jnp.where(repeat(plan, same_doc), gates.pairs(spread, b), 0.0)
-    values = dot(plan, p * from_state, state_v) + dot(plan, b, v)
-
-    kept = jnp.where(tags.has(SURVIVES), gates.w * gates.to_end, 0.0)
-    carry = state_decay(tags, gates)
-    new_k = carry * state_k + dot(plan, kept, k, "tn")
-    new_v = carry * state_v + dot(plan, kept, v, "tn")
-    return (top, jnp.sum(p, axis=1, keepdims=True), values), new_k, new_v
-
-
-def state_decay(tags: Tags, gates: Gates) -> jax.Array:
-    """[M, 1]: what the chunk leaves of the state it started from."""
-    m = gates.total.shape[1]
-    keeps = tags.has(KEEPS)[:1].astype(jnp.float32)  # [1, 1]
-    i, j = iotas(m, m)
-    row = keeps * jnp.exp(gates.total)
-    return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
-
-
-def window_tile(plan: Plan, q, k, v, mask, carry):
-    """One online-softmax step. q [GC, D], k [n, D], v [n, V], mask [C, n]."""
-    top, total, values = carry
-    mask = repeat(plan, mask)
-    s = jnp.where(mask, dot(plan, q, k, "nt"), MASKED)
-    new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
-    p = jnp.where(mask, jnp.exp(s - new_top), 0.0)
-    shrink = jnp.exp(top - new_top)
-    return (
-        new_top,
-        total * shrink + jnp.sum(p, axis=1, keepdims=True),
-        values * shrink + dot(plan, p, v),
-    )
+        own = tuple(
+            jnp.where(pairs.eye, jnp.sum(p * gates.w, axis=1, keepdims=True), 0.0)
+            for _, _, p in sides
+        )
+        b = gates.levels(spread, own)
+    else:
+        b = [dot(plan, p * gates.reader, weight, "nt") for _, _, p in sides]
+    return [
+        (
+            top,
+            total,
+            dot(plan, p * gates.from_state, state_v) + dot(plan, x * pairs.seen, v),
+        )
+        for (top, total, p), x in zip(sides, b, strict=True)
+    ]
 
 
 def log_or_minus_inf(top: jax.Array, total: jax.Array) -> jax.Array:
@@ -121,19 +119,14 @@ def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
     chunk = step - plan.halo_blocks
     heads = range(plan.heads_per_block)
 
-    def k_lanes(h: int) -> slice:
-        return slice(h * plan.d_pad, h * plan.d_pad + plan.d)
-
-    def v_lanes(h: int) -> slice:
-        return slice(h * plan.v_pad, h * plan.v_pad + plan.v)
-
     k_ring[here] = k_ref[0]
     v_ring[here] = v_ref[0]
     tag_ring[here] = tags_ref[0]
     if plan.rope:
+        turn = Rotation(plan, table_ref[0])
         for h in heads:
-            x = rotate(k_ref[0, :, k_lanes(h)].astype(jnp.float32), table_ref[0])
-            rope_ring[here, :, k_lanes(h)] = x.astype(rope_ring.dtype)
+            lanes = plan.k_lanes(h)
+            rope_ring[here, :, lanes] = turn(k_ref[0, :, lanes]).astype(rope_ring.dtype)
     if plan.m:
         gate_ring[here] = gate_ref[0]
 
@@ -142,62 +135,76 @@ def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
             state_k[...] = k0_ref[0]
             state_v[...] = v0_ref[0]
 
+    def answer(tags: Tags, gates: Gates | None, strong: bool) -> None:
+        """All queries of the chunk, and the state after it."""
+        tops, totals = {}, {}
+        empty = jnp.full((plan.chunk, 1), MASKED), jnp.zeros((plan.chunk, 1))
+        if plan.rope:
+            turn = Rotation(plan, table_ref[0], plan.scale)
+        if gates is not None:
+            by_head = gates.heads(strong)
+            pairs = Pairs(plan, tags)
+            bias = jnp.where(tags.has(VISIBLE), 0.0, jnp.full((plan.chunk, plan.m), MASKED))
+            lagged_k, lagged_v = (ring_rows(plan, ring, step) for ring in (k_ring, v_ring))
+        window = WindowKeys(plan, tags, tag_ring, rope_ring, v_ring, step)
+
+        def finish(h: int, queries: list[jax.Array], slot_sides: list[Any]) -> None:
+            window_sides: list[Any] = [None] * plan.groups
+            if plan.window:
+                turned = [turn(q) if plan.rope else q * plan.scale for q in queries]
+                window_sides = window.attend([operand(plan, x) for x in turned], h)
+            for g, both in enumerate(zip(slot_sides, window_sides, strict=True)):
+                sides = [side for side in both if side is not None]
+                top = functools.reduce(jnp.maximum, [side[0] for side in sides])
+                shares = [jnp.exp(side[0] - top) for side in sides]
+                total = sum(s * side[1] for s, side in zip(shares, sides, strict=True))
+                inverse = 1.0 / jnp.where(total > 0.0, total, 1.0)
+                o = sum(side[2] * (s * inverse) for s, side in zip(shares, sides, strict=True))
+                o_ref[0, :, plan.o_lanes(h, g)] = o.astype(o_ref.dtype)
+                for i, side in enumerate(both):
+                    key = i, h * plan.groups + g
+                    tops[key], totals[key] = empty if side is None else side[:2]
+
+        for h in heads:
+            queries = [q_ref[0, :, plan.q_lanes(h, g)] for g in range(plan.groups)]
+            if gates is None:
+                finish(h, queries, [None] * plan.groups)
+                continue
+            k = operand(plan, phi(plan.feature_map, lagged_k[:, plan.k_lanes(h)]))
+            v = lagged_v[:, plan.v_lanes(h)]
+            mapped = [operand(plan, phi(plan.feature_map, q)) for q in queries]
+            start_k, start_v = (operand(plan, x[h]) for x in (state_k, state_v))
+            head = by_head[h]
+            finish(
+                h,
+                queries,
+                slot_attention(plan, pairs, head, bias, mapped, k, v, start_k, start_v),
+            )
+            kept = operand(plan, head.w * head.to_end)
+            carry = to_column(head.carry)
+            state_k[h] = carry * state_k[h] + dot(plan, kept, k, "tn")
+            state_v[h] = carry * state_v[h] + dot(plan, kept, v, "tn")
+        top, total = (columns_to_rows([x[key] for key in sorted(x)]) for x in (tops, totals))
+        lse_ref[0, 0] = log_or_minus_inf(top, total)
+
     @pl.when(chunk >= 0)
     def _():
         tags = Tags(tags_ref[0, 0:1], tags_ref[0, 1:2])
-        lse_rows = []
+        if not plan.m:
+            answer(tags, None, False)
+            return
         if save_states:
             starts_k_ref[0, :, 0] = state_k[...]
             starts_v_ref[0, :, 0] = state_v[...]
-        for h in heads:
-            q = stack_heads(plan, q_ref[0], h, plan.d, plan.d_pad)
-            empty = (
-                jnp.full((plan.rows, 1), MASKED),
-                jnp.zeros((plan.rows, 1)),
-                jnp.zeros((plan.rows, plan.v)),
-            )
-            slot_side = window_side = empty
-            if plan.m:
-                lanes = slice(h * plan.m_pad, h * plan.m_pad + plan.m)
-                gates = Gates(plan, ring_rows(plan, gate_ring, step, lanes), tags.has(WRITTEN))
-                k_lag = ring_rows(plan, k_ring, step, k_lanes(h)).astype(jnp.float32)
-                slot_side, new_k, new_v = slot_attention(
-                    plan,
-                    tags,
-                    gates,
-                    phi(plan.feature_map, q) * plan.scale,
-                    phi(plan.feature_map, k_lag),
-                    ring_rows(plan, v_ring, step, v_lanes(h)),
-                    state_k[h],
-                    state_v[h],
-                )
-                state_k[h] = new_k
-                state_v[h] = new_v
-            if plan.window:
-                if plan.rope:
-                    q = rotate(q, repeat(plan, table_ref[0]))
-                window_side = window_attention(
-                    plan, tags, tag_ring, rope_ring, v_ring, q * plan.scale, step,
-                    k_lanes(h), v_lanes(h), empty,
-                )  # fmt: skip
-            top = jnp.maximum(slot_side[0], window_side[0])
-            share_slot = jnp.exp(slot_side[0] - top)
-            share_window = jnp.exp(window_side[0] - top)
-            total = slot_side[1] * share_slot + window_side[1] * share_window
-            values = slot_side[2] * share_slot + window_side[2] * share_window
-            o = values / jnp.where(total > 0.0, total, 1.0)
-            lse = [log_or_minus_inf(*slot_side[:2]), log_or_minus_inf(*window_side[:2])]
-            for g in range(plan.groups):
-                rows = slice(g * plan.chunk, (g + 1) * plan.chunk)
-                start = (h * plan.groups + g) * plan.v_pad
-                o_ref[0, :, start : start + plan.v] = o[rows].astype(o_ref.dtype)
-                lse_rows.append([side[rows] for side in lse])
-        for i, sides in enumerate(lse_rows):
-            for side, column in enumerate(sides):
-                row = jnp.where(column > MASKED, column, MASKED)
-                row = to_row(row)
-                at = side * len(lse_rows) + i
-                lse_ref[0, 0, at : at + 1] = jnp.where(row > MASKED / 2, row, -jnp.inf)
+        gates = Gates(plan, ring_rows(plan, gate_ring, step), tags)
+
+        @pl.when(gates.mild)
+        def _():
+            answer(tags, gates, False)
+
+        @pl.when(jnp.logical_not(gates.mild))
+        def _():
+            answer(tags, gates, True)
 
     if plan.m:
 
@@ -207,28 +214,68 @@ def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
             end_v_ref[0] = state_v[...]
 
 
-def window_attention(plan, tags, tag_ring, k_ring, v_ring, q, block, k_lanes, v_lanes, carry):
-    """Window side of one kv head: online softmax over the key blocks in reach."""
-    c = plan.chunk
-    here = lax.rem(block, plan.ring)
+class WindowKeys:
+    """Keys and values in reach of one chunk's windows."""
 
-    def tile(b, carry):
-        at = lax.rem(b, plan.ring)
-        mask = window_mask(plan, tags.doc, tag_ring[at, 0:1], block * c, b * c)
-        return window_tile(plan, q, k_ring[at, :, k_lanes], v_ring[at, :, v_lanes], mask, carry)
+    def __init__(self, plan: Plan, tags: Tags, tag_ring, k_ring, v_ring, block):
+        self.plan, self.tags, self.block = plan, tags, block
+        self.tag_ring, self.k_ring, self.v_ring = tag_ring, k_ring, v_ring
+        self.here = lax.rem(block, plan.ring)
+        self.before = lax.rem(jnp.maximum(block - 1, 0), plan.ring)
+        if plan.window:
+            tail = plan.window_tail if plan.one_tile else 0
+            self.start = plan.chunk - tail  # of the rows before, within their block
+            doc = tag_ring[self.here, 0:1]
+            if tail:
+                doc = jnp.concatenate([tag_ring[self.before, 0:1, self.start :], doc], axis=1)
+            first = block * plan.chunk
+            self.bias = window_bias(plan, tags.doc, doc, first, first - tail)
 
-    if plan.one_tile:
-        tail = plan.window_tail
-        at = lax.rem(jnp.maximum(block - 1, 0), plan.ring)
-        k = jnp.concatenate([k_ring[at, c - tail :, k_lanes], k_ring[here, :, k_lanes]], axis=0)
-        v = jnp.concatenate([v_ring[at, c - tail :, v_lanes], v_ring[here, :, v_lanes]], axis=0)
-        doc = jnp.concatenate([tag_ring[at, 0:1, c - tail :], tag_ring[here, 0:1]], axis=1)
-        mask = window_mask(plan, tags.doc, doc, block * c, block * c - tail)
-        return window_tile(plan, q, k, v, mask, carry)
-    if plan.window_blocks:
-        first = jnp.maximum(block - plan.window_blocks, 0)
-        carry = lax.fori_loop(first, block, tile, carry)
-    return tile(block, carry)
+    def near(self, h: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the chunk's own block, after the tail of the one before if that is
+        all the window reaches."""
+        pair = []
+        for ring, lanes in (
+            (self.k_ring, self.plan.k_lanes(h)),
+            (self.v_ring, self.plan.v_lanes(h)),
+        ):
+            x = ring[self.here, :, lanes]
+            if self.plan.one_tile:
+                x = jnp.concatenate([ring[self.before, self.start :, lanes], x], axis=0)
+            pair.append(x)
+        return pair[0], pair[1]
+
+    def far_bias(self, b: jax.Array) -> jax.Array:
+        """[C, C] for the whole block b before the chunk's own."""
+        c = self.plan.chunk
+        doc = self.tag_ring[lax.rem(b, self.plan.ring), 0:1]
+        return window_bias(self.plan, self.tags.doc, doc, self.block * c, b * c)
+
+    def far_blocks(self) -> tuple[jax.Array, jax.Array]:
+        """First and one past the last."""
+        return jnp.maximum(self.block - self.plan.window_blocks, 0), self.block
+
+    def attend(self, queries: list[jax.Array], h: int) -> list[tuple[jax.Array, ...]]:
+        """queries [C, D] rotated and scaled -> row maximum, sum, values of each."""
+        plan = self.plan
+        k, v = self.near(h)
+        sides = [softmax_side(dot(plan, q, k, "nt") + self.bias) for q in queries]
+        sides = [(top, total, dot(plan, p, v)) for top, total, p in sides]
+        if plan.one_tile or not plan.window_blocks or plan.blocks == 1:
+            return sides
+
+        def tile(b, sides):
+            at, bias, after = lax.rem(b, plan.ring), self.far_bias(b), []
+            k, v = self.k_ring[at, :, plan.k_lanes(h)], self.v_ring[at, :, plan.v_lanes(h)]
+            for q, (top, total, values) in zip(queries, sides, strict=True):
+                s = dot(plan, q, k, "nt") + bias
+                new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
+                p, shrink = jnp.exp(s - new_top), jnp.exp(top - new_top)
+                total = total * shrink + jnp.sum(p, axis=1, keepdims=True)
+                after.append((new_top, total, values * shrink + dot(plan, p, v)))
+            return after
+
+        return lax.fori_loop(*self.far_blocks(), tile, sides)
 
 
 def call(plan: Plan, save_states: bool, interpret: Any, *inputs: jax.Array) -> list[jax.Array]:
