@@ -122,7 +122,15 @@ class Plan:
     @property
     def vmem_bytes(self) -> int:
         """Estimate for the backward kernel, the larger one (docs/tpu_kernels.md)."""
-        return 0
+        size, c, hb = self.dtype.itemsize, self.chunk, self.heads_per_block
+        d, v, m = (-(-hb * x // 128) * 128 for x in (self.d_pad, self.v_pad, self.m_pad))
+        table = 4 * c * -(-self.d // 128) * 128
+        state = 4 * hb * self.m * sum(-(-x // 128) * 128 for x in (self.d, self.v))
+        blocks = 2 * self.groups * c * (d + v) * size  # q, dq, o, do
+        blocks += 2 * c * (d + v) * size + 2 * c * m * 4 + 2 * table + 3 * state
+        ring = c * ((2 * d + v) * size + 4 * (2 * d + v) + 2 * 4 * m)
+        spilled = (hb << 20) + 12 * 4 * 128 * self.groups * c * -(-max(self.d, self.v) // 128)
+        return 2 * blocks + self.ring * ring + state + spilled
 
     @property
     def low_precision(self) -> bool:
