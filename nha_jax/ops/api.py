@@ -65,7 +65,8 @@ def nha_attention(
     Returns:
       o ``[B,T,HQ,V]`` in v's dtype, alone or first in a tuple with, in this order and where asked
       for: the NHAState after the last token; the slots' share of the softmax ``[B,T,HQ]``
-      float32; the pair (lse_slot, lse_window), each ``[B,T,HQ]`` float32, -inf where empty.
+      float32; the pair (lse_slot, lse_window), each ``[B,T,HQ]`` float32, -inf where empty
+      (with ``window=None`` it carries no gradient).
 
     Raises:
       UserError: a wrong shape, dtype, name or size; the sentence names the argument.

@@ -65,6 +65,18 @@ def accumulator(*arrays: jax.Array) -> jnp.dtype:
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
 
 
+@jax.custom_jvp
+def written_share(log_alpha: jax.Array) -> jax.Array:
+    """1 - alpha, exact for gates near 0, with a derivative exact for gates far below."""
+    return -jnp.expm1(log_alpha)
+
+
+@written_share.defjvp
+def _written_share_jvp(primals, tangents):
+    (log_alpha,), (tangent,) = primals, tangents
+    return written_share(log_alpha), -jnp.exp(log_alpha) * tangent
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """RoPE, first half paired with second half. x ``[...,D]``, cos and sin ``[...,D/2]``."""
     first, second = jnp.split(x, 2, axis=-1)

@@ -43,7 +43,7 @@ def forward(
         is_causal=doc is None,
         return_residual=True,
     )
-    o = o[..., :dv]
+    o, lse = o[..., :dv], jax.lax.stop_gradient(lse)
     if doc is not None:
         o = jnp.where((here != 0)[:, :, None, None], o, 0)
         lse = jnp.where((here != 0)[:, :, None], lse, -jnp.inf)

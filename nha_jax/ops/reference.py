@@ -7,7 +7,7 @@ against it, usually in float64.
 import jax
 import jax.numpy as jnp
 
-from nha_jax.ops.core import FEATURE_MAPS, Output, Spec, accumulator, rotate
+from nha_jax.ops.core import FEATURE_MAPS, Output, Spec, accumulator, rotate, written_share
 
 
 def forward(
@@ -56,7 +56,7 @@ def forward(
         source = jnp.maximum(row - spec.slot_lag, 0)
         write = real & (row >= spec.slot_lag) & (doc[:, source] == here)
         gate = log_alpha[:, source][..., None]  # [B,H,M,1]
-        decay, share = jnp.exp(gate), -jnp.expm1(gate)
+        decay, share = jnp.exp(gate), written_share(gate)
         where = write[:, None, None, None]
         slot_k = jnp.where(where, decay * slot_k + share * phi(k[:, source])[:, :, None], slot_k)
         slot_v = jnp.where(where, decay * slot_v + share * v[:, source][:, :, None], slot_v)

@@ -1,6 +1,6 @@
 """The chunked form in plain JAX: cost linear in T, any device, float32 (or float64) inside.
 
-Notation, for one chunk of C rows in n sub-blocks of c rows (README of this folder, "Chunked form"):
+Notation, for one chunk of C rows in n sub-blocks of c rows (docs/op.md, "Chunked form"):
 
     g       log gates of the rows written in this chunk (0 where nothing is written)
     inner   sum of g from the start of a row's sub-block to the row, inclusive
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from nha_jax.ops.core import FEATURE_MAPS, Output, Spec, accumulator, rotate
+from nha_jax.ops.core import FEATURE_MAPS, Output, Spec, accumulator, rotate, written_share
 from nha_jax.ops.state import NHAState
 
 CHUNK = 64  # C: rows per step of the scan over the sequence
@@ -92,7 +93,8 @@ def _forward(arrays, tables, doc, visible0, spec: Spec):
 
 
 def _forward_fwd(arrays, tables, doc, visible0, spec: Spec):
-    out, states = _scan(arrays, tables, doc, visible0, spec)
+    # Named, so that a remat policy can keep them and never run the forward scan twice.
+    out, states = checkpoint_name(_scan(arrays, tables, doc, visible0, spec), "attention")
     return out, (arrays, tables, doc, visible0, states)
 
 
@@ -101,7 +103,7 @@ def _forward_bwd(spec: Spec, saved, cotangents):
     arrays, tables, doc, visible0, states = saved
     plan = _Plan(arrays, tables, doc, visible0, spec)
     do, dlse_slot, dlse_window, dslot_k, dslot_v = cotangents
-    by_chunk = tuple(plan.split(x) for x in (do, dlse_slot, dlse_window))
+    by_chunk = tuple(plan.split(x.astype(plan.acc)) for x in (do, dlse_slot, dlse_window))
 
     def step(carry, x):
         dstate, dk, dv, dlog_alpha = carry
@@ -351,26 +353,23 @@ def _decays(log_alpha: jax.Array, marks: _Marks) -> _Decays:
     n, size = c // BLOCK, BLOCK
     write = marks.write[:, :, None, None]
     g = jnp.where(write, jnp.maximum(log_alpha, SMALLEST_LOG_ALPHA), 0.0)
-    share = jnp.where(write, -jnp.expm1(g), 0.0)  # 1 - alpha
+    share = jnp.where(write, written_share(g), 0.0)  # 1 - alpha
 
     def blocks(x: jax.Array) -> jax.Array:  # [B,C,H,M] -> [B,H,n,c,M]
         return x.swapaxes(1, 2).reshape(b, h, n, size, m)
 
     g, share = blocks(g), blocks(share)
-    inner = jnp.cumsum(g, axis=3)
-    tail = jnp.flip(jnp.cumsum(jnp.flip(g, 3), axis=3), 3)
-    tail = jnp.concatenate([tail[:, :, :, 1:], jnp.zeros_like(tail[:, :, :, :1])], axis=3)
+    t, j, row = np.ogrid[:size, :size, :size]
+    inner = _sums(row <= t, g)[:, :, :, :, 0]
+    tail = _sums(row > j, g)[:, :, :, 0]
+    direct = jnp.where((t >= j), jnp.exp(_sums((row > j) & (row <= t), g)), 0.0)
     block = inner[:, :, :, -1]  # [B,H,n,M] sum over each sub-block
-    i, u = np.arange(n)[:, None], np.arange(n)
-    lead = _masked_sum(u < i, block)  # [B,H,n,M]
-    rest = _masked_sum(u > i, block)
-    between = _masked_sum((u < i[:, :, None]) & (u > u[:, None]), block)  # [B,H,n(i),n(j),M]
-
-    t, j = np.arange(size)[:, None], np.arange(size)
-    after = jnp.where((t > j)[..., None], g[:, :, :, :, None], 0.0)  # [B,H,n,t,j,M]
-    direct = jnp.where((t >= j)[..., None], jnp.exp(jnp.cumsum(after, axis=3)), 0.0)
+    i, j, sub = np.ogrid[:n, :n, :n]
+    lead = _sums(sub < i, block)[:, :, :, 0]
+    rest = _sums(sub > j, block)[:, :, 0]
+    between = _sums((sub > j) & (sub < i), block)  # [B,H,n(i),n(j),M]
     right = jnp.exp(between[:, :, :, :, None] + tail[:, :, None]) * share[:, :, None]
-    right = jnp.where((u < i)[..., None, None], right, 0.0)  # [B,H,n(i),n(j),c,M]
+    right = jnp.where((j < i)[..., None], right, 0.0)  # [B,H,n(i),n(j),c,M]
 
     memory, memory0 = marks.memory, marks.memory0
     order = jnp.arange(c)[:, None] >= jnp.arange(c)
@@ -389,11 +388,11 @@ def _decays(log_alpha: jax.Array, marks: _Marks) -> _Decays:
     )
 
 
-def _masked_sum(mask: np.ndarray, x: jax.Array) -> jax.Array:
-    """``[...,u] x [B,H,u,M] -> [B,H,...,M]``, adding only the masked terms."""
-    b, h, u, m = x.shape
-    x = x.reshape(b, h, *(1,) * (mask.ndim - 1), u, m)
-    return jnp.where(mask[..., None], x, 0.0).sum(-2)
+def _sums(mask: np.ndarray, x: jax.Array) -> jax.Array:
+    """``[*R,L] x [...,L,M] -> [...,*R,M]``: sums over the rows that the mask names."""
+    flat = mask.reshape(-1, mask.shape[-1]).astype(x.dtype)
+    out = einsum("rl,...lm->...rm", flat, x)
+    return out.reshape(*x.shape[:-2], *mask.shape[:-1], x.shape[-1])
 
 
 def decode_step(

@@ -1,0 +1,225 @@
+"""The language model: embedding, blocks scanned over the window pattern, output."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nha_jax.errors import UserError
+from nha_jax.layers import (
+    NHA,
+    LayerCache,
+    LayerStats,
+    RMSNorm,
+    SwiGLU,
+    document_positions,
+    rope_tables,
+)
+from nha_jax.layers.params import fan_in_normal, param
+from nha_jax.models.config import ModelConfig
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+Cache = tuple[LayerCache, ...]
+"""One `LayerCache` per position of the window pattern, its arrays ``[repeats, batch, ...]``."""
+
+
+class ModelOutput(NamedTuple):
+    hidden: jax.Array
+    """``[B,T,hidden]`` after the final norm, in the dtype of the computation."""
+    cache: Cache | None
+    """The cache after the tokens, if one was given."""
+    stats: dict[str, jax.Array]
+    """Without a cache: slot_share, gate_mean, gate_min, float32 ``[layers]`` each (see
+    `LayerStats`), and aux_loss, a scalar to add to the loss. With one: empty."""
+
+
+class Block(nnx.Module):
+    """``x + NHA(RMSNorm(x))``, then ``x + SwiGLU(RMSNorm(x))``."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        made: dict[str, Any] = dict(param_dtype=config.param_dtype, rngs=rngs)
+        # Residual branches start smaller in deeper models, so that their sum keeps its size.
+        out_scale = (2 * config.layers) ** -0.5
+
+        def norm():
+            return RMSNorm((config.hidden,), ("norm",), eps=config.norm_eps, **made)
+
+        self.attention_norm = norm()
+        self.attention = NHA(
+            config.hidden,
+            config.heads,
+            config.head_width,
+            kv_heads=config.num_kv_heads,
+            slots=config.slots,
+            slot_lag=config.slot_lag,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            feature_map=config.feature_map,
+            value_activation=config.value_activation,
+            output_norm=config.output_norm,
+            conv=config.conv,
+            gate_normalizer=config.gate_normalizer,
+            empty_slots=config.empty_slots,
+            scale=config.scale,
+            norm_eps=config.norm_eps,
+            slot_share_target=config.slot_share_target,
+            slot_share_coef=config.slot_share_coef,
+            out_scale=out_scale,
+            impl=config.impl,
+            **made,
+        )
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(config.hidden, config.ffn, out_scale=out_scale, **made)
+
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None = None, **options: Any
+    ) -> tuple[jax.Array, LayerCache | None, LayerStats | None]:
+        """``[B,T,hidden]`` -> the same; options, cache and statistics as in `NHA`."""
+        y, cache, stats = self.attention(self.attention_norm(x), cache=cache, **options)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache, stats
+
+
+class LanguageModel(nnx.Module):
+    """Tokens in, hidden states out; `logits` and `output_kernel` go from there to words.
+
+    All blocks' parameters are stacked, ``[layers, ...]``, whatever the windows. Every parameter
+    names its axes: layers, vocab, embed, norm, heads, kv_heads, head_dim, slots, conv, mlp.
+    Embedding and output start normal with deviation ``1/sqrt(hidden)``, projections
+    ``1/sqrt(fan_in)``, those into the residual stream a further ``1/sqrt(2 layers)``.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype, init = config.param_dtype, fan_in_normal(config.hidden)
+        vocab, hidden = config.vocab_size, config.hidden
+        self.embedding = param(rngs, init, (vocab, hidden), ("vocab", "embed"), dtype)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def blocks(rngs):
+            return Block(config, rngs=rngs)
+
+        self.blocks = blocks(rngs)
+        self.norm = RMSNorm((hidden,), ("norm",), eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        tied = config.tied_embeddings
+        self.output = (
+            None if tied else param(rngs, init, (hidden, vocab), ("embed", "vocab"), dtype)
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> ModelOutput:
+        """Runs a whole batch, or with a cache the next piece of it, one token included.
+
+        Args:
+          tokens: ``[B,T]`` int32.
+          segment_ids: ``[B,T]`` int32; a change of id starts a new document, 0 is padding. None:
+            every token goes on with its row's document.
+          positions: ``[T]`` or ``[B,T]`` int32 for RoPE; the position in the document by default.
+          cache: from `init_cache` or the last call. A one-token call takes the decode step.
+
+        Raises:
+          UserError: what the attention op refuses.
+        """
+        config = self.config
+        if positions is None:
+            before = length = None
+            if cache is not None:
+                before, length = cache[0].attention.segment_id[0], cache[0].attention.length[0]
+            positions = document_positions(segment_ids, tokens.shape[1], before, length)
+        rope = rope_tables(positions, config.head_width, config.rope_theta, config.rope_scaling)
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(config.dtype)
+        x, cache, stats = self._run_blocks(x, cache, rope=rope, segment_ids=segment_ids)
+        summary = {}
+        if stats is not None:
+            summary = {name: value for name, value in stats._asdict().items() if name != "aux_loss"}
+            summary["aux_loss"] = jnp.sum(stats.aux_loss)
+        return ModelOutput(self.norm(x), cache, summary)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """``[..., hidden]`` -> ``[..., vocab_size]`` float32."""
+        return jnp.einsum(
+            "...c,cv->...v", hidden, self.output_kernel(), preferred_element_type=jnp.float32
+        )
+
+    def output_kernel(self) -> jax.Array:
+        """``[hidden, vocab_size]`` in the dtype of the computation."""
+        kernel = self.embedding[...].T if self.output is None else self.output[...]
+        return kernel.astype(self.config.dtype)
+
+    def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
+        """The cache before any token, for this config's windows.
+
+        Args:
+          max_length: tokens of a document that full layers have room for.
+
+        Raises:
+          UserError: there are full layers and no max_length.
+        """
+        config = self.config
+        windows = config.window_pattern
+        if None in windows and max_length is None:
+            raise UserError(
+                f"max_length is not given but windows {config.windows!r} has full layers; "
+                "set it to the longest document to decode, in tokens."
+            )
+        repeats = config.layers // len(windows)
+
+        def make(window):
+            one = self.blocks.attention.init_cache(
+                batch, window=window, max_length=max_length, dtype=config.dtype
+            )
+            return jax.tree.map(lambda a: jnp.repeat(a[None], repeats, axis=0), one)
+
+        return tuple(make(window) for window in windows)
+
+    def _run_blocks(
+        self, x: jax.Array, cache: Cache | None, **options: Any
+    ) -> tuple[jax.Array, Cache | None, LayerStats | None]:
+        """Scans over the repeats of the window pattern; within one, blocks follow each other."""
+        windows = self.config.window_pattern
+        repeats = self.config.layers // len(windows)
+        graphdef, params = nnx.split(self.blocks)
+        params = jax.tree.map(lambda a: a.reshape(repeats, len(windows), *a.shape[1:]), params)
+
+        def run(i, params, x, cache):
+            # Indexing in here keeps the stacked parameters themselves, not copies of their
+            # entries, for the backward pass of a checkpointed block.
+            block = nnx.merge(graphdef, jax.tree.map(lambda a: a[i], params))
+            return block(x, cache, window=windows[i], **options)
+
+        if self.config.remat != "none":
+            # Within a scan the backward pass is a loop of its own, which nothing is shared with.
+            run = jax.checkpoint(
+                run,
+                policy=REMAT[self.config.remat],
+                prevent_cse=repeats == 1,
+                static_argnums=0,
+            )
+
+        def repeat(x, xs):
+            params, cache = xs
+            caches, stats = [], []
+            for i in range(len(windows)):
+                x, after, stat = run(i, params, x, None if cache is None else cache[i])
+                caches.append(after)
+                stats.append(stat)
+            if cache is None:
+                return x, (None, jax.tree.map(lambda *a: jnp.stack(a), *stats))
+            return x, (tuple(caches), None)
+
+        x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache))
+        stats = jax.tree.map(lambda a: a.reshape(-1), stats)
+        return x, cache, stats

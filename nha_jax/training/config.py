@@ -1,0 +1,112 @@
+"""The training config: every field with its default, and the checks that need no device."""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from nha_jax.data import data_config
+from nha_jax.errors import UserError, nearest
+from nha_jax.models import model_config
+from nha_jax.training.optimizer import SCHEDULES
+
+# A run may be taken up again with other values of these: they change how long it runs, where,
+# and what it tells, but not the function that a step computes.
+HARMLESS = (
+    *("steps", "log", "checkpoint", "eval", "mesh", "compilation_cache"),
+    *("loss.chunk_tokens", "model.remat", "model.impl", "stop_after_nonfinite"),
+)
+
+
+def default_config() -> ConfigDict:
+    """The config that files in ``configs/`` start from."""
+    return ConfigDict(
+        {
+            "seed": 0,  # of the parameters, and of the data unless data.seed is set
+            "steps": 1000,
+            "batch_size": 64,  # examples per step, over all devices and micro-batches
+            "accumulate": 1,  # micro-batches per step
+            "stop_after_nonfinite": 10,  # such steps in a row end the run
+            "compilation_cache": True,  # keep compiled programs in the workdir
+            "model": model_config(),
+            "data": data_config(),
+            "optimizer": {
+                "learning_rate": 3e-4,
+                "schedule": "cosine",  # or "wsd", "constant"
+                "warmup_steps": 100,
+                "decay_steps": placeholder(int),  # last steps, cosine: all after the warm-up
+                "final_fraction": 0.1,  # of the learning rate, at the end
+                "b1": 0.9,
+                "b2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "clip_norm": 1.0,
+            },
+            "loss": {
+                "z_loss": 0.0,  # times log(Z)^2 per asked label
+                "chunk_tokens": 4096,  # tokens whose logits exist at one time
+            },
+            # Devices per axis; -1: all that the other axes leave.
+            "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "strategy": "standard"},
+            "checkpoint": {"every": 500, "keep": 3},
+            "log": {"every": 10, "tensorboard": False},
+            "eval": {"every": 0, "examples": 0},  # every 0: at the end only; examples 0: never
+        }
+    )
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises ``UserError`` for values that no run can have."""
+    at_least = {
+        **dict.fromkeys(("steps", "batch_size", "accumulate", "stop_after_nonfinite"), 1),
+        **dict.fromkeys(("checkpoint.every", "checkpoint.keep", "log.every"), 1),
+        **dict.fromkeys(("loss.chunk_tokens",), 1),
+        **dict.fromkeys(("eval.every", "eval.examples", "loss.z_loss", "seed"), 0),
+        **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup_steps"), 0),
+        **dict.fromkeys(("optimizer.weight_decay", "optimizer.clip_norm"), 0),
+    }
+    for key, least in at_least.items():
+        value = _get(config, key)
+        if not value >= least:
+            raise UserError(f"config.{key} is {value}; it must be at least {least}.")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not divisible by "
+            f"config.accumulate={config.accumulate}; change one of them."
+        )
+    if config.optimizer.schedule not in SCHEDULES:
+        hint = nearest(config.optimizer.schedule, SCHEDULES)
+        raise UserError(f"config.optimizer.schedule={config.optimizer.schedule!r} is none.{hint}")
+
+
+def check_same(config: ConfigDict, saved: str, workdir: Any) -> None:
+    """Refuses to go on with the checkpoints of a run whose config differs in what matters."""
+    theirs = _flat(json.loads(saved))
+    ours = _flat(json.loads(to_json(config)))
+    for key in sorted(ours.keys() | theirs.keys()):
+        harmless = any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
+        if not harmless and ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"workdir {workdir} holds checkpoints of another config (config.{key} was "
+                f"{theirs.get(key)!r}, now {ours.get(key)!r}); choose another --workdir, or the "
+                "old value."
+            )
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat

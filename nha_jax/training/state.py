@@ -1,0 +1,93 @@
+"""What training changes from step to step, and where each part of it lies on the mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nha_jax import parallel
+from nha_jax.models import LanguageModel, ModelConfig
+
+Params = Any  # nested dict of arrays, named as in the model
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All arrays; with the data iterator's position it determines the rest of the run."""
+
+    step: jax.Array  # int32, steps taken, skipped ones included
+    params: Params
+    opt_state: optax.OptState
+    skipped: jax.Array  # int32, steps skipped as not finite
+    skipped_in_row: jax.Array  # int32, those of them since the last good one
+    rng: jax.Array  # uint32 key data
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model as a function of its parameters."""
+
+    graph: nnx.GraphDef
+    abstract: Params  # ShapeDtypeStructs
+    axes: Params  # tuples of logical names
+    create: Callable[[jax.Array], Params]  # from a key
+
+    def __call__(self, params: Params) -> LanguageModel:
+        return nnx.merge(self.graph, params)
+
+
+def describe_model(config: ModelConfig) -> Model:
+    """The model without any memory for its parameters."""
+
+    def make(key: jax.Array) -> LanguageModel:
+        return LanguageModel(config, rngs=nnx.Rngs(key))
+
+    def create(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
+
+    graph, state = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param)
+    axes = jax.tree.map(
+        lambda variable: tuple(variable.get_metadata("out_sharding")),
+        state,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+    return Model(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes), create)
+
+
+def state_maker(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, strategy: str
+) -> tuple[Callable[[int], TrainState], TrainState]:
+    """How to create a state, sharded from the start, and its abstract form with shardings."""
+
+    def create(seed: jax.Array) -> TrainState:
+        key, rng = jax.random.split(jax.random.key(seed))
+        params = model.create(key)
+        zero = jnp.zeros((), jnp.int32)
+        rng = jax.random.key_data(rng)
+        return TrainState(zero, params, optimizer.init(params), zero, zero, rng)
+
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    abstract = jax.eval_shape(create, seed)
+    whole = NamedSharding(mesh, PartitionSpec())
+    table = parallel.rules(strategy)
+    params = parallel.shardings(abstract.params, model.axes, mesh, table)
+    # Moments lie like their parameters, counters lie whole everywhere.
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    shardings = dataclasses.replace(
+        jax.tree.map(lambda _: whole, abstract), params=params, opt_state=opt_state
+    )
+    abstract = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
+    jitted = jax.jit(create, out_shardings=shardings)
+    return lambda seed: jitted(jnp.uint32(seed)), abstract

@@ -1,0 +1,137 @@
+"""One training step and one evaluation step, as functions of arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from nha_jax import parallel
+from nha_jax.training.cross_entropy import IGNORE, cross_entropy
+from nha_jax.training.state import Model, Params, TrainState
+
+Batch = dict[str, jax.Array]  # inputs, labels [B,T] int32, segment_ids [B,T] int32 when packed
+Metrics = dict[str, jax.Array]
+
+
+def train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: ConfigDict,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function of one step; the caller jits it.
+
+    The loss is the mean over the asked labels of the whole batch, however many micro-batches it
+    is split into: every micro-batch's sum is divided by the number of asked labels of all. A step
+    whose loss or gradient is not finite changes nothing but the counters.
+    """
+
+    def loss(params: Params, batch: Batch, asked: jax.Array, tokens: jax.Array):
+        sums, stats = _apply(model, params, batch, config)
+        weight = _tokens(batch) / tokens  # of this micro-batch in means over tokens
+        aux = weight * stats.pop("aux_loss")
+        stats = jax.tree.map(lambda x: weight * x, stats)
+        stats |= {"loss": sums.loss / asked, "accuracy": sums.correct / asked, "aux_loss": aux}
+        return sums.objective / asked + aux, stats
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        asked = _asked(batch)
+        tokens = _tokens(batch)
+
+        def gradient(micro: Batch) -> Any:
+            value_and_grad = jax.value_and_grad(loss, has_aux=True)
+            (value, stats), gradients = value_and_grad(
+                state.params, micro, jnp.maximum(asked, 1), jnp.maximum(tokens, 1)
+            )
+            return value, stats, gradients
+
+        if config.accumulate == 1:
+            value, metrics, gradients = gradient(batch)
+        else:
+            value, metrics, gradients = _sum_over(gradient, _split(batch, config.accumulate))
+
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            rng=state.rng,
+        )
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            "asked": asked,
+            "tokens": tokens,
+            "skipped": new.skipped,
+            "skipped_in_row": new.skipped_in_row,
+        }
+        return new, metrics
+
+    return step
+
+
+def eval_step(model: Model, config: ConfigDict) -> Callable[[Params, Batch], Metrics]:
+    """Sums over the asked labels of a batch: "loss" (nats), "correct", "asked"."""
+
+    def step(params: Params, batch: Batch) -> Metrics:
+        sums, _ = _apply(model, params, batch, config)
+        return {"loss": sums.loss, "correct": sums.correct, "asked": _asked(batch)}
+
+    return step
+
+
+def batch_sharding(mesh: Mesh, strategy: str) -> NamedSharding:
+    """The sharding of every [B,T] array of a batch."""
+    spec = parallel.partition_spec(("batch", "length"), parallel.rules(strategy))
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _apply(model: Model, params: Params, batch: Batch, config: ConfigDict) -> Any:
+    language_model = model(params)
+    output = language_model(batch["inputs"], segment_ids=batch.get("segment_ids"))
+    kernel = language_model.output_kernel()
+    sums = cross_entropy(
+        output.hidden, kernel, batch["labels"], config.loss.z_loss, config.loss.chunk_tokens
+    )
+    return sums, dict(output.stats)
+
+
+def _asked(batch: Batch) -> jax.Array:
+    return (batch["labels"] != IGNORE).sum()
+
+
+def _tokens(batch: Batch) -> jax.Array:
+    if "segment_ids" in batch:
+        return (batch["segment_ids"] != 0).sum()
+    return jnp.asarray(batch["inputs"].size)
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """[B,T] -> [parts, B/parts, T], strided so that a sharded batch stays so in each part."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+
+def _sum_over(function: Callable[[Batch], Any], parts: Batch) -> Any:
+    """The sum of a function's results over the leading axis, one part at a time."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]

@@ -1,0 +1,31 @@
+"""Train a Native Hybrid Attention language model.
+
+  python train.py --config configs/mqar.py                  train with the config's own values
+  python train.py --config configs/mqar.py:hard             ... in the variant named `hard`
+  python train.py --config configs/mqar.py --config.steps=200 --config.optimizer.learning_rate=1e-3
+
+Any value of the config can be set with --config.KEY=VALUE. Metrics and checkpoints go to the
+workdir; the same command again carries on from the last checkpoint there. Ctrl-C and SIGTERM save
+a checkpoint before leaving (exit codes 130 and 143). Bad input is exit code 2.
+"""
+
+import sys
+
+from nha_jax import cli
+
+
+def main() -> int:
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("--config", required=True, metavar="PATH.py[:VARIANT]")
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/NAME, NAME the config's")
+    args, overrides = parser.parse_known_args()
+    config = cli.load_config(args.config)
+    cli.apply_overrides(config, overrides)
+
+    from nha_jax import training
+
+    return training.run(config, args.workdir or f"runs/{cli.config_name(args.config)}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
