@@ -27,6 +27,7 @@ from pallas_kernels.tpu.common import (
     Gates,
     HeadGates,
     Plan,
+    Refs,
     Rotation,
     Tags,
     dot,
@@ -199,17 +200,16 @@ def add_lagged(plan: Plan, ring: Any, block: jax.Array, lanes: slice, x: jax.Arr
 
 
 def kernel(plan: Plan, *refs: Any) -> None:
-    refs_in = iter(refs)
-    q_ref, o_ref, do_ref, stats_ref, k_ref, v_ref, tags_ref = (next(refs_in) for _ in range(7))
-    slot_refs = [next(refs_in) if plan.m else None for _ in range(5)]
-    gate_ref, starts_k_ref, starts_v_ref, end_dk_ref, end_dv_ref = slot_refs
-    load_table_ref, table_ref = (next(refs_in) if plan.rope else None for _ in range(2))
-    dq_ref, dk_ref, dv_ref = (next(refs_in) for _ in range(3))
-    dgate_ref, dk0_ref, dv0_ref = (next(refs_in) if plan.m else None for _ in range(3))
-    k_ring, v_ring, tag_ring, dk_ring, dv_ring = (next(refs_in) for _ in range(5))
-    slot_scratch = [next(refs_in) if plan.m else None for _ in range(4)]
-    gate_ring, dgate_ring, dstate_k, dstate_v = slot_scratch
-    rope_ring, drope_ring = (next(refs_in), next(refs_in)) if plan.rope else (k_ring, dk_ring)
+    take = Refs(refs).take
+    slots = plan.m > 0
+    q_ref, o_ref, do_ref, stats_ref, k_ref, v_ref, tags_ref = take(7)
+    gate_ref, starts_k_ref, starts_v_ref, end_dk_ref, end_dv_ref = take(5, slots)
+    load_table_ref, table_ref = take(2, plan.rope)
+    dq_ref, dk_ref, dv_ref = take(3)
+    dgate_ref, dk0_ref, dv0_ref = take(3, slots)
+    k_ring, v_ring, tag_ring, dk_ring, dv_ring = take(5)
+    gate_ring, dgate_ring, dstate_k, dstate_v = take(4, slots)
+    rope_ring, drope_ring = take(2) if plan.rope else (k_ring, dk_ring)
 
     step = pl.program_id(2)
     load = plan.blocks - 1 - step
@@ -220,7 +220,7 @@ def kernel(plan: Plan, *refs: Any) -> None:
     if plan.m:
 
         @pl.when(step == 0)
-        def _():
+        def start_states():
             dstate_k[...] = end_dk_ref[0]
             dstate_v[...] = end_dv_ref[0]
 

@@ -142,6 +142,16 @@ class Plan:
         return 60.0 if self.low_precision else 16.0
 
 
+class Refs:
+    """Hands out a kernel's references in the order of its operands, None for those left out."""
+
+    def __init__(self, refs: tuple[Any, ...]):
+        self._refs = iter(refs)
+
+    def take(self, n: int, present: bool = True) -> list[Any]:
+        return [next(self._refs) if present else None for _ in range(n)]
+
+
 def dot(plan: Plan, a: jax.Array, b: jax.Array, dims: str = "nn") -> jax.Array:
     """a b ("nn"), a b^T ("nt") or a^T b ("tn") in f32, operands rounded to bf16 for bf16 inputs."""
     contract = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[dims]
@@ -347,9 +357,7 @@ class Gates:
             carry=self.keeps * jnp.exp(self.total),
         )
         return [
-            HeadGates(
-                plan, strong, **{name: x[:, plan.m_lanes(h)] for name, x in arrays.items()}
-            )
+            HeadGates(plan, strong, **{name: x[:, plan.m_lanes(h)] for name, x in arrays.items()})
             for h in range(plan.heads_per_block)
         ]
 
@@ -368,7 +376,7 @@ class HeadGates:
     carry: jax.Array  # [1, M] what the chunk leaves of the state it started from
 
     def levels(self, body: Callable[..., Any], init: Any) -> Any:
-        """Strong chunks: body(mask [C, C] of 0 and 1, reader [C, M], writer [C, M], carry) per level."""
+        """Strong chunks: body(mask [C, C] of 0 and 1, reader, writer [C, M], carry) per level."""
         c = self.plan.chunk
         t, u = iotas(c, c)
 

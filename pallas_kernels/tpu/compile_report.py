@@ -17,6 +17,7 @@ import dataclasses
 import os
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.tpu import attention, cost, decode
+from pallas_kernels.tpu.cost import Cost
 from pallas_kernels.tpu.tiles import GENERATIONS, Device, device, load
 
 MAX_TEMPORARIES = 1.5
 LONG = 1 << 17
+NOTHING = Cost(0.0, 0.0)
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -92,8 +95,8 @@ class Result:
     vmem: int = 0
     temporaries: int = 0
     inputs: int = 1
-    cost: cost.Cost = cost.Cost(0.0, 0.0)
-    splash: cost.Cost | None = None
+    work: Cost = NOTHING
+    splash: Cost = NOTHING
 
     @property
     def ratio(self) -> float:
@@ -110,9 +113,7 @@ def mesh_of(chip: str) -> Mesh:
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=device(chip).topology
-    )
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=device(chip).topology)
     return Mesh(np.array(topology.devices).reshape(-1)[:4], ("data",))
 
 
@@ -125,16 +126,10 @@ def _attention(case: Case, mesh: Mesh) -> Result:
     layer, tiles = LAYERS[case.layer], load(case.chip)
     h, hq, d, m, t = layer.kv_heads, layer.query_heads, layer.head_dim, layer.slots, case.length
     spec = Spec(case.window, case.window, d**-0.5)
-    shapes = [
-        jax.ShapeDtypeStruct((1, t, heads, width), dtype)
-        for heads, width, dtype in (
-            (hq, d, jnp.bfloat16),
-            (h, d, jnp.bfloat16),
-            (h, d, jnp.bfloat16),
-            (h, m, jnp.float32),
-        )
-    ]
-    reason = attention.supports(*shapes, spec, tiles=tiles)
+    q = jax.ShapeDtypeStruct((1, t, hq, d), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, t, h, d), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((1, t, h, m), jnp.float32)
+    reason = attention.supports(q, k, k, gates, spec, tiles=tiles)
     if reason:
         return Result(f"refused: {reason}")
 
@@ -149,26 +144,27 @@ def _attention(case: Case, mesh: Mesh) -> Result:
         return o.reshape(q.shape)
 
     def train(q, k, v, gates, cos, sin, do):
-        o, vjp = jax.vjp(lambda *x: forward(*x, cos, sin), q, k, v, gates)
+        o, vjp = jax.vjp(lambda q, k, v, g: forward(q, k, v, g, cos, sin), q, k, v, gates)
         return o, vjp(do)
 
     # As the projections give them: heads side by side. [B,T,H,D] would only add relayouts.
+    shapes = q, k, k, gates
     flat = [jax.ShapeDtypeStruct((4, t, x.shape[2] * x.shape[3]), x.dtype) for x in shapes]
-    tables = [jax.ShapeDtypeStruct((t, d // 2), jnp.float32)] * 2
-    function, arguments = forward, [*flat, *tables]
+    arguments = [*flat, *[jax.ShapeDtypeStruct((t, d // 2), jnp.float32)] * 2]
     if case.kind == "train":
-        function, arguments = train, [*arguments, flat[0]]
+        arguments.append(flat[0])
     specs = [PartitionSpec("data" if x.ndim == 3 else None) for x in arguments]
-    plan = attention.plan_for(*shapes, spec, True, tiles)
+    plan = attention.plan_for(q, k, k, gates, spec, True, tiles)
     total = cost.forward(plan, case.kind == "train")
     if case.kind == "train":
         total += cost.backward(plan)
     result = Result(
         "compiled",
         inputs=sum(x.size * x.dtype.itemsize for x in shapes),
-        cost=total,
+        work=total,
         splash=cost.splash(1, t, hq, h, d, case.kind == "train", 2),
     )
+    function = train if case.kind == "train" else forward
     return _compile(function, arguments, specs, mesh, result)
 
 
@@ -180,17 +176,14 @@ def _decode(case: Case, mesh: Mesh) -> Result:
     batch, spec = 8, Spec(case.window, case.window, d**-0.5)  # rows per device
     f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
 
-    def arrays(rows):
-        x = lambda *shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype)
-        tokens = [x(1, hq, d, dtype=bf16), x(1, h, d, dtype=bf16), x(1, h, d, dtype=bf16)]
-        state = State(
-            *(x(h, m, d, dtype=f32) for _ in range(2)),
-            *(x(h, p, d, dtype=bf16) for _ in range(2)),
-            x(h, p, m, dtype=f32),
-            *(x(p, d // 2, dtype=f32) for _ in range(2)),
-            *(x(dtype=i32) for _ in range(3)),
-        )
-        return [*tokens, x(1, h, m, dtype=f32), state, *(x(1, d // 2, dtype=f32),) * 2]
+    def arrays(rows: int) -> list[Any]:
+        def x(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+        slot, ring, table, count = x(f32, h, m, d), x(bf16, h, p, d), x(f32, p, d // 2), x(i32)
+        state = State(slot, slot, ring, ring, x(f32, h, p, m), table, table, count, count, count)
+        token = x(bf16, 1, h, d)
+        return [x(bf16, 1, hq, d), token, token, x(f32, 1, h, m), state, *[x(f32, 1, d // 2)] * 2]
 
     def step(q, k, v, gates, state, cos, sin):
         rope = (cos, sin) if p else None
@@ -198,7 +191,7 @@ def _decode(case: Case, mesh: Mesh) -> Result:
 
     own = arrays(batch)
     state = own[4]
-    reason = decode.supports(*own[:3], state, tiles=tiles)
+    reason = decode.supports(own[0], own[1], own[2], state, tiles=tiles)
     if reason:
         return Result(f"refused: {reason}")
     read = [state.slot_k, state.slot_v, state.k, state.v, state.cos, state.sin]
@@ -208,7 +201,7 @@ def _decode(case: Case, mesh: Mesh) -> Result:
     result = Result(
         "compiled",
         inputs=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own)),
-        cost=cost.decode(read, flops, slots),
+        work=cost.decode(read, flops, slots),
         splash=cost.decode([keys, keys], 4.0 * batch * hq * d * case.length, 0),
     )
     arguments = arrays(4 * batch)
@@ -218,9 +211,7 @@ def _decode(case: Case, mesh: Mesh) -> Result:
 
 def _compile(function, arguments, specs, mesh, result: Result, donate=()) -> Result:
     arguments = jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-        ),
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
         arguments,
         specs,
     )
@@ -232,9 +223,9 @@ def _compile(function, arguments, specs, mesh, result: Result, donate=()) -> Res
     except Exception as error:  # the compiler's refusals have no common type
         message = " ".join(str(error).split())
         return dataclasses.replace(result, status=f"FAILED: {message[:300]}")
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return dataclasses.replace(
-        result, vmem=_vmem(compiled.as_text()), temporaries=memory.temp_size_in_bytes
+        result, vmem=_vmem(compiled.as_text() or ""), temporaries=memory.temp_size_in_bytes
     )
 
 
@@ -250,7 +241,7 @@ def _vmem(hlo: str) -> int:
     return max(sizes, default=0)
 
 
-def milliseconds(work: cost.Cost, chip: Device) -> float:
+def milliseconds(work: Cost, chip: Device) -> float:
     """Roofline: the slower of the matrix units and HBM, each at its peak."""
     return 1e3 * max(work.flops / chip.bf16_flops, work.bytes / chip.hbm_bytes)
 
@@ -263,7 +254,6 @@ HEADER = (
 
 def row(case: Case, result: Result) -> str:
     chip = device(case.chip)
-    splash = "" if result.splash is None else f"{milliseconds(result.splash, chip):.3f}"
     cells = [
         case.chip,
         case.layer,
@@ -272,10 +262,10 @@ def row(case: Case, result: Result) -> str:
         case.kind,
         f"{result.vmem / 2**20:.1f}",
         f"{result.temporaries / 2**20:.0f} ({result.ratio:.2f})",
-        f"{result.cost.bytes / 1e9:.3f}",
-        f"{result.cost.flops / 1e9:.1f}",
-        f"{milliseconds(result.cost, chip):.3f}",
-        splash,
+        f"{result.work.bytes / 1e9:.3f}",
+        f"{result.work.flops / 1e9:.1f}",
+        f"{milliseconds(result.work, chip):.3f}",
+        f"{milliseconds(result.splash, chip):.3f}",
         result.status,
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -294,14 +284,15 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chips", nargs="+", choices=GENERATIONS, default=GENERATIONS)
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=tuple(LAYERS))
     parser.add_argument("--windows", nargs="+", type=int, default=WINDOWS)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     arguments = parser.parse_args(argv)
-    failures, meshes = 0, {}
+    failures = 0
+    meshes: dict[str, Mesh] = {}
     print(HEADER, flush=True)
     for case in cases(arguments):
         if case.chip not in meshes:

@@ -15,9 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.common import MASKED, exact_dot, one_minus_exp, phi, rotate, to_column
+from pallas_kernels.tpu.common import MASKED, Refs, exact_dot, one_minus_exp, phi, rotate, to_column
 from pallas_kernels.tpu.tiles import Tiles, tiles_for
 
+# VMEM that a step of several heads may take: enough to hide latency behind.
+BLOCK_BYTES = 8 << 20
 TILE = 16  # ring rows written back per token
 SCALARS = 5
 POSITION, REAL, GOES_ON, WRITE, SEE = range(SCALARS)
@@ -38,6 +40,7 @@ class _Sizes:
     scale: float
     feature_map: str
     rope: bool
+    vmem_limit: int
 
 
 def supports(q: Any, k: Any, v: Any, state: Any, *, tiles: Tiles | None = None) -> str | None:
@@ -101,7 +104,8 @@ def step(
     scalars = jnp.stack([x.astype(jnp.int32) for x in (position, real, goes_on, write, see)])
 
     tile = TILE if p % TILE == 0 else p
-    heads = max(n for n in range(1, h + 1) if h % n == 0 and _bytes(n, state, p) <= _budget(tiles))
+    fitting = [n for n in range(1, h + 1) if h % n == 0 and _bytes(n, state, p) <= BLOCK_BYTES]
+    heads = max(fitting, default=1)
     sizes = _Sizes(
         heads=heads,
         groups=query_heads // h,
@@ -116,6 +120,7 @@ def step(
         scale=spec.scale,
         feature_map=spec.feature_map,
         rope=rope is not None,
+        vmem_limit=tiles.vmem,
     )
     o, new = _call(sizes, interpret, scalars, q, k, v, log_alpha, state, rope)
     state = dataclasses.replace(
@@ -154,24 +159,20 @@ def _bytes(heads: int, state: Any, p: int) -> int:
     return 2 * (heads * (ring + slots + gates) + tables) + 3 * 4 * p * lanes[0]
 
 
-def _budget(tiles: Tiles) -> int:
-    """Enough to hide latency behind; a larger block only delays the first step."""
-    return min(tiles.vmem, 8 << 20)
-
-
 def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
-    refs_in = iter(refs)
-    q_ref, k_ref, v_ref = (next(refs_in) for _ in range(3))
-    gate_ref, slot_k_ref, slot_v_ref = (next(refs_in) if z.m else None for _ in range(3))
-    new_cos_ref, new_sin_ref = (next(refs_in) if z.rope else None for _ in range(2))
-    ring_k_ref, ring_v_ref = (next(refs_in) if z.p else None for _ in range(2))
-    ring_g_ref = next(refs_in) if z.p and z.m else None
-    cos_ref, sin_ref = (next(refs_in) if z.p and z.rope else None for _ in range(2))
-    o_ref = next(refs_in)
-    out_slot_k_ref, out_slot_v_ref = (next(refs_in) if z.m else None for _ in range(2))
-    out_k_ref, out_v_ref = (next(refs_in) if z.p else None for _ in range(2))
-    out_g_ref = next(refs_in) if z.p and z.m else None
-    out_cos_ref, out_sin_ref = (next(refs_in) if z.p and z.rope else None for _ in range(2))
+    take = Refs(refs).take
+    ring, slots = z.p > 0, z.m > 0
+    q_ref, k_ref, v_ref = take(3)
+    gate_ref, slot_k_ref, slot_v_ref = take(3, slots)
+    new_cos_ref, new_sin_ref = take(2, z.rope)
+    ring_k_ref, ring_v_ref = take(2, ring)
+    (ring_g_ref,) = take(1, ring and slots)
+    cos_ref, sin_ref = take(2, ring and z.rope)
+    (o_ref,) = take(1)
+    out_slot_k_ref, out_slot_v_ref = take(2, slots)
+    out_k_ref, out_v_ref = take(2, ring)
+    (out_g_ref,) = take(1, ring and slots)
+    out_cos_ref, out_sin_ref = take(2, ring and z.rope)
 
     b = pl.program_id(0)
     position, real = scalars[POSITION, b], scalars[REAL, b] != 0
@@ -194,11 +195,11 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
         return jnp.where(at & real, new.astype(jnp.float32), x.astype(jnp.float32)).astype(x.dtype)
 
     if z.p and z.rope:
-        for out, ring, new in (
+        for out, old, new in (
             (out_cos_ref, cos_ref, new_cos_ref),
             (out_sin_ref, sin_ref, new_sin_ref),
         ):
-            out[0] = tile_with(ring[0, pl.ds(put_tile, z.tile), :], new[0])
+            out[0] = tile_with(old[0, pl.ds(put_tile, z.tile), :], new[0])
     if z.p:
         row = lax.broadcasted_iota(jnp.int32, (z.p, 1), 0)
         column = lax.broadcasted_iota(jnp.int32, (1, z.p), 1)
@@ -208,8 +209,8 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
         if z.rope:
             table = jnp.concatenate(
                 [
-                    jnp.where(is_new, new[0], ring[0])
-                    for new, ring in ((new_cos_ref, cos_ref), (new_sin_ref, sin_ref))
+                    jnp.where(is_new, new[0], old[0])
+                    for new, old in ((new_cos_ref, cos_ref), (new_sin_ref, sin_ref))
                 ],
                 axis=1,
             )
@@ -222,7 +223,9 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
         if z.m:
             gate_new = gate_ref[0, h]
             if z.lag == 0:
-                leaving_k, leaving_v, gate = (x.astype(jnp.float32) for x in (k_new, v_new, gate_new))
+                leaving_k, leaving_v, gate = (
+                    x.astype(jnp.float32) for x in (k_new, v_new, gate_new)
+                )
             else:
                 leaving_k = pick(ring_k_ref, h, leaves, leave_tile)
                 leaving_v = pick(ring_v_ref, h, leaves, leave_tile)
@@ -245,7 +248,9 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
             if z.m:
                 first = 0 if z.gate_rows == z.tile else put_tile
                 out_g_ref[0, h] = tile_with(ring_g_ref[0, h, pl.ds(first, z.tile), :], gate_new)
-            keys = jnp.where(is_new, k_new.astype(jnp.float32), ring_k_ref[0, h].astype(jnp.float32))
+            keys = jnp.where(
+                is_new, k_new.astype(jnp.float32), ring_k_ref[0, h].astype(jnp.float32)
+            )
             values = jnp.where(
                 is_new, v_new.astype(jnp.float32), ring_v_ref[0, h].astype(jnp.float32)
             )
@@ -311,9 +316,7 @@ def _call(z: _Sizes, interpret, scalars, q, k, v, log_alpha, state, rope):
     if z.p:
 
         def tile_spec(width):
-            return pl.BlockSpec(
-                (*lead, z.tile, width), lambda b, i, s: (b, i, put_tile(b, s), 0)
-            )
+            return pl.BlockSpec((*lead, z.tile, width), lambda b, i, s: (b, i, put_tile(b, s), 0))
 
         for name, width in (("k", z.d), ("v", z.v)):
             ring = pl.BlockSpec((*lead, z.p, width), whole)
@@ -346,6 +349,8 @@ def _call(z: _Sizes, interpret, scalars, q, k, v, log_alpha, state, rope):
         input_output_aliases=aliases,
         interpret=interpret,
         name="nha_decode",
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=z.vmem_limit
+        ),
     )(scalars, *operands)
     return o, dict(zip(names, new, strict=True))

@@ -23,6 +23,7 @@ from pallas_kernels.tpu.common import (
     HeadGates,
     Pairs,
     Plan,
+    Refs,
     Rotation,
     Tags,
     columns_to_rows,
@@ -45,7 +46,9 @@ def softmax_side(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return top, jnp.sum(p, axis=1, keepdims=True), p
 
 
-def slot_attention(plan: Plan, pairs: Pairs, gates: HeadGates, bias, queries, k, v, state_k, state_v):
+def slot_attention(
+    plan: Plan, pairs: Pairs, gates: HeadGates, bias, queries, k, v, state_k, state_v
+):
     """Slot side of some query heads of one kv head: (row maximum, sum, values) of each.
 
     queries: [C, D] each, k [C, D] and v [C, V] lagged rows, state_* at the chunk's start, all as
@@ -103,16 +106,17 @@ def log_or_minus_inf(top: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
-    refs_in = iter(refs)
-    q_ref, k_ref, v_ref, tags_ref = (next(refs_in) for _ in range(4))
-    gate_ref, k0_ref, v0_ref = (next(refs_in) if plan.m else None for _ in range(3))
-    table_ref = next(refs_in) if plan.rope else None
-    o_ref, lse_ref = next(refs_in), next(refs_in)
-    end_k_ref, end_v_ref = (next(refs_in) if plan.m else None for _ in range(2))
-    starts_k_ref, starts_v_ref = (next(refs_in) if save_states else None for _ in range(2))
-    k_ring, v_ring, tag_ring = (next(refs_in) for _ in range(3))
-    gate_ring, state_k, state_v = (next(refs_in) if plan.m else None for _ in range(3))
-    rope_ring = next(refs_in) if plan.rope else k_ring
+    take = Refs(refs).take
+    slots = plan.m > 0
+    q_ref, k_ref, v_ref, tags_ref = take(4)
+    gate_ref, k0_ref, v0_ref = take(3, slots)
+    (table_ref,) = take(1, plan.rope)
+    o_ref, lse_ref = take(2)
+    end_k_ref, end_v_ref = take(2, slots)
+    starts_k_ref, starts_v_ref = take(2, save_states)
+    k_ring, v_ring, tag_ring = take(3)
+    gate_ring, state_k, state_v = take(3, slots)
+    rope_ring = take(1)[0] if plan.rope else k_ring
 
     step = pl.program_id(2)
     here = lax.rem(step, plan.ring)
@@ -255,7 +259,9 @@ class WindowKeys:
         """First and one past the last."""
         return jnp.maximum(self.block - self.plan.window_blocks, 0), self.block
 
-    def attend(self, queries: list[jax.Array], h: int) -> list[tuple[jax.Array, ...]]:
+    def attend(
+        self, queries: list[jax.Array], h: int
+    ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
         """queries [C, D] rotated and scaled -> row maximum, sum, values of each."""
         plan = self.plan
         k, v = self.near(h)
@@ -309,9 +315,7 @@ def call(plan: Plan, save_states: bool, interpret: Any, *inputs: jax.Array) -> l
         in_specs += [pl.BlockSpec((1, c, hb * plan.m_pad), key_index), *state_specs]
     if plan.rope:
         shared = inputs[-1].shape[0] == 1
-        in_specs.append(
-            pl.BlockSpec((1, c, plan.d), lambda b, h, s: (0 if shared else b, s, 0))
-        )
+        in_specs.append(pl.BlockSpec((1, c, plan.d), lambda b, h, s: (0 if shared else b, s, 0)))
 
     t = plan.chunks * c
     stats = 2 * hb * plan.groups

@@ -67,7 +67,9 @@ def _head(q, k, v, log_alpha, k0, v0, cos, sin, doc, visible0, spec: Spec):
 
     logits = jnp.concatenate([slot, near], axis=-1)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-1e300)
-    e = jnp.where(jnp.isfinite(logits), jnp.exp(jnp.where(jnp.isfinite(logits), logits, 0) - top), 0)
+    e = jnp.where(
+        jnp.isfinite(logits), jnp.exp(jnp.where(jnp.isfinite(logits), logits, 0) - top), 0
+    )
     p = e / jnp.maximum(e.sum(-1, keepdims=True), 1e-300)
     m = slot.shape[-1]
     o = jnp.einsum("gtm,tmv->gtv", p[..., :m], all_v) + jnp.einsum("gts,sv->gtv", p[..., m:], v)
@@ -86,7 +88,10 @@ def reference(q, k, v, log_alpha, k0, v0, cos, sin, doc, visible0, spec: Spec):
     """Same shapes as the contract; every float is computed in float64."""
     b, t, hq, _ = q.shape
     h = k.shape[2]
-    up = lambda x: None if x is None else jnp.asarray(x, jnp.float64)
+
+    def up(x):
+        return None if x is None else jnp.asarray(x, jnp.float64)
+
     q, k, v, log_alpha, k0, v0, cos, sin = map(up, (q, k, v, log_alpha, k0, v0, cos, sin))
     doc = jnp.ones(k.shape[:2], jnp.int32) if doc is None else jnp.asarray(doc)
     visible0 = jnp.zeros(b, bool) if visible0 is None else jnp.asarray(visible0)
@@ -124,7 +129,10 @@ def make_call(
     """Random arguments of the contract up to `visible0`, as numpy or bf16-rounded arrays."""
     rng = np.random.default_rng(seed)
     s = halo + t
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     q, k, val = (
         jnp.asarray(x, dtype)
         for x in (

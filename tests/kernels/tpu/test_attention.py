@@ -46,7 +46,10 @@ def check(spec, *, seed=0, tiles=TILES, **call):
         # The gradient of the finite part: -inf has none.
         def total(*x):
             out = reference(*x, *rest, spec)
-            terms = [jnp.sum(jnp.where(jnp.isfinite(o), o, 0) * c) for o, c in zip(out, cotangents)]
+            terms = [
+                jnp.sum(jnp.where(jnp.isfinite(o), o, 0) * c)
+                for o, c in zip(out, cotangents, strict=True)
+            ]
             return sum(terms), out
 
         grads, out = jax.grad(total, argnums=tuple(range(6)), has_aux=True)(*inputs)
@@ -103,7 +106,9 @@ def test_committed_tiles_at_full_width():
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data):
-    draw = lambda *choices: data.draw(st.sampled_from(choices))
+    def draw(*choices):
+        return data.draw(st.sampled_from(choices))
+
     window = data.draw(st.integers(0, 40))
     lag = data.draw(st.integers(0, 40))
     halo = data.draw(st.integers(0, 20))
@@ -128,7 +133,9 @@ class TestRefusals:
     spec = Spec(64, 64, 1.0)
 
     def shapes(self, d=128, v=128, m=64, dtype=jnp.bfloat16):
-        x = lambda width, dtype=dtype: jax.ShapeDtypeStruct((1, 4096, 8, width), dtype)
+        def x(width, dtype=dtype):
+            return jax.ShapeDtypeStruct((1, 4096, 8, width), dtype)
+
         return x(d), x(d), x(v), x(m, jnp.float32)
 
     def test_accepts_a_plain_call(self):
@@ -139,13 +146,16 @@ class TestRefusals:
         assert "not float16" in reason
 
     def test_width(self):
-        assert "M" in attention.supports(*self.shapes(m=512), self.spec, tiles=load("v5e"))
+        assert "take M up to 256, not 512" in attention.supports(
+            *self.shapes(m=512), self.spec, tiles=load("v5e")
+        )
 
     def test_window_beyond_vmem(self):
         wide = Spec(1 << 20, 1 << 20, 1.0)
         q, k, v, g = (
             jax.ShapeDtypeStruct((1, 1 << 20, *x.shape[2:]), x.dtype) for x in self.shapes()
         )
+        q = jax.ShapeDtypeStruct((1, 1 << 20, 32, 128), jnp.bfloat16)
         reason = attention.supports(q, k, v, g, wide, tiles=load("v4"))
         assert "MiB of VMEM" in reason
         assert "Window 1048576" in reason

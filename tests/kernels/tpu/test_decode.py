@@ -19,7 +19,9 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
 
 
 def tokens(rng, n, batch, heads, groups, d, v, m, dtype):
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
     for _ in range(n):
         angle = rng.uniform(-3, 3, (batch, 1, d // 2))
         yield (
@@ -54,7 +56,9 @@ def test_step_matches_the_plain_step(window, lag, dtype, options, documents):
             q, k, v, g, s, rope, ids, spec, interpret=INTERPRET, tiles=load("v5e")
         )
     )
-    plain = jax.jit(lambda q, k, v, g, s, rope, ids: xla.decode_step(q, k, v, g, s, rope, ids, spec))
+    plain = jax.jit(
+        lambda q, k, v, g, s, rope, ids: xla.decode_step(q, k, v, g, s, rope, ids, spec)
+    )
     n = 2 * window + 3 if not documents else 9
     stream = tokens(rng, n, batch, heads, groups, d, v, m, dtype)
     for i, (q, k, val, gate, rope) in enumerate(stream):
