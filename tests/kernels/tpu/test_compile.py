@@ -25,8 +25,8 @@ def meshes():
             return {chip: compile_report.mesh_of(chip) for chip in ("v5e", "v6e")}
     except Exception as error:
         pytest.skip(
-            "TPU COMPILATION NOT CHECKED: no libtpu here, install it with pip install 'jax[tpu]' "
-            f"({str(error).splitlines()[0]})"
+            "TPU COMPILATION NOT CHECKED: the compiler does not load, is libtpu installed "
+            f"(pip install 'jax[tpu]')? {str(error).splitlines()[0]}"
         )
 
 
