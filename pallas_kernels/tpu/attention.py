@@ -128,7 +128,7 @@ def forward(
             jnp.zeros((*shape, plan.v), jnp.float32) if slot_v0 is None else slot_v0,
         ]
     table = None
-    if cos is not None and sin is not None:
+    if plan.rope:
         table = jnp.concatenate([cos, sin], axis=-1).astype(jnp.float32)
         table = table if table.ndim == 3 else table[None]
         table = jnp.pad(table, ((0, 0), (front, back), (0, 0)))
@@ -264,7 +264,7 @@ def _plans(q, k, v, log_alpha, spec: Spec, tiles: Tiles, rope: bool = True) -> l
                 slot_lag=spec.slot_lag,
                 scale=float(spec.scale),
                 feature_map=spec.feature_map,
-                rope=rope,
+                rope=rope and spec.window > 0,
                 dtype=jnp.dtype(q.dtype),
                 vmem_limit=tiles.vmem,
             )

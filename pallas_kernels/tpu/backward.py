@@ -245,12 +245,16 @@ def kernel(plan: Plan, *refs: Any) -> None:
     here = lax.rem(jnp.maximum(block, 0), plan.ring)
     ready = block < plan.blocks
 
+    def lagged(ring: Any, ref: Any) -> jax.Array:
+        own = plan.slot_lag == 0 and plan.ring == 1  # the block loaded in this very step
+        return ref[0] if own else ring_rows(plan, ring, block)
+
     def differentiate(tags: Tags, gates: Gates | None, strong: bool) -> None:
         if plan.rope:
             turn = Rotation(plan, table_ref[0], plan.scale)
         if gates is not None:
             by_head = gates.heads(strong)
-            lagged_k, lagged_v = (ring_rows(plan, ring, block) for ring in (k_ring, v_ring))
+            lagged_k, lagged_v = lagged(k_ring, k_ref), lagged(v_ring, v_ref)
         for h in heads:
             queries = [q_ref[0, :, plan.q_lanes(h, g)] for g in groups]
             q = jnp.concatenate(queries, axis=0)  # [GC, D]
@@ -310,7 +314,7 @@ def kernel(plan: Plan, *refs: Any) -> None:
         if not plan.m:
             differentiate(tags, None, False)
             return
-        gates = Gates(plan, ring_rows(plan, gate_ring, block), tags)
+        gates = Gates(plan, lagged(gate_ring, gate_ref), tags)
 
         @pl.when(gates.mild)
         def _():

@@ -304,7 +304,7 @@ class Pairs:
 
     def __init__(self, plan: Plan, tags: Tags):
         t, j = iotas(plan.chunk, plan.chunk)
-        self.eye = j == t
+        self.eye = jnp.where(j == t, 1.0, 0.0)
         seen = (tags.doc == tags.doc_row) & tags.written_row & (j <= t)
         self.seen = jnp.where(seen, 1.0, 0.0)
 
@@ -388,7 +388,8 @@ class HeadGates:
             writer = jnp.exp(mask_sum(self.plan, same & (u > t), self.log_alpha))
             return body(jnp.where(mask, 1.0, 0.0), reader, writer, carry)
 
-        return lax.fori_loop(0, int(math.log2(c)), level, init)
+        # Unrolled: the v6e compiler (libtpu 0.0.42) dies on some shapes of the loop.
+        return lax.fori_loop(0, int(math.log2(c)), level, init, unroll=True)
 
     @functools.cached_property
     def by_slot(self) -> dict[str, jax.Array]:

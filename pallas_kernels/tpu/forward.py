@@ -60,35 +60,29 @@ def slot_attention(
     logits = [dot(plan, q, state_k, "nt") * scaled_state + bias for q in queries]
     if gates.strong:
         for i, x in enumerate(a):
-            logits[i] += jnp.sum(jnp.where(pairs.eye, x, 0.0), axis=1, keepdims=True) * gates.w
+            logits[i] += jnp.sum(x * pairs.eye, axis=1, keepdims=True) * gates.w
 
-        def read(mask, reader, writer, totals):
-            weight = operand(plan, gates.w * writer)
-            return tuple(
-                total + reader * dot(plan, x * mask, weight)
-                for total, x in zip(totals, a, strict=True)
-            )
+        stacked = jnp.concatenate(a, axis=0)  # [GC, C]
 
-        logits = gates.levels(read, tuple(logits))
+        def read(mask, reader, writer, total):
+            pair = dot(plan, stacked * down(plan, mask), gates.w * writer)
+            return total + down(plan, reader) * pair
+
+        logits = split(plan, gates.levels(read, jnp.concatenate(logits, axis=0)))
     else:
         weight = operand(plan, gates.w * gates.writer)
         logits = [y + gates.reader * dot(plan, x, weight) for x, y in zip(a, logits, strict=True)]
 
     sides = [softmax_side(x) for x in logits]
     if gates.strong:
+        weights = jnp.concatenate([p for _, _, p in sides], axis=0)  # [GC, M]
 
-        def spread(mask, reader, writer, totals):
-            weight = operand(plan, gates.w * writer)
-            return tuple(
-                total + mask * dot(plan, p * reader, weight, "nt")
-                for total, (_, _, p) in zip(totals, sides, strict=True)
-            )
+        def spread(mask, reader, writer, total):
+            pair = dot(plan, weights * down(plan, reader), gates.w * writer, "nt")
+            return total + down(plan, mask) * pair
 
-        own = tuple(
-            jnp.where(pairs.eye, jnp.sum(p * gates.w, axis=1, keepdims=True), 0.0)
-            for _, _, p in sides
-        )
-        b = gates.levels(spread, own)
+        own = jnp.sum(weights * down(plan, gates.w), axis=1, keepdims=True)
+        b = split(plan, gates.levels(spread, own * down(plan, pairs.eye)))
     else:
         b = [dot(plan, p * gates.reader, weight, "nt") for _, _, p in sides]
     return [
@@ -99,6 +93,16 @@ def slot_attention(
         )
         for (top, total, p), x in zip(sides, b, strict=True)
     ]
+
+
+def down(plan: Plan, x: jax.Array) -> jax.Array:
+    """[C, n] -> [G C, n]."""
+    return jnp.concatenate([x] * plan.groups, axis=0)
+
+
+def split(plan: Plan, x: jax.Array) -> list[jax.Array]:
+    """[G C, n] -> G times [C, n]."""
+    return [x[g * plan.chunk : (g + 1) * plan.chunk] for g in range(plan.groups)]
 
 
 def log_or_minus_inf(top: jax.Array, total: jax.Array) -> jax.Array:
@@ -139,17 +143,19 @@ def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
             state_k[...] = k0_ref[0]
             state_v[...] = v0_ref[0]
 
+    def lagged(ring: Any, ref: Any) -> jax.Array:
+        return ring_rows(plan, ring, step) if plan.slot_lag else ref[0]
+
     def answer(tags: Tags, gates: Gates | None, strong: bool) -> None:
         """All queries of the chunk, and the state after it."""
         tops, totals = {}, {}
-        empty = jnp.full((plan.chunk, 1), MASKED), jnp.zeros((plan.chunk, 1))
         if plan.rope:
             turn = Rotation(plan, table_ref[0], plan.scale)
         if gates is not None:
             by_head = gates.heads(strong)
             pairs = Pairs(plan, tags)
             bias = jnp.where(tags.has(VISIBLE), 0.0, jnp.full((plan.chunk, plan.m), MASKED))
-            lagged_k, lagged_v = (ring_rows(plan, ring, step) for ring in (k_ring, v_ring))
+            lagged_k, lagged_v = lagged(k_ring, k_ref), lagged(v_ring, v_ref)
         window = WindowKeys(plan, tags, tag_ring, rope_ring, v_ring, step)
 
         def finish(h: int, queries: list[jax.Array], slot_sides: list[Any]) -> None:
@@ -166,8 +172,9 @@ def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
                 o = sum(side[2] * (s * inverse) for s, side in zip(shares, sides, strict=True))
                 o_ref[0, :, plan.o_lanes(h, g)] = o.astype(o_ref.dtype)
                 for i, side in enumerate(both):
-                    key = i, h * plan.groups + g
-                    tops[key], totals[key] = empty if side is None else side[:2]
+                    if side is not None:
+                        key = i, h * plan.groups + g
+                        tops[key], totals[key] = side[:2]
 
         for h in heads:
             queries = [q_ref[0, :, plan.q_lanes(h, g)] for g in range(plan.groups)]
@@ -188,8 +195,12 @@ def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
             carry = to_column(head.carry)
             state_k[h] = carry * state_k[h] + dot(plan, kept, k, "tn")
             state_v[h] = carry * state_v[h] + dot(plan, kept, v, "tn")
-        top, total = (columns_to_rows([x[key] for key in sorted(x)]) for x in (tops, totals))
-        lse_ref[0, 0] = log_or_minus_inf(top, total)
+        rows = columns_to_rows([x[key] for x in (tops, totals) for key in sorted(x)])
+        lse = log_or_minus_inf(rows[: len(tops)], rows[len(tops) :])
+        nothing = jnp.full((plan.heads_per_block * plan.groups, plan.chunk), -jnp.inf)
+        if not (plan.m and plan.window):
+            lse = jnp.concatenate([lse, nothing] if plan.m else [nothing, lse], axis=0)
+        lse_ref[0, 0] = lse
 
     @pl.when(chunk >= 0)
     def _():
@@ -200,7 +211,7 @@ def kernel(plan: Plan, save_states: bool, *refs: Any) -> None:
         if save_states:
             starts_k_ref[0, :, 0] = state_k[...]
             starts_v_ref[0, :, 0] = state_v[...]
-        gates = Gates(plan, ring_rows(plan, gate_ring, step), tags)
+        gates = Gates(plan, lagged(gate_ring, gate_ref), tags)
 
         @pl.when(gates.mild)
         def _():
