@@ -128,7 +128,7 @@ def forward(
             jnp.zeros((*shape, plan.v), jnp.float32) if slot_v0 is None else slot_v0,
         ]
     table = None
-    if plan.rope:
+    if plan.rope and cos is not None and sin is not None:
         table = jnp.concatenate([cos, sin], axis=-1).astype(jnp.float32)
         table = table if table.ndim == 3 else table[None]
         table = jnp.pad(table, ((0, 0), (front, back), (0, 0)))
@@ -267,6 +267,7 @@ def _plans(q, k, v, log_alpha, spec: Spec, tiles: Tiles, rope: bool = True) -> l
                 rope=rope and spec.window > 0,
                 dtype=jnp.dtype(q.dtype),
                 vmem_limit=tiles.vmem,
+                unroll=tiles.unroll,
             )
         )
     return plans

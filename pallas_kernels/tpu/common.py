@@ -51,6 +51,7 @@ class Plan:
     rope: bool
     dtype: Any  # of q, k, v
     vmem_limit: int
+    unroll: bool  # the levels of strong chunks
 
     @property
     def blocks(self) -> int:
@@ -388,8 +389,7 @@ class HeadGates:
             writer = jnp.exp(mask_sum(self.plan, same & (u > t), self.log_alpha))
             return body(jnp.where(mask, 1.0, 0.0), reader, writer, carry)
 
-        # Unrolled: the v6e compiler (libtpu 0.0.42) dies on some shapes of the loop.
-        return lax.fori_loop(0, int(math.log2(c)), level, init, unroll=True)
+        return lax.fori_loop(0, int(math.log2(c)), level, init, unroll=self.plan.unroll)
 
     @functools.cached_property
     def by_slot(self) -> dict[str, jax.Array]:

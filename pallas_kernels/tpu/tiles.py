@@ -28,6 +28,8 @@ class Tiles:
     generation: str
     chunk: int  # query rows per grid step
     vmem: int  # bytes that one kernel may take
+    # Levels of strong chunks unrolled: libtpu 0.0.42 crashes on some of the loops for v6e.
+    unroll: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,12 @@ def _data(generation: str) -> dict:
 def load(generation: str) -> Tiles:
     """The committed choice for one of GENERATIONS."""
     data = _data(generation)
-    return Tiles(generation, chunk=data["chunk"], vmem=data["vmem_limit_mib"] << 20)
+    return Tiles(
+        generation,
+        chunk=data["chunk"],
+        vmem=data["vmem_limit_mib"] << 20,
+        unroll=data["unroll_levels"],
+    )
 
 
 def device(generation: str) -> Device:
