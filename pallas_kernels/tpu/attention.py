@@ -239,7 +239,7 @@ def _plans(q, k, v, log_alpha, spec: Spec, tiles: Tiles, rope: bool = True) -> l
     c = tiles.chunk
     plans = []
     for hb in (1, 2, 4, 8):
-        if kv_heads % hb:
+        if kv_heads % hb or (hb > 1 and hb * query_heads > tiles.query_heads * kv_heads):
             continue
 
         def pad(width: int, hb: int = hb) -> int:

@@ -30,6 +30,8 @@ class Tiles:
     vmem: int  # bytes that one kernel may take
     # Levels of strong chunks unrolled: libtpu 0.0.42 crashes on some of the loops for v6e.
     unroll: bool = False
+    # Query heads of a block of several kv heads; the same compiler crashes above 4 for v6e.
+    query_heads: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ def load(generation: str) -> Tiles:
         chunk=data["chunk"],
         vmem=data["vmem_limit_mib"] << 20,
         unroll=data["unroll_levels"],
+        query_heads=data["max_query_heads"],
     )
 
 
