@@ -39,7 +39,9 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
             f"(wider ones are not proven on hardware yet), not {d} and {vd}"
         )
     if m > 64 or m % 8:
-        return f"slots must be a multiple of 8 up to 64 (more are not proven on hardware yet), not {m}"
+        return (
+            f"slots must be a multiple of 8 up to 64 (more are not proven on hardware yet), not {m}"
+        )
     if spec.window is None:
         return "window=None (full attention) belongs to jax.nn.dot_product_attention"
     if m == 0 and spec.window == 0:

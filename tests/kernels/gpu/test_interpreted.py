@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Outputs and every gradient of the Triton kernels, in Triton's interpreter, against the oracle."""
 
 import jax
@@ -96,7 +95,9 @@ def test_tolerance_rejects_wrong_outputs():
     assert relative(o * (1 + 1e-5), o) > TOLERANCE["o"]
 
 
-@pytest.mark.parametrize(("window", "lag", "empty"), [(5, 5, "masked"), (4, 9, "masked"), (6, 2, "zero")])
+@pytest.mark.parametrize(
+    ("window", "lag", "empty"), [(5, 5, "masked"), (4, 9, "masked"), (6, 2, "zero")]
+)
 def test_decoding_equals_the_whole(window, lag, empty):
     arrays, tables, _, spec, _ = build(T=12, HQ=4, H=2, window=window, lag=lag, empty=empty)
     q, k, v, la = arrays[:4]
