@@ -1,6 +1,7 @@
 """The ``triton`` backend: Triton kernels through jax-triton, cuDNN for full layers."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def forward(*call) -> Output:
 
 def full(*call) -> jax.Array:
     """See ``nha_jax.ops.full``."""
-    return library.forward(*call, implementation="cudnn")
+    return partial(library.forward, implementation="cudnn")(*call)
 
 
 def step(
@@ -56,8 +57,10 @@ def step(
     mode = jnp.where(token.real, jnp.where(token.goes_on, 1, 2), 0)
     tables = table_rows(rope, q.shape[0], q.shape[-1], jnp.float32)
     before = jnp.where(token.goes_on, state.written, 0)
-    rows = (x[:, 0] for x in (q, k, v, log_alpha))
-    o, buffers = decode.step(*rows, *tables, _buffers(state), mode, token.position, before, spec)
+    o, buffers = decode.step(
+        q[:, 0], k[:, 0], v[:, 0], log_alpha[:, 0], *tables,
+        _buffers(state), mode, token.position, before, spec,
+    )  # fmt: skip
     return o[:, None], replace(state, **buffers._asdict(), **token.counters(state))
 
 

@@ -69,7 +69,7 @@ def step(
     p = buffers.k.shape[2]
     group = hq // h
     mode, length = mode.astype(jnp.int32), length.astype(jnp.int32)
-    sizes = dict(H=h, D=d, V=vd, M=m, P=p, VB=_pow2(vd), MB=_pow2(m))
+    sizes: dict[str, Any] = dict(H=h, D=d, V=vd, M=m, P=p, VB=_pow2(vd), MB=_pow2(m))
     first = 7
     buffers = Buffers(
         *launch.call(

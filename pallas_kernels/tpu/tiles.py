@@ -70,7 +70,7 @@ def device(generation: str) -> Device:
     )
 
 
-def tiles_for(device: jax.Device | None = None) -> Tiles:
-    """Tiles of the device's generation; v5e's where the device is no TPU (interpret mode)."""
-    kind = (device or jax.devices()[0]).device_kind
-    return load(KINDS.get(kind, "v5e"))
+def tiles_for() -> Tiles:
+    """Tiles for the current mesh's devices, else JAX's; v5e's where they are no TPU (interpret)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return load(KINDS.get(device.device_kind, "v5e"))
