@@ -36,7 +36,7 @@ def call(
     """
     import jax_triton
 
-    arrays = [i for i, a in enumerate(args) if isinstance(a, jax.Array)]
+    arrays = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
     return jax_triton.triton_call(
         *args,
         kernel=kernel,
