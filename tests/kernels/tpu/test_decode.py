@@ -55,9 +55,7 @@ def test_step_matches_the_plain_step(window, lag, dtype, options, documents):
             q, k, v, g, s, rope, ids, spec, interpret=INTERPRET, tiles=load("v5e")
         )
     )
-    plain = jax.jit(
-        lambda q, k, v, g, s, rope, ids: xla.step(q, k, v, g, s, rope, ids, spec)
-    )
+    plain = jax.jit(lambda q, k, v, g, s, rope, ids: xla.step(q, k, v, g, s, rope, ids, spec))
     n = 2 * window + 3 if not documents else 9
     stream = tokens(rng, n, batch, heads, groups, d, v, m, dtype)
     for i, (q, k, val, gate, rope) in enumerate(stream):
