@@ -1,4 +1,4 @@
-"""What the backends share: the settings of a call and the small functions of SPEC section 1."""
+"""What the backends share: the settings of a call and the small functions of docs/op.md."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -84,7 +84,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def join(lse_slot: jax.Array, lse_window: jax.Array) -> jax.Array:
-    """Share of the slots in the softmax, omega of SPEC section 1; 0 where both sides are empty."""
+    """Share of the slots in the softmax, omega in the paper; 0 where both sides are empty."""
     seen = jnp.isfinite(lse_slot)
     logit = jnp.where(seen, lse_slot, 0.0) - jnp.where(seen, lse_window, 0.0)
     return jnp.where(seen, jax.nn.sigmoid(logit), 0.0)

@@ -1,4 +1,4 @@
-"""The oracle: SPEC section 1, one token after the other, in the inputs' precision.
+"""The oracle: docs/op.md, one token after the other, in the inputs' precision.
 
 Cost and memory are quadratic in the window mask and it is slow; every other backend is held
 against it, usually in float64.

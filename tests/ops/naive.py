@@ -1,4 +1,4 @@
-"""SPEC section 1 in plain NumPy loops, float64: one document, one kv head group at a time.
+"""docs/op.md in plain NumPy loops, float64: one document, one kv head group at a time.
 
 Shares nothing with the library, so that the library's oracle has one of its own.
 """

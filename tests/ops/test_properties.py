@@ -1,4 +1,4 @@
-"""What follows from the definition (SPEC section 2)."""
+"""What follows from the definition (docs/op.md)."""
 
 import itertools
 import math
