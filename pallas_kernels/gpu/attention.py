@@ -157,30 +157,24 @@ def _both(call: _Call, kernel, *args, out, **constants):
     return launch.call(kernel, *args, *held, out=out, aliases=aliases, STRONG=True, **constants)
 
 
-def _scan(call: _Call, x, dec, init, reverse: bool):
+def _scan(call: _Call, x, dec, init, st=None):
+    """Scan over the chunks, in place; given the states st, backwards, with <x, st> after each chunk."""
     from pallas_kernels.gpu import kernels
 
     rows = call.B * call.H
     N, M = call.D + call.V, call.M
-    block = 1024
-    x, last = launch.call(
-        kernels.scan_kernel,
-        x,
-        dec,
-        jnp.zeros((1,), jnp.float32) if init is None else init,
-        call.NC,
-        out=[_sds(x.shape, x.dtype), _sds((rows, M, N), jnp.float32)],
-        grid=rows * -(-M * N // block),
-        num_warps=4,
-        aliases={0: 0},
-        N=N,
-        M=M,
-        HAS_INIT=init is not None,
-        REVERSE=reverse,
-        BLOCK=block,
-        U=8,
-    )
-    return x, last
+    wide = _pow2(N)
+    tall = max(1024 // wide, 1)
+    none = jnp.zeros((1,), jnp.float32)
+    return launch.call(
+        kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, call.NC,
+        out=[
+            _sds(x.shape, x.dtype), _sds((rows, M, N), jnp.float32),
+            _sds((1,) if st is None else (rows, call.NC, M), jnp.float32),
+        ],
+        grid=rows * -(-M // tall), num_warps=4, aliases={0: 0},
+        N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=8,
+    )  # fmt: skip
 
 
 def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None):
@@ -202,7 +196,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         if c.init:
             init = jnp.concatenate([slot_k0, slot_v0], -1).astype(jnp.float32)
             init = init.reshape(B * H, M, width)
-        st, last = _scan(c, st, dec, init, reverse=False)
+        st, last, _ = _scan(c, st, dec, init)
         last = last.reshape(B, H, M, width)
     else:
         st, dec = jnp.zeros((1,), v.dtype), jnp.zeros((1,), jnp.float32)
@@ -255,8 +249,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dls.astype(f32), dlw.astype(f32),
         T, S, halo, NC, c.rope_batch,
         out=[
-            _sds(q.shape, q.dtype), _sds(mrows, c.gate_dtype), _sds(mrows, c.gate_dtype),
-            _sds((B, T, HQ // heads, M) if c.slots else (1,), f32), *[_sds((B, T, HQ), f32)] * 2,
+            _sds(q.shape, q.dtype), *[_sds(mrows, c.gate_dtype)] * 3, *[_sds((B, T, HQ), f32)] * 2,
         ],
         grid=NC * B * (HQ // heads), num_warps=c.tiles.dq,
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
@@ -271,7 +264,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             **c.pads, **c.full,
         )  # fmt: skip
         dlast = jnp.concatenate([dlast_k, dlast_v], -1).astype(f32).reshape(B * H, M, width)
-        dst, dfirst = _scan(c, dst, dec, dlast, reverse=True)
+        dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
     else:
         dst = jnp.zeros((1,), v.dtype)
 
@@ -281,12 +274,12 @@ def _backward(spec, residuals, cotangents, tiles=None):
     if c.slots:
         # rows that no query writes to the slots: zeros, where nothing else fills them
         dk, dv, dla = _both(
-            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, st, dst, doc_, cur, side,
+            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, dec, cross, dst, doc_, cur, side,
             T, S, halo, NC,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
             grid=NC * B * H, num_warps=c.tiles.dslot, num_stages=c.tiles.dslot_stages,
             zeroed=(2,) if spec.window > 0 else (0, 1, 2),
-            HQ=HQ, **c.shape, **c.lag, **c.precision, PARTS=HQ // heads // H,
+            HQ=HQ, **c.shape, **c.lag, **c.precision,
             GB=c.heads(c.tiles.dslot_heads), **c.pads, **c.full,
         )  # fmt: skip
     if spec.window > 0:

@@ -284,22 +284,25 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
 
 
 @triton.jit
-def scan_kernel(x_in, dec_ptr, init_ptr, NC, x_ptr, last_ptr, N: tl.constexpr, M: tl.constexpr,
-                HAS_INIT: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr):
+def scan_kernel(x_in, dec_ptr, init_ptr, st_ptr, NC, x_ptr, last_ptr, cross_ptr, N: tl.constexpr, M: tl.constexpr,
+                HAS_INIT: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, U: tl.constexpr):
     """In place: x[c+1] += dec[c] x[c] for c = 0.., from x[0] = init; or reversed, from x[NC] = init.
 
-    x: [rows, NC + 1, M, N]; the last state is also written in float32.
+    x: [rows, NC + 1, M, N]; the last state is also written in float32. Reversed, x is the gradient of
+    the states st: cross[rows, NC, M] is the inner product of both after each chunk, slot by slot.
     """
     pid = tl.program_id(0)
-    blocks: tl.constexpr = (M * N + BLOCK - 1) // BLOCK
+    blocks: tl.constexpr = (M + ROWS - 1) // ROWS
     r = (pid // blocks).to(tl.int64)
-    e = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    ok = e < M * N
-    m = e // N
+    m = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, NB)
+    here = m < M
+    ok = here[:, None] & (n < N)[None, :]
+    e = m[:, None] * N + n[None, :]
     if HAS_INIT:
         s = tl.load(init_ptr + r * (M * N) + e, mask=ok, other=0.0)
     else:
-        s = tl.zeros((BLOCK,), tl.float32)
+        s = tl.zeros((ROWS, NB), tl.float32)
     dec = dec_ptr + r * NC * M + m
     x0 = r * (NC + 1)
     start = NC if REVERSE else 0
@@ -308,17 +311,23 @@ def scan_kernel(x_in, dec_ptr, init_ptr, NC, x_ptr, last_ptr, N: tl.constexpr, M
         # all loads of a block first: the recurrence then waits for memory once per U chunks
         xs = ()
         ds = ()
+        ys = ()
         for u in tl.static_range(U):
             c = NC - 1 - (i0 + u) if REVERSE else i0 + u
             at = (x0 + (c if REVERSE else c + 1)) * (M * N) + e
-            here = ok & (i0 + u < NC)
-            xs = xs + (tl.load(x_in + at, mask=here, other=0.0),)
-            ds = ds + (tl.load(dec + c * M, mask=here, other=1.0),)
+            in_range = i0 + u < NC
+            xs = xs + (tl.load(x_in + at, mask=ok & in_range, other=0.0),)
+            ds = ds + (tl.load(dec + c * M, mask=here & in_range, other=1.0),)
+            if REVERSE:
+                ys = ys + (tl.load(st_ptr + (x0 + c + 1) * (M * N) + e, mask=ok & in_range, other=0.0),)
         for u in tl.static_range(U):
             c = NC - 1 - (i0 + u) if REVERSE else i0 + u
             at = (x0 + (c if REVERSE else c + 1)) * (M * N) + e
-            s = ds[u] * s + xs[u].to(tl.float32)
-            tl.store(x_ptr + at, s.to(x_ptr.dtype.element_ty), mask=ok & (i0 + u < NC))
+            in_range = i0 + u < NC
+            if REVERSE:
+                tl.store(cross_ptr + (r * NC + c) * M + m, tl.sum(s * ys[u].to(tl.float32), 1), mask=here & in_range)
+            s = ds[u][:, None] * s + xs[u].to(tl.float32)
+            tl.store(x_ptr + at, s.to(x_ptr.dtype.element_ty), mask=ok & in_range)
     tl.store(last_ptr + r * (M * N) + e, s, mask=ok)
 
 
@@ -591,8 +600,8 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
-    empty rows), and the window side's delta."""
+    head, their share of the gate gradient, lse (base 2, +inf for empty rows), and the window side's
+    delta."""
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
@@ -686,9 +695,7 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
         dl = p * (z - delta_s[:, None])
         # dl l + p dp, with the logit l = log p + lse and p dp = dl + p delta
         side = dl * (1.0 + (tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * LN2) + p * delta_s[:, None]
-        if GB > 1:
-            side = tl.sum(tl.reshape(side, (GB, C, MB)), 0)
-        _put(side_ptr + ((b * T + t0) * NHG + h0 // GB) * M, side, j, t0 + j < T, NHG * M, M, MB)
+        _put(side_ptr + first * M, side, qrows, live, M, M, MB)
         dl = dl * scale
         _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
         a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
@@ -749,8 +756,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, do
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, the queries' share of the gate gradient (summed over the GB heads), lse (base 2, +inf for
-    empty rows), and the window side's delta."""
+    head, their share of the gate gradient, lse (base 2, +inf for empty rows), and the window side's
+    delta."""
     pid = tl.program_id(0)
     h = pid % (HQ // GB) * GB // (HQ // H)
     c = (pid // (HQ // GB)) % NC
@@ -829,11 +836,11 @@ def _slot_pass(x, y_ptr, pl_ptr, dx, dw, bw, g, level, h, b, t0, live, after, qr
 
 
 @triton.jit
-def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
-           PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, PARTS: tl.constexpr,
+           PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
            STRONG: tl.constexpr):
     G: tl.constexpr = HQ // H
@@ -860,26 +867,24 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, 
         qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
         after = after & (jdoc[:, None] == qdoc[None, :])
         cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
 
     g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
     total = tl.min(g, 0)
+    keep = tl.exp2(total)
     levels = _levels(g) if STRONG else 1
     bw = _level_first(g, w)[1].to(GD)
     end = tl.exp2(total[None, :] - g) * w
     if HAS_DOC:
         end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
     end = end.to(GD)
-    sb = ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-    nb = sb + M * (D + V)
+    nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
 
+    # dw: gradient of w_j, times 2^g_j in ordinary chunks; u: its part through the state after the chunk
     x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, DB), FM)
     ds = _tile(dst_ptr + nb, mm, mm < M, D + V, D, DB)
-    old = _tile(st_ptr + sb, mm, mm < M, D + V, D, DB)
-    cross = tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
     u = _mm0(x.to(GD), tl.trans(ds), GPREC)
+    dw = tl.zeros((C, MB), tl.float32) if STRONG else u * keep[None, :]
     dx = _mm0(end, ds, GPREC)
-    dw = tl.zeros((C, MB), tl.float32)
     dx, dw = _slot_pass(x, q_ptr, dl_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
                         D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     if STRONG:
@@ -896,12 +901,10 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, 
 
     x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
     ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
-    old = _tile(st_ptr + sb + D, mm, mm < M, D + V, V, VB)
-    cross += tl.sum(ds.to(tl.float32) * old.to(tl.float32), 1)
-    u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
-    dx = _mm0(end, ds, GPREC)
     if STRONG:
+        u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
         dv = tl.zeros((C, MB), tl.float32)
+        dx = _mm0(end, ds, GPREC)
         dx, dv = _slot_pass(x, do_ptr, p_ptr, dx, dv, bw, g, 0, h, b, t0, live, after, qrows, T,
                             V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
         dw += dv * _level_first(g, 1.0)[1]
@@ -912,45 +915,46 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, 
                                 T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
             dw += db * inv
     else:
+        dw += _mm0(x.to(GD), tl.trans(ds), GPREC) * keep[None, :]
+        dx = _mm0(end, ds, GPREC)
         dx, dw = _slot_pass(x, do_ptr, p_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
                             V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
-    # gates: what passes through step s; first inside the chunk
+    # Gates: what passes through step s inside the chunk and to the state after it. The writes act against
+    # their own decay; what all rows before the state's gradient give is its inner product with it (cross).
     la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
     la = la * LOG2E
-    g = tl.cumsum(la, 0)
-    if not STRONG:
+    g = _cumsum(la, C)
+    if STRONG:
+        end = tl.exp2(tl.minimum(tl.sum(la, 0)[None, :] - g, 0.0))
+        if HAS_DOC:
+            end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
+        dw += u * end
+    else:
         dw *= tl.exp2(-g)
-    dla = -w * dw
-    for gi in range(PARTS):
-        dla += _tile(side_ptr + (((b * T + t0) * H + h) * PARTS + gi) * M, j, t0 + j < T, H * PARTS * M, M, MB)
-    if HAS_DOC:
+    cross = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)
+    own = w * dw
+    dw -= own
+    dla = -own
+    for gi in range(G):
+        rows = ((b * T + t0) * HQ + h * G + gi) * M
+        dla += _tile(side_ptr + rows, j, t0 + j < T, HQ * M, M, MB).to(tl.float32)
+    if STRONG and HAS_DOC:
         same = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
         dla = _mm0(tl.where(same, 1.0, 0.0), dla, "tf32x3")
+        dla += tl.where((jdoc == cur_end)[:, None], cross[None, :], 0.0) - dw
     else:
-        dla = tl.cumsum(dla, 0, reverse=True)
-    # then through the state after it: from this chunk, and from before it
-    total = tl.sum(la, 0)
-    end = tl.exp2(tl.minimum(total[None, :] - g, 0.0))
-    keep = tl.exp2(total)
-    if HAS_DOC:
-        end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
-        keep = tl.where(cur_end == cur_start, keep, 0.0)
-    u = u * end
-    through = tl.cumsum(w * u, 0) - w * u + (cross * keep)[None, :]
-    if HAS_DOC:
-        through = tl.where((jdoc == cur_end)[:, None], through, 0.0)
-    dla += through - tl.exp2(la) * (u + dw)
+        dla = _cumsum(dla, C, True) + cross[None, :] - dw
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
 
 
 @triton.jit
-def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, dec_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr,
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, dec_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                  side_ptr, T, S, halo, NC, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
-                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, PARTS: tl.constexpr,
+                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
     pid = tl.program_id(0)
@@ -958,9 +962,9 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, dec_ptr, st
     c = (pid // H) % NC
     b = (pid // H // NC).to(tl.int64)
     if _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG:
-        _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, st_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+        _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
             T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-            PARTS, C, GB, DB, VB, MB, STRONG)
+            C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit

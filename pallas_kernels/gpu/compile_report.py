@@ -1,0 +1,151 @@
+"""What Triton's compiler makes of the kernels, with no GPU: ``python -m pallas_kernels.gpu.compile_report``.
+
+One row for each kernel of forward + backward and of a decoding step: registers of a thread, bytes
+spilled, shared memory of a program. Ends non-zero where a kernel does not compile or needs more
+shared memory than the chip has, and, with --no-spills, where one spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import bench
+from pallas_kernels.gpu import attention, launch, tiles
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
+POINTERS = {"bfloat16": "*bf16", "float32": "*fp32", "float16": "*fp16", "int32": "*i32"}
+
+
+class Row(NamedTuple):
+    """Resources of one kernel."""
+
+    kernel: str
+    part: str  # which copy of the kernel: "strong" gates or not
+    warps: int
+    stages: int
+    registers: int
+    spilled: int  # bytes stored to local memory by a thread
+    shared: int  # bytes of a program
+
+
+def compiled(kernel: Any, args: tuple, out: list, constants: dict, options: dict, arch: int) -> Any:
+    """The Triton kernel, compiled for sm_<arch> with the signature that ``launch.call`` gives it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" for name in constants}
+    fixed, attributes = dict(constants), {}
+    for i, (name, a) in enumerate(zip(kernel.arg_names, [*args, *out], strict=False)):
+        if isinstance(a, int):
+            signature[name] = "constexpr" if a == 1 else "i32"
+            fixed |= {name: 1} if a == 1 else {}
+            if a % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = POINTERS[str(a.dtype)]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def registers(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers of a thread and bytes it spills, from the assembler's own report."""
+    import triton
+
+    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    tool = os.path.join(folder, "ptxas-blackwell" if arch >= 100 else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(ptx)
+        f.flush()
+        target = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        done = subprocess.run(
+            [tool, "-v", f"--gpu-name={target}", f.name, "-o", os.devnull],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    used = re.search(r"Used (\d+) registers", done.stderr)
+    spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
+    assert used and spilled, done.stderr
+    return int(used[1]), int(spilled[1])
+
+
+def report(
+    shape: bench.Shape, spec: bench.Spec, arch: int, choice: tiles.Tiles | None = None, only: str = ""
+) -> list[Row]:
+    """Rows for forward and backward of one shape."""
+    rows = []
+
+    def call(kernel, *args, out, grid, num_warps, num_stages=1, aliases=None, zeroed=(), **constants):
+        name = kernel.fn.__name__
+        if only in name:
+            options = dict(num_warps=num_warps, num_stages=num_stages)
+            k = compiled(kernel, args, out, constants, options, arch)
+            part = "strong" if constants.get("STRONG") else ""
+            rows.append(
+                Row(name, part, num_warps, num_stages, *registers(k.asm["ptx"], arch), k.metadata.shared)
+            )
+        return [jnp.zeros(o.shape, o.dtype) for o in out]
+
+    length = 64
+    args = bench.inputs(shape, 1, length)[:4]
+    tables = bench.rope(length, shape.d)
+
+    def run(*xs):
+        return attention.forward(*xs, None, None, *tables, None, None, spec)[0]
+
+    picked = functools.partial(lambda *_: choice)
+    with mock.patch.object(launch, "call", call), mock.patch.object(attention, "device_name", lambda: "h100"):
+        if choice is not None:
+            with mock.patch.object(attention, "choose", picked):
+                jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](args[0]), *args)
+        else:
+            jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](args[0]), *args)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--shapes", nargs="+", default=list(bench.SHAPES), choices=list(bench.SHAPES))
+    p.add_argument("--windows", nargs="+", type=int, default=[64])
+    p.add_argument("--arch", nargs="+", type=int, default=list(SHARED), choices=list(SHARED))
+    p.add_argument("--only", default="", help="part of a kernel's name")
+    p.add_argument("--no-spills", action="store_true", help="a spill is a failure")
+    p.add_argument("--tiles", default="", help="NAME=VALUE,... in place of the committed choice")
+    a = p.parse_args()
+    bad = []
+    print("| sm | shape | window | kernel | warps | stages | registers | spilled | shared |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for arch in a.arch:
+        for name in a.shapes:
+            s = bench.SHAPES[name]
+            choice = None
+            if a.tiles:
+                pairs = (x.split("=") for x in a.tiles.split(","))
+                choice = tiles.Tiles(**{k: int(v) for k, v in pairs})
+            for window in a.windows:
+                spec = bench.Spec(window, window, s.d**-0.5)
+                for r in report(s, spec, arch, choice, a.only):
+                    print(
+                        f"| {arch} | {name} | {window} | {r.kernel} {r.part} | {r.warps} | {r.stages} |"
+                        f" {r.registers} | {r.spilled} | {r.shared} |", flush=True,
+                    )  # fmt: skip
+                    if r.shared > SHARED[arch] or (a.no_spills and r.spilled):
+                        bad.append(f"{name} window {window} sm_{arch} {r.kernel} {r.part}")
+    if bad:
+        sys.exit("over the limit: " + "; ".join(bad))
+
+
+if __name__ == "__main__":
+    main()
