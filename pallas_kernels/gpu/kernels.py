@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 SPAN = tl.constexpr(96.0)
+BATCH = tl.constexpr(16)  # programs that one looks after where few have anything to do
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NINF = tl.constexpr(float("-inf"))
@@ -221,16 +222,21 @@ def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.c
 
 
 @triton.jit
-def _strong(dec_ptr, b, h, c, H: tl.constexpr, NC, M: tl.constexpr, MB: tl.constexpr):
-    """Whether a chunk's gates need more than one level (or a document ends in it).
+def _chunk(pid, NHG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, NC):
+    """Of a program: its first query head, kv head, chunk and row of the batch."""
+    h0 = pid % NHG * GB
+    return h0, h0 // G, (pid // NHG) % NC, (pid // NHG // NC).to(tl.int64)
 
-    Such chunks run a copy of a kernel's body of their own (STRONG): the common one has no trace of the
-    levels. In the backward kernels even that costs registers, so the copy is a second launch of the
-    same kernel, which writes into the first one's outputs.
+
+@triton.jit
+def _strong(strong_ptr, pid, total, NHG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, H: tl.constexpr, NC):
+    """Whether the chunk of a program needs more than one level (or a document ends in it).
+
+    Such chunks run a copy of a kernel's body of their own (STRONG), in a second launch, which writes
+    into the first one's outputs: the common copy has no trace of the levels, which cost registers.
     """
-    cols = tl.arange(0, MB)
-    keep = tl.load(dec_ptr + ((b * H + h) * NC + c) * M + cols, mask=cols < M, other=1.0)
-    return tl.min(keep) < 1.3e-29
+    h0, h, c, b = _chunk(pid, NHG, GB, G, NC)
+    return tl.load(strong_ptr + (b * H + h) * NC + c, mask=pid < total, other=0) != 0
 
 
 @triton.jit
@@ -246,14 +252,12 @@ def _safe(m):
 
 
 @triton.jit
-def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, strong_ptr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """What chunk c adds to the state, at st[c + 1], and how much of the earlier state it keeps, at dec[c]."""
-    pid = tl.program_id(0)
-    h = pid % H
-    c = (pid // H) % NC
-    b = (pid // H // NC).to(tl.int64)
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, REGISTERS: tl.constexpr):
+    """What chunk c adds to the state, at st[c + 1], how much of the earlier state it keeps, at dec[c], and
+    whether its gates are strong."""
+    h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
     i = tl.arange(0, C)
     t0 = c * C
     row0 = halo + t0 - LAG
@@ -273,6 +277,7 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
         keep = tl.where(cur_end == cur_start, keep, 0.0)
     cols = tl.arange(0, MB)
     tl.store(dec_ptr + ((b * H + h) * NC + c) * M + cols, keep, mask=cols < M)
+    tl.store(strong_ptr + (b * H + h) * NC + c, (tl.min(keep) < 1.3e-29).to(tl.int32))
     wt = tl.trans(end.to(k_ptr.dtype.element_ty))
     kbase = k_ptr + (b * S + row0) * (H * D) + h * D
     k = _phi(_tile(kbase, i, act, H * D, D, DB), FM)
@@ -376,7 +381,7 @@ def _visible(t, live, qdoc, doc_ptr, vis_ptr, b, halo, LAG: tl.constexpr, ZERO: 
 
 
 @triton.jit
-def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _output(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
                   T, S, halo, NC, rope_batch,
                   o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -387,15 +392,12 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
+    SD: tl.constexpr = st_ptr.dtype.element_ty
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
     MERGED: tl.constexpr = SLOTS and WINDOW > 0 and NP > 0 and LAG == NP * C
     TWO: tl.constexpr = MERGED and NP == 1
-    pid = tl.program_id(0)
-    h0 = (pid % NHG) * GB
-    c = (pid // NHG) % NC
-    b = (pid // NHG // NC).to(tl.int64)
-    h = h0 // (HQ // H)
+    h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
     t0 = c * C
     r0 = halo + t0
     i = tl.arange(0, R)
@@ -447,8 +449,8 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
         x = _mm0(f1, tl.trans(_phi(k1, FM)), PREC)
         x = _mm(f2, tl.trans(_phi(k2, FM)), x, PREC)
         x = tl.where(causal, x, 0.0).to(GD)
-        y = _mm0(f1, tl.trans(s1), PREC)
-        y = _mm(f2, tl.trans(s2), y, PREC)
+        y = _mm0(f1.to(SD), tl.trans(s1), PREC)
+        y = _mm(f2.to(SD), tl.trans(s2), y, PREC)
         if HAS_DOC:
             cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
             old = qdoc == cur_start
@@ -508,7 +510,7 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
         y = y * e0
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
-        acc = _mm0(y.to(TD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
+        acc = _mm0(y.to(SD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
         vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
         acc = _mm(a, vt, acc, PREC)
         vt = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
@@ -520,7 +522,7 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
             y = y * e0
             if HAS_DOC:
                 y = tl.where(old[:, None], y, 0.0)
-            acc = _mm0(y.to(TD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
+            acc = _mm0(y.to(SD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
             if MERGED:
                 s = tl.exp2(s - _safe(m_w)[:, None])
@@ -564,33 +566,36 @@ def _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_
 
 
 @triton.jit
-def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-                  T, S, halo, NC, rope_batch,
-                  o_ptr, lse_s_ptr, lse_w_ptr,
+def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+                  T, S, halo, NC, rope_batch, total,
+                  o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    pid = tl.program_id(0)
-    h = pid % (HQ // GB) * GB // (HQ // H)
-    c = (pid // (HQ // GB)) % NC
-    b = (pid // (HQ // GB) // NC).to(tl.int64)
-    strong = False
-    if SLOTS:
-        strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)
-    if strong:
-        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
-            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, True)
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr,
+                  REGISTERS: tl.constexpr):
+    """Output and both log-sum-exps of one chunk, GB query heads."""
+    if STRONG:
+        start = tl.program_id(0) * BATCH
+        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
+            for pid in range(start, tl.minimum(start + BATCH, total)):
+                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
+                    _output(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
+                        S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
+                        LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
     else:
-        _output(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
-            S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-            LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, False)
+        mine = True
+        if SLOTS:
+            mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
+        if mine:
+            _output(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
+                S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
+                LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
-def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
               T, S, halo, NC, rope_batch,
               dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
@@ -605,13 +610,10 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
+    SD: tl.constexpr = st_ptr.dtype.element_ty
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
-    pid = tl.program_id(0)
-    h0 = (pid % NHG) * GB
-    c = (pid // NHG) % NC
-    b = (pid // NHG // NC).to(tl.int64)
-    h = h0 // (HQ // H)
+    h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
     t0 = c * C
     r0 = halo + t0
     i = tl.arange(0, R)
@@ -671,8 +673,8 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
         x = _mm0(f1, tl.trans(k1), PREC)
         x = _mm(f2, tl.trans(k2), x, PREC)
         x = tl.where(causal, x, 0.0).to(GD)
-        y = _mm0(f1, tl.trans(s1), PREC)
-        y = _mm(f2, tl.trans(s2), y, PREC)
+        y = _mm0(f1.to(SD), tl.trans(s1), PREC)
+        y = _mm(f2.to(SD), tl.trans(s2), y, PREC)
         g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
         levels = _levels(g) if STRONG else 1
         e0, b0 = _level_first(g, w)
@@ -688,7 +690,7 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
         vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
         x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-        z = _mm0(do, tl.trans(sv), PREC)
+        z = _mm0(do.to(SD), tl.trans(sv), PREC)
         if HAS_DOC:
             z = tl.where(old[:, None], z, 0.0)
         z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
@@ -746,51 +748,56 @@ def _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
 
 
 @triton.jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, dec_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
-              T, S, halo, NC, rope_batch,
+              T, S, halo, NC, rope_batch, total,
               dq_in, dl_in, p_in, side_in, lse_in, delta_in, dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr,
+              REGISTERS: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
     head, their share of the gate gradient, lse (base 2, +inf for empty rows), and the window side's
     delta."""
-    pid = tl.program_id(0)
-    h = pid % (HQ // GB) * GB // (HQ // H)
-    c = (pid // (HQ // GB)) % NC
-    b = (pid // (HQ // GB) // NC).to(tl.int64)
-    mine = True
-    if SLOTS:
-        mine = _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG
-    if mine:
-        _dq(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
-            do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-            dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-            ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+    if STRONG:
+        start = tl.program_id(0) * BATCH
+        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
+            for pid in range(start, tl.minimum(start + BATCH, total)):
+                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
+                    _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+                        do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
+                        dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+                        ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+    else:
+        mine = True
+        if SLOTS:
+            mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
+        if mine:
+            _dq(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+                do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
+                dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+                ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
-def dstate_kernel(q_ptr, do_ptr, la_ptr, dec_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
+def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
                   T, S, halo, NC, dst_ptr, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
                   M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                   GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, REGISTERS: tl.constexpr):
     """What chunk c's own queries ask of the state before it, at dst[c]."""
     G: tl.constexpr = HQ // H
     pid = tl.program_id(0)
-    h = pid % H
-    c = (pid // H) % NC
-    b = (pid // H // NC).to(tl.int64)
+    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
     t0 = c * C
     r0 = halo + t0
     j = tl.arange(0, C)
     live = t0 + j < T
     doc = doc_ptr + b * S
     mm = tl.arange(0, MB)
-    strong = _strong(dec_ptr, b, h, c, H, NC, M, MB)  # rows of a later level or document must not count
+    strong = tl.load(strong_ptr + (b * H + h) * NC + c)  # rows of a later level or document must not count
     dk = tl.zeros((MB, DB), tl.float32)
     dv = tl.zeros((MB, VB), tl.float32)
     for gi in range(G):
@@ -836,7 +843,7 @@ def _slot_pass(x, y_ptr, pl_ptr, dx, dw, bw, g, level, h, b, t0, live, after, qr
 
 
 @triton.jit
-def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
@@ -844,10 +851,7 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_pt
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
            STRONG: tl.constexpr):
     G: tl.constexpr = HQ // H
-    pid = tl.program_id(0)
-    h = pid % H
-    c = (pid // H) % NC
-    b = (pid // H // NC).to(tl.int64)
+    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
     t0 = c * C
     kr = halo + t0 - LAG
     j = tl.arange(0, C)
@@ -950,21 +954,27 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_pt
 
 
 @triton.jit
-def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, dec_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 side_ptr, T, S, halo, NC, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                 side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr,
+                 REGISTERS: tl.constexpr):
     """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
-    pid = tl.program_id(0)
-    h = pid % H
-    c = (pid // H) % NC
-    b = (pid // H // NC).to(tl.int64)
-    if _strong(dec_ptr, b, h, c, H, NC, M, MB) == STRONG:
-        _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
-            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-            C, GB, DB, VB, MB, STRONG)
+    if STRONG:
+        start = tl.program_id(0) * BATCH
+        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
+            for pid in range(start, tl.minimum(start + BATCH, total)):
+                if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
+                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                        side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
+                        C, GB, DB, VB, MB, STRONG)
+    else:
+        if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
+            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
+                C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
@@ -973,7 +983,7 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
                    ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, REGISTERS: tl.constexpr):
     """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in."""
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty

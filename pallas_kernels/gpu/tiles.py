@@ -1,4 +1,4 @@
-"""Tile choices: how many tokens a chunk has, how many warps a program has."""
+"""Tile choices: how many tokens a chunk has, how each kernel is launched."""
 
 from __future__ import annotations
 
@@ -6,39 +6,57 @@ import dataclasses
 import functools
 import json
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Launch(NamedTuple):
+    """How one kernel runs: warps of a program, pipeline depth of its loops, query heads it stacks
+    (those of one kv head, in the kernels that have them), most registers of a thread (0: no limit).
+    """
+
+    warps: int = 4
+    stages: int = 1
+    heads: int = 1
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As ``launch.call`` takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "REGISTERS": self.registers}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Choices for one (head_dim, value_dim, slots, dtype).
-
-    chunk: tokens of a chunk (a power of two); heads, dq_heads, dslot_heads: query heads that a
-    program of that kernel stacks (they share their kv head); *_stages: depth of its software
-    pipeline; the rest are warps per program, by kernel.
-    """
+    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), launches."""
 
     chunk: int = 64
-    heads: int = 1
-    dq_heads: int = 1
-    state: int = 4
-    output: int = 4
-    dq: int = 4
-    dstate: int = 4
-    dslot: int = 4
-    dwindow: int = 4
-    dslot_heads: int = 1
-    dstate_stages: int = 1
-    dslot_stages: int = 1
-    dwindow_stages: int = 1
+    state: Launch = Launch()
+    output: Launch = Launch()
+    dq: Launch = Launch()
+    dstate: Launch = Launch()
+    dslot: Launch = Launch()
+    dwindow: Launch = Launch()
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Tiles:
+        """The inverse of ``to_json``."""
+        return cls(**{k: v if k == "chunk" else Launch(*v) for k, v in found.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and lists of them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+KERNELS = tuple(f.name for f in dataclasses.fields(Tiles) if f.name != "chunk")
 
 
 def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
     """The choice where no tuned one is committed."""
     if itemsize == 4 or max(d, v, m) > 128:
-        return Tiles(chunk=32, state=8, output=8, dq=8, dstate=8, dslot=8, dwindow=8)
-    if max(d, v) > 64:
-        return Tiles(heads=2, dq_heads=2, output=8, dq=8) if group % 2 == 0 else Tiles()
+        return Tiles(32, *[Launch(warps=8)] * len(KERNELS))
+    if max(d, v) > 64 and group % 2 == 0:
+        pair = Launch(warps=8, heads=2)
+        return Tiles(output=pair, dq=pair)
     return Tiles()
 
 
@@ -48,9 +66,14 @@ def _table(device: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def key(dtype: str, d: int, v: int, m: int, group: int) -> str:
+    """What a committed choice is filed under."""
+    return f"{dtype}-d{d}-v{v}-m{m}-g{group}"
+
+
 def choose(device: str, dtype: str, d: int, v: int, m: int, group: int) -> Tiles:
     """Committed choice for this device and shape, else ``default``."""
-    found = _table(device).get(f"{dtype}-d{d}-v{v}-m{m}-g{group}")
+    found = _table(device).get(key(dtype, d, v, m, group))
     if found is not None:
-        return Tiles(**found)
+        return Tiles.from_json(found)
     return default(d, v, m, group, 4 if dtype == "float32" else 2)

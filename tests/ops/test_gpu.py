@@ -19,23 +19,35 @@ pytestmark = pytest.mark.skipif(
 CASES = {
     case.name: replace(case, head_dim=64, value_dim=64, slots=16 if case.slots else 0)
     for case in suite.CASES
-    # Refused in 16 bits: a window of 0, and a state before the call. None is cuDNN's.
-    if case.window and not case.state
+    if case.window is not None  # those are cuDNN's
 }
-FLOAT32 = ("grouped", "packed", "extreme_gates", "no_lag")
+WIDTHS = [  # head_dim, value_dim, slots
+    (64, 64, 8), (64, 64, 64), (64, 64, 256), (64, 128, 64), (96, 96, 32), (128, 128, 64),
+    (128, 128, 128), (128, 128, 256), (256, 256, 64), (256, 128, 128), (256, 256, 256),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, "bfloat16") for name in CASES]
-    + [(name, "float32") for name in FLOAT32]
-    + [("grouped", "float16")],
-)
-def test_suite(name, dtype):
+def compared(case, dtype):
     with jax.enable_x64(True):
-        truth = suite.run(CASES[name], "reference", jnp.float64)
-    results = suite.run(CASES[name], "triton", jnp.dtype(dtype))
-    assert suite.compare(results, truth, dtype, suite.KERNEL_TOLERANCE) == []
+        truth = suite.run(case, "reference", jnp.float64)
+    results = suite.run(case, "triton", jnp.dtype(dtype))
+    return suite.compare(results, truth, dtype, suite.KERNEL_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", CASES)
+def test_suite(name, dtype):
+    assert compared(CASES[name], dtype) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("window", [0, 24])
+@pytest.mark.parametrize(("d", "v", "slots"), WIDTHS)
+def test_widths(d, v, slots, window, dtype):
+    case = suite.Case(
+        f"{d}_{v}_{slots}_{window}", 150, window, head_dim=d, value_dim=v, slots=slots, heads=4, kv_heads=2
+    )
+    assert compared(case, dtype) == []
 
 
 @pytest.mark.parametrize("name", ["packed", "no_lag", "long_lag"])

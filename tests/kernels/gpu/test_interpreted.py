@@ -8,12 +8,12 @@ import pytest
 from nha_jax.ops import reference
 from nha_jax.ops.core import Spec
 from pallas_kernels.gpu import attention, decode, launch
-from pallas_kernels.gpu.tiles import Tiles
+from pallas_kernels.gpu.tiles import Launch, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
 
 CASES = {
-    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(chunk=16, heads=2, dq_heads=2, dslot_heads=2)),
+    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6)),
     "slots_only": dict(window=0, lag=0, init=True),
     "unaligned": dict(window=9, lag=5, fm="silu"),
     "halo": dict(halo=21, init=True, empty="zero"),

@@ -1,0 +1,170 @@
+"""Find tile choices on this GPU and write them down: ``python -m pallas_kernels.tune``.
+
+Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
+window 64, the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its
+kernels. The best chunk that passes the benchmark's check with those launches goes to
+pallas_kernels/tuned/gpu_<device>.json. The kernels read that file; nothing is tuned while a model runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+FOLDER = Path(__file__).parent / "tuned"
+LENGTH, WINDOW = 8192, 64
+STACKED = "output", "dq", "dslot"
+
+
+def candidates(kernel: str, chunk: int, group: int) -> Iterator[tuple[int, int, int]]:
+    """Warps, stages, heads worth trying: a warpgroup (4 warps) for each 64 rows of a product, or twice."""
+    stacks = [n for n in (1, 2, 4) if group % n == 0] if kernel in STACKED else [1]
+    stages = {"state": (1,), "dstate": (1, 2)}.get(kernel, (1, 2, 3))
+    for heads, depth, more in itertools.product(stacks, stages, (1, 2)):
+        warps = 4 * max(heads * chunk // 64, 1) * more
+        if warps <= 8:
+            yield warps, depth, heads
+
+
+def recorded(shape: Any, tiles: Any, kernel: str) -> Any:
+    """The call of one kernel within forward + backward, with its concrete arguments."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import bench
+    from pallas_kernels.gpu import attention, launch
+
+    found: list[tuple] = []
+    plain = launch.call
+
+    def call(fn, *args, **options):
+        if fn.fn.__name__ == f"{kernel}_kernel" and not options.get("STRONG"):
+            found.append((fn, args, options))
+        return plain(fn, *args, **options)
+
+    spec = bench.Spec(WINDOW, WINDOW, shape.d**-0.5)
+    q, k, v, la, do = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
+    with mock.patch.object(launch, "call", call):
+        _, kept = attention._forward(
+            q, k, v, la, None, None, *bench.rope(LENGTH, shape.d), None, None, spec, tiles
+        )
+        if kernel not in ("state", "output"):
+            zero = jnp.zeros(q.shape[:3])
+            state = jnp.zeros((q.shape[0], shape.h, shape.m, shape.d))
+            attention._backward(spec, kept, (do, zero, zero, state, state), tiles)
+    return found[0]
+
+
+def compiled(shape: Any, chunk: int, kernel: str, heads: int, choices: list) -> list[tuple]:
+    """(choice, the compiled call, its arguments) for each choice that fits the device."""
+    import jax
+
+    from pallas_kernels.gpu import launch
+    from pallas_kernels.gpu.tiles import KERNELS, Launch, Tiles
+
+    plain = {k: Launch(8 if chunk > 64 else 4) for k in KERNELS}
+    base = Tiles(chunk, **plain | {kernel: Launch(max(4 * heads * chunk // 64, 4), 1, heads)})
+    fn, args, options = recorded(shape, base, kernel)
+    where = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
+    arrays = [args[i] for i in where]
+    found = []
+    for choice in choices:
+
+        def run(*xs, choice=choice):
+            full = list(args)
+            for i, x in zip(where, xs, strict=True):
+                full[i] = x
+            changed = options | {"num_warps": choice[0], "num_stages": choice[1]}
+            return launch.call(fn, *full, **changed)
+
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # more shared memory than there is
+            call = jax.jit(run).lower(*arrays).compile()
+            jax.block_until_ready(call(*arrays))
+            found.append((choice, call, arrays))
+    return found
+
+
+def work(jobs: list[tuple], ready: Any, one: Any, results: Any) -> None:
+    """Compile all jobs; once every process has, time them, one process at a time."""
+    from pallas_kernels import bench
+
+    done = [(job, compiled(*job)) for job in jobs]
+    ready.wait()
+    with one:
+        times = [
+            ((job[1], job[2]), bench.milliseconds(f, *arrays, repeat=20), choice)
+            for job, found in done
+            for choice, f, arrays in found
+        ]
+    results.put(times)
+
+
+def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> list[tuple]:
+    """((chunk, kernel), milliseconds, (warps, stages, heads)) of every candidate."""
+    jobs = []
+    for chunk, kernel in itertools.product(chunks, kernels):
+        found = list(candidates(kernel, chunk, shape.hq // shape.h))
+        for heads in sorted({c[2] for c in found}):
+            jobs.append((shape, chunk, kernel, heads, [c for c in found if c[2] == heads]))
+    workers = min(workers, len(jobs))
+    context = multiprocessing.get_context("spawn")
+    ready, one, results = context.Barrier(workers), context.Lock(), context.Queue()
+    pool = [
+        context.Process(target=work, args=(jobs[i::workers], ready, one, results), daemon=True)
+        for i in range(workers)
+    ]
+    for process in pool:
+        process.start()
+    rows = [row for _ in pool for row in results.get()]
+    for process in pool:
+        process.join()
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    from pallas_kernels import bench
+    from pallas_kernels.gpu import attention, tiles
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--shapes", nargs="+", default=list(bench.SHAPES), choices=list(bench.SHAPES))
+    p.add_argument("--chunks", nargs="+", type=int, default=[64, 128])
+    p.add_argument("--kernels", nargs="+", default=list(tiles.KERNELS), choices=tiles.KERNELS)
+    p.add_argument("--workers", type=int, default=10, help="processes that compile side by side")
+    a = p.parse_args()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    path = FOLDER / f"gpu_{attention.device_name()}.json"
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    for name in a.shapes:
+        s = bench.SHAPES[name]
+        best: dict[tuple, tuple] = {}
+        for (chunk, kernel), ms, launch in sorted(search(s, a.chunks, a.kernels, a.workers)):
+            best[chunk, kernel] = min(best.get((chunk, kernel), (ms, launch)), (ms, launch))
+            print(name, chunk, kernel, "warps, stages, heads:", *launch, f"{ms:.3f} ms", flush=True)
+        if set(a.kernels) != set(tiles.KERNELS):
+            continue  # times of some kernels make no choice
+        spec = bench.Spec(WINDOW, WINDOW, s.d**-0.5)
+        totals = {c: sum(best[c, k][0] for k in tiles.KERNELS) for c in a.chunks}
+        for chunk in sorted(a.chunks, key=totals.__getitem__):
+            launches = {k: tiles.Launch(*best[chunk, k][1]) for k in tiles.KERNELS}
+            choice = tiles.Tiles(chunk, **launches)
+            with mock.patch.object(attention, "choose", lambda *_, choice=choice: choice):
+                worst = max(bench.check(s, spec).values())
+            print(name, f"chunk {chunk}: {totals[chunk]:.3f} ms, error {worst:.1e}", flush=True)
+            if worst < bench.TOLERANCE:
+                table[tiles.key("bfloat16", s.d, s.d, s.m, s.hq // s.h)] = choice.to_json()
+                break
+        else:
+            print(f"{name}: no choice passes the check; its entry is left as it was")
+    path.write_text(json.dumps(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()
