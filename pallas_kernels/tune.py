@@ -3,7 +3,7 @@
 Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
 window 64, the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its
 kernels. The best chunk that passes the benchmark's check with those launches goes to
-pallas_kernels/tuned/gpu_<device>.json. The kernels read that file; nothing is tuned while a model runs.
+pallas_kernels/tuned/gpu_<device>.json, which the kernels read: nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,28 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from pallas_kernels.gpu.tiles import KERNELS, Launch, Tiles
+from pallas_kernels.gpu.tiles import key as tile_key
+
 FOLDER = Path(__file__).parent / "tuned"
 LENGTH, WINDOW = 8192, 64
 STACKED = "output", "dq", "dslot"
 
 
-def candidates(kernel: str, chunk: int, group: int) -> Iterator[tuple[int, int, int]]:
-    """Warps, stages, heads worth trying: a warpgroup (4 warps) for each 64 rows of a product, or twice."""
-    stacks = [n for n in (1, 2, 4) if group % n == 0] if kernel in STACKED else [1]
-    stages = {"state": (1,), "dstate": (1, 2)}.get(kernel, (1, 2, 3))
-    for heads, depth, more in itertools.product(stacks, stages, (1, 2)):
-        warps = 4 * max(heads * chunk // 64, 1) * more
+def candidates(kernel: str, chunk: int, group: int) -> Iterator[Launch]:
+    """Worth trying: a warpgroup (4 warps) for each 64 rows of a product, as more warps compute rows
+    twice; registers for 2, 3 or 4 such programs on a multiprocessor."""
+    if kernel == "dstate" and group == 1:
+        return  # dq does its work
+    stacks = [n for n in (1, 2) if group % n == 0] if kernel in STACKED else [1]
+    stages = {"state": (1,), "dstate": (1, 2)}.get(kernel, (1, 2))
+    for heads, depth, registers in itertools.product(stacks, stages, (0, 128, 168)):
+        warps = 4 * max(heads * chunk // 64, 1)
         if warps <= 8:
-            yield warps, depth, heads
+            yield Launch(warps, depth, heads, registers)
 
 
-def recorded(shape: Any, tiles: Any, kernel: str) -> Any:
+def recorded(shape: Any, tiles: Tiles, kernel: str) -> Any:
     """The call of one kernel within forward + backward, with its concrete arguments."""
     import jax.numpy as jnp
 
@@ -62,15 +68,14 @@ def recorded(shape: Any, tiles: Any, kernel: str) -> Any:
     return found[0]
 
 
-def compiled(shape: Any, chunk: int, kernel: str, heads: int, choices: list) -> list[tuple]:
+def compiled(shape: Any, chunk: int, kernel: str, choices: list[Launch]) -> list[tuple]:
     """(choice, the compiled call, its arguments) for each choice that fits the device."""
     import jax
 
     from pallas_kernels.gpu import launch
-    from pallas_kernels.gpu.tiles import KERNELS, Launch, Tiles
 
     plain = {k: Launch(8 if chunk > 64 else 4) for k in KERNELS}
-    base = Tiles(chunk, **plain | {kernel: Launch(max(4 * heads * chunk // 64, 4), 1, heads)})
+    base = Tiles(chunk, **plain | {kernel: choices[0]})
     fn, args, options = recorded(shape, base, kernel)
     where = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
     arrays = [args[i] for i in where]
@@ -81,8 +86,7 @@ def compiled(shape: Any, chunk: int, kernel: str, heads: int, choices: list) -> 
             full = list(args)
             for i, x in zip(where, xs, strict=True):
                 full[i] = x
-            changed = options | {"num_warps": choice[0], "num_stages": choice[1]}
-            return launch.call(fn, *full, **changed)
+            return launch.call(fn, *full, **options | choice.options)
 
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # more shared memory than there is
             call = jax.jit(run).lower(*arrays).compile()
@@ -107,12 +111,12 @@ def work(jobs: list[tuple], ready: Any, one: Any, results: Any) -> None:
 
 
 def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> list[tuple]:
-    """((chunk, kernel), milliseconds, (warps, stages, heads)) of every candidate."""
+    """((chunk, kernel), milliseconds, launch) of every candidate."""
     jobs = []
     for chunk, kernel in itertools.product(chunks, kernels):
         found = list(candidates(kernel, chunk, shape.hq // shape.h))
-        for heads in sorted({c[2] for c in found}):
-            jobs.append((shape, chunk, kernel, heads, [c for c in found if c[2] == heads]))
+        for heads in sorted({c.heads for c in found}):
+            jobs.append((shape, chunk, kernel, [c for c in found if c.heads == heads]))
     workers = min(workers, len(jobs))
     context = multiprocessing.get_context("spawn")
     ready, one, results = context.Barrier(workers), context.Lock(), context.Queue()
@@ -131,12 +135,12 @@ def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> l
 def main() -> None:
     """Command line."""
     from pallas_kernels import bench
-    from pallas_kernels.gpu import attention, tiles
+    from pallas_kernels.gpu import attention
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--shapes", nargs="+", default=list(bench.SHAPES), choices=list(bench.SHAPES))
-    p.add_argument("--chunks", nargs="+", type=int, default=[64, 128])
-    p.add_argument("--kernels", nargs="+", default=list(tiles.KERNELS), choices=tiles.KERNELS)
+    p.add_argument("--chunks", nargs="+", type=int, default=[64])
+    p.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     p.add_argument("--workers", type=int, default=10, help="processes that compile side by side")
     a = p.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -147,19 +151,18 @@ def main() -> None:
         best: dict[tuple, tuple] = {}
         for (chunk, kernel), ms, launch in sorted(search(s, a.chunks, a.kernels, a.workers)):
             best[chunk, kernel] = min(best.get((chunk, kernel), (ms, launch)), (ms, launch))
-            print(name, chunk, kernel, "warps, stages, heads:", *launch, f"{ms:.3f} ms", flush=True)
-        if set(a.kernels) != set(tiles.KERNELS):
+            print(name, chunk, kernel, *launch, f"{ms:.3f} ms", flush=True)
+        if set(a.kernels) != set(KERNELS):
             continue  # times of some kernels make no choice
         spec = bench.Spec(WINDOW, WINDOW, s.d**-0.5)
-        totals = {c: sum(best[c, k][0] for k in tiles.KERNELS) for c in a.chunks}
+        totals = {c: sum(ms for key, (ms, _) in best.items() if key[0] == c) for c in a.chunks}
         for chunk in sorted(a.chunks, key=totals.__getitem__):
-            launches = {k: tiles.Launch(*best[chunk, k][1]) for k in tiles.KERNELS}
-            choice = tiles.Tiles(chunk, **launches)
-            with mock.patch.object(attention, "choose", lambda *_, choice=choice: choice):
+            choice = Tiles(chunk, **{k: best[chunk, k][1] for k in KERNELS if (chunk, k) in best})
+            with mock.patch.object(attention, "choose", return_value=choice):
                 worst = max(bench.check(s, spec).values())
             print(name, f"chunk {chunk}: {totals[chunk]:.3f} ms, error {worst:.1e}", flush=True)
             if worst < bench.TOLERANCE:
-                table[tiles.key("bfloat16", s.d, s.d, s.m, s.hq // s.h)] = choice.to_json()
+                table[tile_key("bfloat16", s.d, s.d, s.m, s.hq // s.h)] = choice.to_json()
                 break
         else:
             print(f"{name}: no choice passes the check; its entry is left as it was")

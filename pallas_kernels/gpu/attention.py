@@ -225,30 +225,30 @@ def _backward(spec, residuals, cotangents, tiles=None):
     f32 = jnp.float32
     mrows = (B, T, HQ, M) if c.slots else (1,)
     heads = c.heads(c.tiles.dq.heads)
-    dq, dl, p, side, lse, delta = _both(
+    alone = c.slots and heads == HQ // H
+    demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
+    dq, dl, p, side, lse, delta, dst = _both(
         c, kernels.dq_kernel, q, k, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
         dls.astype(f32), dlw.astype(f32),
         T, S, halo, NC, c.rope_batch,
         out=[
             _sds(q.shape, q.dtype), *[_sds(mrows, c.gate_dtype)] * 3, *[_sds((B, T, HQ), f32)] * 2,
+            demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
     )  # fmt: skip
     dfirst = None
-    if c.slots:
+    if c.slots and not alone:
         (dst,) = launch.call(
             kernels.dstate_kernel, q, do, la, strong, dl, p, doc_, cur, T, S, halo, NC,
-            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype)],
-            grid=NC * B * H, **c.tiles.dstate.options,
+            out=[demand], grid=NC * B * H, **c.tiles.dstate.options,
             HQ=HQ, **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"],
             **c.pads, **c.full,
         )  # fmt: skip
+    if c.slots:
         dlast = jnp.concatenate([dlast_k, dlast_v], -1).astype(f32).reshape(B * H, M, width)
         dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
-    else:
-        dst = jnp.zeros((1,), v.dtype)
-
     none = jnp.zeros((1,), v.dtype)
     dk = dv = none
     dla = jnp.zeros_like(log_alpha)

@@ -1,14 +1,15 @@
-"""What Triton's compiler makes of the kernels, with no GPU: ``python -m pallas_kernels.gpu.compile_report``.
+"""What Triton's compiler makes of the kernels, with no GPU.
 
-One row for each kernel of forward + backward and of a decoding step: registers of a thread, bytes
-spilled, shared memory of a program. Ends non-zero where a kernel does not compile or needs more
-shared memory than the chip has, and, with --no-spills, where one spills.
+``python -m pallas_kernels.gpu.compile_report`` prints one row for each kernel of forward +
+backward: registers of a thread, bytes spilled, shared memory of a program. It ends non-zero where a
+kernel does not compile or needs more shared memory than the chip has, or spills under --no-spills.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import json
 import os
 import re
 import subprocess
@@ -40,7 +41,7 @@ class Row(NamedTuple):
 
 
 def compiled(kernel: Any, args: tuple, out: list, constants: dict, options: dict, arch: int) -> Any:
-    """The Triton kernel, compiled for sm_<arch> with the signature that ``launch.call`` gives it."""
+    """The Triton kernel, compiled for sm_<arch> with the signature of ``launch.call``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,17 +77,24 @@ def registers(ptx: str, arch: int) -> tuple[int, int]:
         )  # fmt: skip
     used = re.search(r"Used (\d+) registers", done.stderr)
     spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
-    assert used and spilled, done.stderr
+    assert used, done.stderr
+    assert spilled, done.stderr
     return int(used[1]), int(spilled[1])
 
 
 def report(
-    shape: bench.Shape, spec: bench.Spec, arch: int, choice: tiles.Tiles | None = None, only: str = ""
+    shape: bench.Shape,
+    spec: bench.Spec,
+    arch: int,
+    choice: tiles.Tiles | None = None,
+    only: str = "",
 ) -> list[Row]:
-    """Rows for forward and backward of one shape."""
+    """Rows for forward and backward of one shape; without a choice, the H100's committed one."""
     rows = []
 
-    def call(kernel, *args, out, grid, num_warps, num_stages=1, aliases=None, zeroed=(), **constants):
+    def call(
+        kernel, *args, out, grid, num_warps, num_stages=1, aliases=None, zeroed=(), **constants
+    ):
         name = kernel.fn.__name__
         if only in name:
             options = dict(num_warps=num_warps, num_stages=num_stages)
@@ -94,9 +102,8 @@ def report(
                 options["maxnreg"] = constants["REGISTERS"]
             k = compiled(kernel, args, out, constants, options, arch)
             part = "strong" if constants.get("STRONG") else ""
-            rows.append(
-                Row(name, part, num_warps, num_stages, *registers(k.asm["ptx"], arch), k.metadata.shared)
-            )
+            used = registers(k.asm["ptx"], arch)
+            rows.append(Row(name, part, num_warps, num_stages, *used, k.metadata.shared))
         return [jnp.zeros(o.shape, o.dtype) for o in out]
 
     length = 64
@@ -106,13 +113,12 @@ def report(
     def run(*xs):
         return attention.forward(*xs, None, None, *tables, None, None, spec)[0]
 
-    picked = functools.partial(lambda *_: choice)
-    with mock.patch.object(launch, "call", call), mock.patch.object(attention, "device_name", lambda: "h100"):
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(mock.patch.object(launch, "call", call))
+        changed.enter_context(mock.patch.object(attention, "device_name", return_value="h100"))
         if choice is not None:
-            with mock.patch.object(attention, "choose", picked):
-                jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](args[0]), *args)
-        else:
-            jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](args[0]), *args)
+            changed.enter_context(mock.patch.object(attention, "choose", return_value=choice))
+        jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](args[0]), *args)
     return rows
 
 
@@ -124,7 +130,7 @@ def main() -> None:
     p.add_argument("--arch", nargs="+", type=int, default=list(SHARED), choices=list(SHARED))
     p.add_argument("--only", default="", help="part of a kernel's name")
     p.add_argument("--no-spills", action="store_true", help="a spill is a failure")
-    p.add_argument("--tiles", default="", help="NAME=VALUE,... in place of the committed choice")
+    p.add_argument("--tiles", default="", help="a choice in place of the committed one, as JSON")
     a = p.parse_args()
     bad = []
     print("| sm | shape | window | kernel | warps | stages | registers | spilled | shared |")
@@ -132,17 +138,12 @@ def main() -> None:
     for arch in a.arch:
         for name in a.shapes:
             s = bench.SHAPES[name]
-            choice = None
-            if a.tiles:
-                pairs = (x.split("=") for x in a.tiles.split(","))
-                choice = tiles.Tiles(**{k: int(v) for k, v in pairs})
+            choice = tiles.Tiles.from_json(json.loads(a.tiles)) if a.tiles else None
             for window in a.windows:
                 spec = bench.Spec(window, window, s.d**-0.5)
                 for r in report(s, spec, arch, choice, a.only):
-                    print(
-                        f"| {arch} | {name} | {window} | {r.kernel} {r.part} | {r.warps} | {r.stages} |"
-                        f" {r.registers} | {r.spilled} | {r.shared} |", flush=True,
-                    )  # fmt: skip
+                    cells = arch, name, window, f"{r.kernel} {r.part}".strip(), *r[2:]
+                    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
                     if r.shared > SHARED[arch] or (a.no_spills and r.spilled):
                         bad.append(f"{name} window {window} sm_{arch} {r.kernel} {r.part}")
     if bad:

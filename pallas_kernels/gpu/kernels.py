@@ -598,19 +598,20 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_
 def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
               T, S, halo, NC, rope_batch,
-              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
+              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, their share of the gate gradient, lse (base 2, +inf for empty rows), and the window side's
-    delta."""
+    head, their share of the gate gradient, lse (base 2, +inf for empty rows), the window side's delta,
+    and, where a program has all heads of a group, what dstate_kernel gives."""
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
     SD: tl.constexpr = st_ptr.dtype.element_ty
+    ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
     h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
@@ -687,6 +688,12 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         shown = seen[:, None] & (mm < M)[None, :]
         p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
         _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
+        if ALONE:
+            pe = p * e0
+            if HAS_DOC:
+                pe = tl.where(old[:, None], pe, 0.0)
+            dst = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+            _put(dst + D, _mm0(tl.trans(pe.to(GD)), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
         vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
         x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
@@ -706,6 +713,9 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         if HAS_DOC:
             de = tl.where(old[:, None], de, 0.0)
         de = de.to(GD)
+        if ALONE:
+            _put(dst, _mm0(tl.trans(de), f1.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
+            _put(dst + DH, _mm0(tl.trans(de), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
         dq1 = _mm0(de, s1.to(GD), GPREC)
         dq1 = _mm(a, k1.to(GD), dq1, GPREC)
         dq2 = _mm0(de, s2.to(GD), GPREC)
@@ -751,7 +761,8 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
 def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
               T, S, halo, NC, rope_batch, total,
-              dq_in, dl_in, p_in, side_in, lse_in, delta_in, dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr,
+              dq_in, dl_in, p_in, side_in, lse_in, delta_in, dst_in,
+              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
@@ -759,8 +770,8 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr,
               REGISTERS: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, their share of the gate gradient, lse (base 2, +inf for empty rows), and the window side's
-    delta."""
+    head, their share of the gate gradient, lse (base 2, +inf for empty rows), the window side's delta,
+    and, where a program has all heads of a group, what dstate_kernel gives."""
     if STRONG:
         start = tl.program_id(0) * BATCH
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
@@ -768,7 +779,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr,
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-                        dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+                        dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                         ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
     else:
         mine = True
@@ -777,7 +788,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr,
         if mine:
             _dq(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-                dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+                dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                 ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 

@@ -19,7 +19,7 @@ def missing() -> str | None:
             return f"the package {package} is not installed"
     version = importlib.metadata.version("jax-triton")
     if not version.startswith("0.3."):
-        return f"jax-triton {version} passes aliased outputs another way: install jax-triton>=0.3.1,<0.4"
+        return f"jax-triton {version} calls kernels another way: install jax-triton>=0.3.1,<0.4"
     return None
 
 
@@ -33,7 +33,9 @@ def _limit_registers() -> None:
 
     create = triton_lib.get_or_create_triton_kernel
 
-    def limited(backend_of: Callable, *args: Any, metaparams: dict[str, Any], **options: Any) -> Any:
+    def limited(
+        backend_of: Callable, *args: Any, metaparams: dict[str, Any], **options: Any
+    ) -> Any:
         most = metaparams.get("REGISTERS")
 
         def backend(*where: Any) -> Any:

@@ -25,17 +25,21 @@ class Launch(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, "REGISTERS": self.registers}
 
 
+PLAIN = Launch()
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), launches."""
+    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), and
+    how each kernel is launched."""
 
     chunk: int = 64
-    state: Launch = Launch()
-    output: Launch = Launch()
-    dq: Launch = Launch()
-    dstate: Launch = Launch()
-    dslot: Launch = Launch()
-    dwindow: Launch = Launch()
+    state: Launch = PLAIN
+    output: Launch = PLAIN
+    dq: Launch = PLAIN
+    dstate: Launch = PLAIN
+    dslot: Launch = PLAIN
+    dwindow: Launch = PLAIN
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:

@@ -44,9 +44,8 @@ def test_suite(name, dtype):
 @pytest.mark.parametrize("window", [0, 24])
 @pytest.mark.parametrize(("d", "v", "slots"), WIDTHS)
 def test_widths(d, v, slots, window, dtype):
-    case = suite.Case(
-        f"{d}_{v}_{slots}_{window}", 150, window, head_dim=d, value_dim=v, slots=slots, heads=4, kv_heads=2
-    )
+    sizes = dict(head_dim=d, value_dim=v, slots=slots, heads=4, kv_heads=2)
+    case = suite.Case(f"{d}_{v}_{slots}_{window}", 150, window, **sizes)
     assert compared(case, dtype) == []
 
 
