@@ -28,16 +28,15 @@ STACKED = "output", "dq", "dslot"
 
 
 def candidates(kernel: str, chunk: int, group: int) -> Iterator[Launch]:
-    """Worth trying: a warpgroup (4 warps) for each 64 rows of a product, as more warps compute rows
-    twice; registers for 2, 3 or 4 such programs on a multiprocessor."""
+    """Worth trying: a warpgroup (4 warps) for each 64 rows of a product; more compute rows twice."""
     if kernel == "dstate" and group == 1:
         return  # dq does its work
     stacks = [n for n in (1, 2) if group % n == 0] if kernel in STACKED else [1]
     stages = {"state": (1,), "dstate": (1, 2)}.get(kernel, (1, 2))
-    for heads, depth, registers in itertools.product(stacks, stages, (0, 128, 168)):
+    for heads, depth in itertools.product(stacks, stages):
         warps = 4 * max(heads * chunk // 64, 1)
         if warps <= 8:
-            yield Launch(warps, depth, heads, registers)
+            yield Launch(warps, depth, heads)
 
 
 def recorded(shape: Any, tiles: Tiles, kernel: str) -> Any:

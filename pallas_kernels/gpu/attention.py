@@ -36,11 +36,23 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         return f"head_dim and value_dim must be multiples of 16 up to 256, not {d} and {vd}"
     if m > 256 or m % 8:
         return f"slots must be a multiple of 8 up to 256, not {m}"
+    most = 16384 if str(q.dtype) == "float32" or _fine(spec) else 65536
+    if _pow2(m) * _pow2(max(d, vd)) > most:
+        return (
+            f"{m} slots of {max(d, vd)} features do not fit the shared memory of a program here: "
+            f"their product, in powers of two, may be {most}"
+        )
     if spec.window is None:
         return "window=None (full attention) belongs to jax.nn.dot_product_attention"
     if m == 0 and spec.window == 0:
         return "a call with neither slots nor a window is left to the xla backend"
     return None
+
+
+def _fine(spec) -> bool:
+    """Whether states and gate products are float32 for 16-bit inputs: where all is read from the slots,
+    or the gates of a state's tokens get their gradient, rounded ones would miss the tolerance."""
+    return spec.window == 0 or spec.halo > 0
 
 
 def _pow2(n: int) -> int:
@@ -72,23 +84,21 @@ class _Call:
         self.M = log_alpha.shape[-1]
         self.dtype = v.dtype
         dtype = str(v.dtype)
-        self.tiles = tiles or choose(
-            device_name(), dtype, self.D, self.V, self.M, self.HQ // self.H
-        )
-        C = self.C = self.tiles.chunk
-        self.NC = -(-self.T // C)
         self.spec = spec
         self.slots = self.M > 0
         self.init = slot_k0 is not None
-        # Operands of the gate products: float16 lacks the range. Where everything is read from the slots,
-        # or the gates of a state's tokens get their gradient, rounded states would miss the tolerance.
-        fine = spec.window == 0 or spec.halo > 0
+        # operands of the gate products: float16 lacks the range
+        fine = _fine(spec)
+        self.tiles = tiles or choose(
+            device_name(), "float32" if fine else dtype, self.D, self.V, self.M, self.HQ // self.H
+        )
+        C = self.C = self.tiles.chunk
+        self.NC = -(-self.T // C)
         self.gate_dtype = jnp.bfloat16 if dtype == "bfloat16" and not fine else jnp.float32
         self.state_dtype = jnp.float32 if fine else v.dtype
-        ieee = "tf32x3" if dtype == "float32" else "tf32"
         self.precision: dict[str, Any] = {
-            "PREC": ieee,
-            "GPREC": ieee,
+            "PREC": "tf32x3" if dtype == "float32" else "tf32",
+            "GPREC": "tf32x3" if dtype == "float32" or spec.halo else "tf32",
             "GD": tl.bfloat16 if self.gate_dtype == jnp.bfloat16 else tl.float32,
         }
         self.rope_batch = self.S if cos is not None and cos.ndim == 3 else 0
@@ -232,7 +242,8 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dls.astype(f32), dlw.astype(f32),
         T, S, halo, NC, c.rope_batch,
         out=[
-            _sds(q.shape, q.dtype), *[_sds(mrows, c.gate_dtype)] * 3, *[_sds((B, T, HQ), f32)] * 2,
+            _sds(q.shape, q.dtype), *[_sds(mrows, c.gate_dtype)] * 2, _sds(mrows, f32),
+            *[_sds((B, T, HQ), f32)] * 2,
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,

@@ -98,8 +98,6 @@ def report(
         name = kernel.fn.__name__
         if only in name:
             options = dict(num_warps=num_warps, num_stages=num_stages)
-            if constants.get("REGISTERS"):
-                options["maxnreg"] = constants["REGISTERS"]
             k = compiled(kernel, args, out, constants, options, arch)
             part = "strong" if constants.get("STRONG") else ""
             used = registers(k.asm["ptx"], arch)

@@ -213,12 +213,13 @@ def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.conste
 @triton.jit
 def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
                GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, rows, ok):
-    """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level."""
-    y = p * e0
+    """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level; returns the p that the rounded product means."""
     if STRONG:
         g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
-        y = p * _stack(tl.exp2(g - _reference(g)), GB, C, MB)
+        e0 = _stack(tl.exp2(g - _reference(g)), GB, C, MB)
+    y = (p * e0).to(ptr.dtype.element_ty)
     _put(ptr, y, rows, ok, M, M, MB)
+    return y.to(tl.float32) / e0
 
 
 @triton.jit
@@ -254,7 +255,7 @@ def _safe(m):
 @triton.jit
 def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, strong_ptr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, REGISTERS: tl.constexpr):
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """What chunk c adds to the state, at st[c + 1], how much of the earlier state it keeps, at dec[c], and
     whether its gates are strong."""
     h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
@@ -294,7 +295,7 @@ def scan_kernel(x_in, dec_ptr, init_ptr, st_ptr, NC, x_ptr, last_ptr, cross_ptr,
     """In place: x[c+1] += dec[c] x[c] for c = 0.., from x[0] = init; or reversed, from x[NC] = init.
 
     x: [rows, NC + 1, M, N]; the last state is also written in float32. Reversed, x is the gradient of
-    the states st: cross[rows, NC, M] is the inner product of both after each chunk, slot by slot.
+    the states st: cross[rows, NC, M] is what passes through each chunk, dec <x after it, st before it>.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (M + ROWS - 1) // ROWS
@@ -324,13 +325,13 @@ def scan_kernel(x_in, dec_ptr, init_ptr, st_ptr, NC, x_ptr, last_ptr, cross_ptr,
             xs = xs + (tl.load(x_in + at, mask=ok & in_range, other=0.0),)
             ds = ds + (tl.load(dec + c * M, mask=here & in_range, other=1.0),)
             if REVERSE:
-                ys = ys + (tl.load(st_ptr + (x0 + c + 1) * (M * N) + e, mask=ok & in_range, other=0.0),)
+                ys = ys + (tl.load(st_ptr + (x0 + c) * (M * N) + e, mask=ok & in_range, other=0.0),)
         for u in tl.static_range(U):
             c = NC - 1 - (i0 + u) if REVERSE else i0 + u
             at = (x0 + (c if REVERSE else c + 1)) * (M * N) + e
             in_range = i0 + u < NC
             if REVERSE:
-                tl.store(cross_ptr + (r * NC + c) * M + m, tl.sum(s * ys[u].to(tl.float32), 1), mask=here & in_range)
+                tl.store(cross_ptr + (r * NC + c) * M + m, ds[u] * tl.sum(s * ys[u].to(tl.float32), 1), mask=here & in_range)
             s = ds[u][:, None] * s + xs[u].to(tl.float32)
             tl.store(x_ptr + at, s.to(x_ptr.dtype.element_ty), mask=ok & in_range)
     tl.store(last_ptr + r * (M * N) + e, s, mask=ok)
@@ -573,8 +574,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr,
-                  REGISTERS: tl.constexpr):
+                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Output and both log-sum-exps of one chunk, GB query heads."""
     if STRONG:
         start = tl.program_id(0) * BATCH
@@ -687,7 +687,7 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
         shown = seen[:, None] & (mm < M)[None, :]
         p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
-        _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
+        pr = _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
         if ALONE:
             pe = p * e0
             if HAS_DOC:
@@ -701,12 +701,12 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         if HAS_DOC:
             z = tl.where(old[:, None], z, 0.0)
         z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-        dl = p * (z - delta_s[:, None])
-        # dl l + p dp, with the logit l = log p + lse and p dp = dl + p delta
-        side = dl * (1.0 + (tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * LN2) + p * delta_s[:, None]
+        dl = p * (z - delta_s[:, None]) * scale
+        dlr = _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
+        # dl l + p dp, of the rounded dl and p that dslot_kernel subtracts from: their errors cancel there.
+        # The logit l is log p + lse.
+        side = dlr * ((tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * (LN2 / scale)) + pr * z
         _put(side_ptr + first * M, side, qrows, live, M, M, MB)
-        dl = dl * scale
-        _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
         a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
         a = tl.where(causal, a, 0.0).to(GD)
         de = dl * e0
@@ -767,8 +767,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr,
-              REGISTERS: tl.constexpr):
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
     head, their share of the gate gradient, lse (base 2, +inf for empty rows), the window side's delta,
     and, where a program has all heads of a group, what dstate_kernel gives."""
@@ -797,7 +796,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
                   T, S, halo, NC, dst_ptr, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
                   M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                   GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, REGISTERS: tl.constexpr):
+                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """What chunk c's own queries ask of the state before it, at dst[c]."""
     G: tl.constexpr = HQ // H
     pid = tl.program_id(0)
@@ -885,7 +884,6 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
 
     g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
     total = tl.min(g, 0)
-    keep = tl.exp2(total)
     levels = _levels(g) if STRONG else 1
     bw = _level_first(g, w)[1].to(GD)
     end = tl.exp2(total[None, :] - g) * w
@@ -894,73 +892,79 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
     end = end.to(GD)
     nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
 
-    # dw: gradient of w_j, times 2^g_j in ordinary chunks; u: its part through the state after the chunk
+    # u: gradient of the writes through the state after the chunk; all of them give it `through`
+    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
+    u = _mm0(x.to(GD), tl.trans(ds), GPREC)
     x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, DB), FM)
     ds = _tile(dst_ptr + nb, mm, mm < M, D + V, D, DB)
-    u = _mm0(x.to(GD), tl.trans(ds), GPREC)
-    dw = tl.zeros((C, MB), tl.float32) if STRONG else u * keep[None, :]
-    dx = _mm0(end, ds, GPREC)
-    dx, dw = _slot_pass(x, q_ptr, dl_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
-                        D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+    u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
+    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)
     if STRONG:
-        dw *= _level_first(g, 1.0)[1]
-        for n in range(1, levels):
+        # own: weight times gradient of each write, with the weight as rounded; dw: the gradient
+        own = end.to(tl.float32) * u
+        through += tl.sum(own, 0)
+        dw = tl.exp2(tl.minimum(total[None, :] - g, 0.0)) * u
+        if HAS_DOC:
+            dw = tl.where((jdoc == cur_end)[:, None], dw, 0.0)
+    else:
+        # dw: the gradient times 2^g
+        dw = u * tl.exp2(total)[None, :]
+        through += tl.sum(bw.to(tl.float32) * dw, 0)
+
+    dx = _mm0(end, ds, GPREC)
+    if STRONG:
+        for n in range(levels):
             e, inv = _level(g, 1.0, n)
+            bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db = _slot_pass(x, q_ptr, dl_ptr, dx, db, (inv * w).to(GD), g, n, h, b, t0, live, after, qrows,
+            dx, db = _slot_pass(x, q_ptr, dl_ptr, dx, db, bn, g, n, h, b, t0, live, after, qrows,
                                 T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
             dw += db * inv
+            own += db * bn.to(tl.float32)
+    else:
+        dx, dw = _slot_pass(x, q_ptr, dl_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
+                            D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     if FM != "none":
         dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM)
     _put(dk_ptr + kb * D, dx, j, kok, H * D, D, DB)
 
-    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
+    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
+    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB, True)
+    dx = _mm0(end, ds, GPREC)
     if STRONG:
-        u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
-        dv = tl.zeros((C, MB), tl.float32)
-        dx = _mm0(end, ds, GPREC)
-        dx, dv = _slot_pass(x, do_ptr, p_ptr, dx, dv, bw, g, 0, h, b, t0, live, after, qrows, T,
-                            V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
-        dw += dv * _level_first(g, 1.0)[1]
-        for n in range(1, levels):
+        for n in range(levels):
             e, inv = _level(g, 1.0, n)
+            bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db = _slot_pass(x, do_ptr, p_ptr, dx, db, (inv * w).to(GD), g, n, h, b, t0, live, after, qrows,
+            dx, db = _slot_pass(x, do_ptr, p_ptr, dx, db, bn, g, n, h, b, t0, live, after, qrows,
                                 T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
             dw += db * inv
+            own += db * bn.to(tl.float32)
     else:
-        dw += _mm0(x.to(GD), tl.trans(ds), GPREC) * keep[None, :]
-        dx = _mm0(end, ds, GPREC)
         dx, dw = _slot_pass(x, do_ptr, p_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
                             V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
-    # Gates: what passes through step s inside the chunk and to the state after it. The writes act against
-    # their own decay; what all rows before the state's gradient give is its inner product with it (cross).
+    # Gates: what passes through step s is what queries from s on read (side, and the states after the
+    # chunk: through) less what rows from s on wrote of it.
     la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
     la = la * LOG2E
-    g = _cumsum(la, C)
     if STRONG:
-        end = tl.exp2(tl.minimum(tl.sum(la, 0)[None, :] - g, 0.0))
-        if HAS_DOC:
-            end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
-        dw += u * end
+        dw *= tl.exp2(la)
     else:
-        dw *= tl.exp2(-g)
-    cross = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)
-    own = w * dw
-    dw -= own
+        own = dw * bw.to(tl.float32)
+        dw *= tl.exp2(la - _cumsum(la, C))
     dla = -own
     for gi in range(G):
         rows = ((b * T + t0) * HQ + h * G + gi) * M
-        dla += _tile(side_ptr + rows, j, t0 + j < T, HQ * M, M, MB).to(tl.float32)
+        dla += _tile(side_ptr + rows, j, t0 + j < T, HQ * M, M, MB)
     if STRONG and HAS_DOC:
         same = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
         dla = _mm0(tl.where(same, 1.0, 0.0), dla, "tf32x3")
-        dla += tl.where((jdoc == cur_end)[:, None], cross[None, :], 0.0) - dw
+        dla += tl.where((jdoc == cur_end)[:, None], through[None, :], 0.0) - dw
     else:
-        dla = _cumsum(dla, C, True) + cross[None, :] - dw
+        dla = _cumsum(dla, C, True) + through[None, :] - dw
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
 
 
@@ -970,8 +974,7 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr,
-                 REGISTERS: tl.constexpr):
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
     if STRONG:
         start = tl.program_id(0) * BATCH
@@ -994,7 +997,7 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
                    ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, REGISTERS: tl.constexpr):
+                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in."""
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty

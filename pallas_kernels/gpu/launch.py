@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,33 +20,6 @@ def missing() -> str | None:
     if not version.startswith("0.3."):
         return f"jax-triton {version} calls kernels another way: install jax-triton>=0.3.1,<0.4"
     return None
-
-
-@functools.cache
-def _limit_registers() -> None:
-    """Let a kernel's constant REGISTERS limit the registers of its threads.
-
-    jax-triton 0.3 has no way to hand Triton's option maxnreg over (0.4 has).
-    """
-    from jax_triton import triton_lib
-
-    create = triton_lib.get_or_create_triton_kernel
-
-    def limited(
-        backend_of: Callable, *args: Any, metaparams: dict[str, Any], **options: Any
-    ) -> Any:
-        most = metaparams.get("REGISTERS")
-
-        def backend(*where: Any) -> Any:
-            made = backend_of(*where)
-            parse = made.parse_options
-            if most:
-                made.parse_options = lambda given: parse({**given, "maxnreg": most})
-            return made
-
-        return create(backend, *args, metaparams=metaparams, **options)
-
-    triton_lib.get_or_create_triton_kernel = limited
 
 
 def call(
@@ -68,7 +40,6 @@ def call(
     """
     import jax_triton
 
-    _limit_registers()
     arrays = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
     return jax_triton.triton_call(
         *args,

@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 
 
 class Launch(NamedTuple):
-    """How one kernel runs: warps of a program, pipeline depth of its loops, query heads it stacks
-    (those of one kv head, in the kernels that have them), most registers of a thread (0: no limit).
-    """
+    """How one kernel runs: warps of a program, pipeline depth of its loops, and, in the kernels that
+    have them, query heads of one kv head that a program stacks."""
 
     warps: int = 4
     stages: int = 1
     heads: int = 1
-    registers: int = 0
 
     @property
     def options(self) -> dict[str, int]:
         """As ``launch.call`` takes them."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "REGISTERS": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 PLAIN = Launch()
