@@ -1,15 +1,20 @@
 # ruff: noqa: E501
-"""Time the kernels beside cuDNN, after checking them: ``python -m pallas_kernels.bench``.
+"""Time the kernels beside cuDNN and other libraries: ``python -m pallas_kernels.bench``.
 
-One table (Markdown on stdout and in <out>.md), the same as JSON, and a picture of time over T. Every
-figure of a (shape, window) is withheld unless output and all gradients of that setting agree with a
-dense float64 evaluation to 8e-3 (relative RMS, bfloat16).
+Tables (Markdown on stdout and in <out>.md), the same as JSON, and a picture of time over T. Our figures
+of a (shape, window) are withheld unless output and all gradients of that setting agree, in this run,
+with a dense float64 evaluation to 8e-3 (relative RMS, bfloat16). Every setting compiles in a process of
+its own; one at a time is on the device. flash-linear-attention and jax-linear-attention take part where
+they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -47,6 +52,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"A": Shape(32, 8, 128, 64), "B": Shape(16, 16, 64, 64)}
+PEERS = {"gated_deltanet": "jla", "kda": "jla", "chunk_gsa": "fla"}  # and their packages
 NAMES = "o", "dq", "dk", "dv", "dlog_alpha"
 
 
@@ -103,25 +109,21 @@ def dense(q: Any, k: Any, v: Any, la: Any, cos: Any, sin: Any, spec: Spec) -> ja
     )
 
 
-def ours(spec: Spec, t: int, d: int) -> tuple[Callable, Callable]:
-    """Jitted forward, and forward with all gradients, of our kernels."""
+def ours(spec: Spec, t: int, d: int) -> Callable:
+    """Forward of our kernels."""
     cos, sin = rope(t, d)
 
     def run(q, k, v, la):
         return attention.forward(q, k, v, la, None, None, cos, sin, None, None, spec)[0]
 
-    def both(q, k, v, la, do):
-        o, pull = jax.vjp(run, q, k, v, la)
-        return o, *pull(do)
-
-    return jax.jit(run), jax.jit(both)
+    return run
 
 
 def check(s: Shape, spec: Spec, t: int = 200) -> dict[str, float]:
     """Relative RMS errors of output and gradients against ``dense`` in float64, one kv head."""
     one = s._replace(hq=s.hq // s.h, h=1)
     args = inputs(one, 1, t, seed=1)
-    got = ours(spec, t, s.d)[1](*args)
+    got = jax.jit(with_gradients(ours(spec, t, s.d)))(*args)
     with jax.enable_x64(True):
         q, k, v, la, do = (np.asarray(x.astype(jnp.float32), np.float64)[0] for x in args)
         cos, sin = (np.asarray(x, np.float64) for x in rope(t, s.d))
@@ -148,40 +150,154 @@ def milliseconds(f: Callable, *args: Any, repeat: int = 10) -> float:
     return statistics.median(rounds)
 
 
-def cudnn(window: int | None) -> tuple[Callable, Callable]:
+def with_gradients(run: Callable) -> Callable:
+    """run(*xs) and its gradients for a cotangent, as a function of (*xs, cotangent)."""
+
+    def both(*args):
+        *xs, do = args
+        o, pull = jax.vjp(run, *xs)
+        return o, *pull(do)
+
+    return both
+
+
+def cudnn(window: int | None) -> Callable:
     """cuDNN causal attention, full or with a sliding window."""
 
-    def run(q, k, v, la):
+    def run(q, k, v):
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn",
             local_window_size=None if window is None else (window - 1, 0),
         )  # fmt: skip
 
-    def both(q, k, v, la, do):
-        o, pull = jax.vjp(lambda q, k, v: run(q, k, v, la), q, k, v)
-        return o, *pull(do)
-
-    return jax.jit(run), jax.jit(both)
+    return run
 
 
-def measure(name: str, fns: tuple[Any, Any], s: Shape, t: int) -> dict[str, Any]:
-    """Times of forward and forward+backward, and the memory beyond arguments and results."""
-    args = inputs(s, max(TOKENS // t, 1), t)
-    repeat = 3 if t > 32768 else 10
-    forward = milliseconds(fns[0], *args[:4], repeat=repeat)
-    both = milliseconds(fns[1], *args, repeat=repeat)
-    memory = fns[1].lower(*args).compile().memory_analysis()
-    return {
-        "what": name, "T": t, "tokens": max(TOKENS, t), "forward_ms": round(forward, 3),
-        "forward_backward_ms": round(both, 3), "extra_MB": round(memory.temp_size_in_bytes / 1e6),
-    }  # fmt: skip
+def delta_rule(kind: str) -> Callable:
+    """Gated DeltaNet or KDA of jax-linear-attention."""
+    from jla import ops
+
+    def run(q, k, v, g, beta):
+        return ops.linear_attention(kind, q, k, v, g=g, beta=beta, use_qk_l2norm=True)[0]
+
+    return run
 
 
-def measure_decode(s: Shape, window: int = 64, batch: int = 64) -> dict[str, Any]:
-    """One decoding step, beside one copy of its state."""
+def delta_inputs(kind: str, s: Shape, batch: int, t: int) -> list[jax.Array]:
+    """q, k, v, g, beta, do of one delta-rule layer with as many heads as ``s`` has query heads."""
+    q, k, v, _, do = inputs(s._replace(h=s.hq), batch, t)
+    keys = jax.random.split(jax.random.key(2))
+    wide = (batch, t, s.hq, s.d) if kind == "kda" else (batch, t, s.hq)
+    g = jax.nn.log_sigmoid(2 * jax.random.normal(keys[0], wide)) / 8
+    beta = jax.nn.sigmoid(jax.random.normal(keys[1], (batch, t, s.hq)))
+    return [q, k, v, g, beta.astype(q.dtype), do]
+
+
+class Job(NamedTuple):
+    """What one process of the benchmark times."""
+
+    shape: str
+    what: str  # nha, cudnn, gated_deltanet, kda, chunk_gsa, decode
+    window: int | None
+    lengths: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        window = "" if self.window is None else f" window {self.window}"
+        names = {"cudnn": "cuDNN" + (window or " full"), "nha": "nha" + window}
+        return names.get(self.what, self.what)
+
+
+def compiled(job: Job, t: int) -> tuple[Any, Any, Callable]:
+    """Forward, forward with gradients, and what makes their arguments."""
+    s, batch = SHAPES[job.shape], max(TOKENS // t, 1)
+    if job.what == "nha":
+        run = ours(Spec(job.window or 0, job.window or 0, s.d**-0.5), t, s.d)
+    else:
+        run = cudnn(job.window) if job.what == "cudnn" else delta_rule(job.what)
+
+    def make() -> list[jax.Array]:
+        if job.what in PEERS:
+            return delta_inputs(job.what, s, batch, t)
+        args = inputs(s, batch, t)
+        return args if job.what == "nha" else [*args[:3], args[4]]
+
+    shapes = jax.eval_shape(make)
+    forward = jax.jit(run).lower(*shapes[:-1]).compile()
+    return forward, jax.jit(with_gradients(run)).lower(*shapes).compile(), make
+
+
+def row(job: Job, t: int, **figures: Any) -> dict[str, Any]:
+    """One line of the report."""
+    return {"shape": job.shape, "what": job.name, "T": t, "tokens": max(TOKENS, t), **figures}
+
+
+def work_jax(job: Job, one: Any, report: Callable) -> None:
+    """Compile, then, alone on the device, check and time each length."""
+    ready = [(t, *compiled(job, t)) for t in job.lengths]
+    with one:
+        if job.what == "nha":
+            spec = Spec(job.window or 0, job.window or 0, SHAPES[job.shape].d ** -0.5)
+            errors = check(SHAPES[job.shape], spec, t=max(200, spec.window + 100))
+            report({"shape": job.shape, "what": job.name, "errors": errors})
+            if not max(errors.values()) < TOLERANCE:
+                return  # no figure without the check
+        for t, forward, both, make in ready:
+            args = make()
+            repeat = 3 if t > 32768 else 10
+            memory = both.memory_analysis()
+            report(
+                row(
+                    job, t,
+                    forward_ms=milliseconds(forward, *args[:-1], repeat=repeat),
+                    forward_backward_ms=milliseconds(both, *args, repeat=repeat),
+                    extra_MB=memory.temp_size_in_bytes / 1e6,
+                    inputs_MB=memory.argument_size_in_bytes / 1e6,
+                )
+            )  # fmt: skip
+
+
+def work_torch(job: Job, one: Any, report: Callable) -> None:
+    """flash-linear-attention's gated slot attention: the slot half of the authors' layer."""
+    import torch
+    from fla.ops.gsa import chunk_gsa
+
+    s = SHAPES[job.shape]
+    with one:
+        for t in job.lengths:
+            arrays = inputs(s, max(TOKENS // t, 1), t)
+            q, k, v, la, do = (
+                torch.from_numpy(np.asarray(x.astype(jnp.float32))).cuda().to(torch.bfloat16)
+                for x in arrays
+            )
+            leaves = [x.requires_grad_() for x in (q, k, v, la)]
+
+            def forward(q=q, k=k, v=v, la=la):
+                return chunk_gsa(q, k, v, 1 - la.exp(), la)[0]
+
+            def both(forward=forward, leaves=leaves, do=do):
+                return torch.autograd.grad(forward(), leaves, do)
+
+            times = []
+            for f in (forward, both):
+                f()
+                rounds = []
+                for _ in range(5):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    for _ in range(10):
+                        f()
+                    torch.cuda.synchronize()
+                    rounds.append((time.perf_counter() - start) * 100)
+                times.append(statistics.median(rounds))
+            report(row(job, t, forward_ms=times[0], forward_backward_ms=times[1]))
+
+
+def work_decode(job: Job, one: Any, report: Callable) -> None:
+    """One decoding step, one copy of its state, and the same step of full attention with a cache."""
+    s, batch, window = SHAPES[job.shape], 64, job.window or 0
     spec = Spec(window, window, s.d**-0.5)
-    args = inputs(s, batch, 1)
-    q, k, v, la = (x[:, 0] for x in args[:4])
+    q, k, v, la = (x[:, 0] for x in inputs(s, batch, 1)[:4])
     z = jnp.zeros
     buffers = decode.Buffers(
         z((batch, s.h, s.m, s.d)), z((batch, s.h, s.m, s.d)),
@@ -189,9 +305,9 @@ def measure_decode(s: Shape, window: int = 64, batch: int = 64) -> dict[str, Any
         z((batch, s.h, window, s.m)), z((batch, window, s.d // 2)), z((batch, window, s.d // 2)),
     )  # fmt: skip
     size = sum(x.nbytes for x in buffers)
-    mode, length, angle = jnp.ones(batch, jnp.int32), jnp.full(batch, 1000), z((batch, s.d // 2))
+    mode, angle = jnp.ones(batch, jnp.int32), z((batch, s.d // 2))
 
-    def steps(buffers, q):
+    def steps(buffers, q, length):
         def one(carry, _):
             o, after = decode.step(
                 carry[1], k, v, la, angle, angle, carry[0], mode, length, length, spec
@@ -200,18 +316,51 @@ def measure_decode(s: Shape, window: int = 64, batch: int = 64) -> dict[str, Any
 
         return jax.lax.scan(one, (buffers, q), None, length=100)[0]
 
-    def copies(buffers, q):
+    def copies(buffers):
         def one(carry, _):
             return jax.tree.map(lambda x: x + jnp.ones((), x.dtype), carry), None
 
         return jax.lax.scan(one, buffers, None, length=100)[0]
 
-    step = milliseconds(jax.jit(steps), buffers, q, repeat=2) / 100
-    copy = milliseconds(jax.jit(copies), buffers, q, repeat=2) / 100
-    return {
-        "what": "decode step", "batch": batch, "window": window, "state_MB": round(size / 1e6, 1),
-        "step_ms": round(step, 4), "state_read_write_ms": round(copy, 4),
-    }  # fmt: skip
+    def cached(q, k, v):
+        def one(carry, _):
+            o = jax.nn.dot_product_attention(carry[:, None], k, v, implementation="cudnn")
+            return (carry + o[:, 0]).astype(q.dtype), None
+
+        return jax.lax.scan(one, q, None, length=20)[0]
+
+    with one:
+        step = jax.jit(steps)
+        figures = {"batch": batch, "state_MB": size / 1e6}
+        for seen in (1_000, 100_000):
+            length = jnp.full(batch, seen)
+            ms = milliseconds(step, buffers, q, length, repeat=2) / 100
+            report(row(job, 1, what=f"decode step after {seen} tokens", step_ms=ms, **figures))
+        ms = milliseconds(jax.jit(copies), buffers, repeat=2) / 100
+        report(row(job, 1, what="its state read and written once", step_ms=ms, **figures))
+        for tokens in job.lengths:
+            cache = jax.random.normal(jax.random.key(0), (batch, tokens, s.h, s.d), jnp.bfloat16)
+            ms = milliseconds(jax.jit(cached), q, cache, cache, repeat=2) / 20
+            name = f"cuDNN full step, cache of {tokens}"
+            figures["state_MB"] = 2 * cache.nbytes / 1e6
+            report(row(job, 1, what=name, step_ms=ms, **figures))
+            del cache
+
+
+def work(job: Job, one: Any, results: Any) -> None:
+    """One process: its rows, then None; a failure is a row."""
+    try:
+        kinds = {"chunk_gsa": work_torch, "decode": work_decode}
+        kinds.get(job.what, work_jax)(job, one, results.put)
+    except Exception as error:  # reported with the rows, which then lack this one
+        said = str(error).split("\n")[0][:300]
+        results.put({"shape": job.shape, "what": job.name, "failed": said})
+    results.put(None)
+
+
+def installed(package: str) -> bool:
+    """Whether a peer can be imported here."""
+    return importlib.util.find_spec(package) is not None
 
 
 def main() -> None:
@@ -220,95 +369,99 @@ def main() -> None:
     p.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     p.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768, 131072])
     p.add_argument("--windows", nargs="+", type=int, default=[64, 0, 512])
-    p.add_argument(
-        "--other-lengths", nargs="+", type=int, default=[8192], help="T of windows after the first"
-    )
+    p.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     p.add_argument("--out", type=Path, default=Path("docs/gpu_bench"))
     a = p.parse_args()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    lengths = tuple(a.lengths)
+    peers = [peer for peer in a.peers if installed(PEERS[peer])]
+    jobs = []
+    for shape in a.shapes:
+        jobs += [Job(shape, "nha", w, lengths) for w in a.windows]
+        jobs += [Job(shape, "cudnn", w, lengths) for w in (None, *filter(None, a.windows))]
+        jobs += [Job(shape, peer, None, (8192,)) for peer in peers if peer != "chunk_gsa"]
+        jobs += [Job(shape, "decode", 64, (8192, 32768, 131072))]
+    if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each
+        jobs.insert(0, Job(a.shapes[0], "chunk_gsa", None, (8192,)))
+    context = multiprocessing.get_context("spawn")
+    one, results = context.Lock(), context.Queue()
+    for job in jobs:
+        context.Process(target=work, args=(job, one, results), daemon=True).start()
     rows: list[dict[str, Any]] = []
-    report: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "rows": rows,
-    }
-    errors: dict[str, dict[str, float]] = {}
-    report["errors"] = errors
     a.out.parent.mkdir(parents=True, exist_ok=True)
-
-    def note(shape: str, row: dict[str, Any]) -> None:
-        rows.append({"shape": shape, **row})
+    running = len(jobs)
+    while running:
+        found = results.get()
+        if found is None:
+            running -= 1
+            continue
+        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()})
         print(json.dumps(rows[-1]), flush=True)
+        report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
         a.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-
-    for name in a.shapes:
-        s = SHAPES[name]
-        for n, window in enumerate(a.windows):
-            spec = Spec(window, window, s.d**-0.5)
-            errors[f"{name} window {window}"] = found = check(s, spec, t=max(200, window + 100))
-            worst = max(found.values())
-            print(name, window, {k: f"{e:.1e}" for k, e in found.items()}, flush=True)
-            if not worst < TOLERANCE:
-                print(f"shape {name}, window {window}: error {worst:.1e}, no figures", flush=True)
-                continue
-            for t in a.lengths if n == 0 else a.other_lengths:
-                note(name, measure(f"nha window {window}", ours(spec, t, s.d), s, t))
-        for t in a.lengths:
-            note(name, measure("cuDNN full", cudnn(None), s, t))
-        for window in (w for w in a.windows if w):
-            note(name, measure(f"cuDNN window {window}", cudnn(window), s, a.other_lengths[0]))
-        note(name, measure_decode(s))
-    table = render(report)
+    table = render(rows)
     print(table)
     a.out.with_suffix(".md").write_text(table)
-    picture(report, a.out.with_suffix(".png"))
+    picture(rows, a.out.with_suffix(".png"))
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as a Markdown table."""
+def render(rows: list[dict[str, Any]]) -> str:
+    """Markdown tables of the report."""
+    full = {
+        (r["shape"], r["T"]): r["forward_backward_ms"]
+        for r in rows
+        if r["what"] == "cuDNN full" and "T" in r and "forward_ms" in r
+    }
     lines = [
-        f"{report['device']}, jax {report['jax']}, bfloat16, {TOKENS} tokens (one row where T is longer)",
-        "",
+        "| shape | what | T | tokens | forward ms | forward+backward ms | of cuDNN full | extra MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += ["| shape | what | T | fwd ms | fwd+bwd ms | extra MB |", "|---|---|---|---|---|---|"]
-    for r in report["rows"]:
-        if "T" in r:
-            lines.append(
-                f"| {r['shape']} | {r['what']} | {r['T']} | {r['forward_ms']} | "
-                f"{r['forward_backward_ms']} | {r['extra_MB']} |"
-            )
-    lines += ["", "| shape | decode, batch 64, window 64 | ms |", "|---|---|---|"]
-    for r in report["rows"]:
-        if "step_ms" in r:
-            lines.append(f"| {r['shape']} | step | {r['step_ms']} |")
-            lines.append(
-                f"| {r['shape']} | state of {r['state_MB']} MB read and written once | {r['state_read_write_ms']} |"
-            )
+    timed = (r for r in rows if "forward_ms" in r)
+    for r in sorted(timed, key=lambda r: (r["shape"], r["what"], r["T"])):
+        whole = full.get((r["shape"], r["T"]))
+        share = f"{r['forward_backward_ms'] / whole:.2f}" if whole else ""
+        extra = f"{r['extra_MB']:.0f} (inputs {r['inputs_MB']:.0f})" if "extra_MB" in r else ""
+        lines.append(
+            f"| {r['shape']} | {r['what']} | {r['T']:,} | {r['tokens']:,} | {r['forward_ms']:.3f} | "
+            f"{r['forward_backward_ms']:.3f} | {share} | {extra} |"
+        )
+    lines += ["", "| shape | decoding, batch 64 | MB | ms |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['shape']} | {r['what']} | {r['state_MB']:,.0f} | {r['step_ms']:.4f} |"
+        for r in rows
+        if "step_ms" in r
+    ]
+    lines += ["", f"| relative RMS error | {' | '.join(NAMES)} |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        if "errors" in r:
+            cells = (f"{r['errors'][n]:.1e}" for n in NAMES)
+            lines.append(f"| {r['shape']} {r['what']} | {' | '.join(cells)} |")
+    lines += [f"\n{r['shape']} {r['what']} failed: {r['failed']}" for r in rows if "failed" in r]
     return "\n".join(lines) + "\n"
 
 
-def picture(report: dict[str, Any], path: Path) -> None:
-    """Forward+backward over T, both shapes."""
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Forward+backward over T for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = sorted({r["shape"] for r in report["rows"]})
-    fig, axes = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), squeeze=False)
+    timed = [r for r in rows if "forward_ms" in r]
+    shapes = sorted({r["shape"] for r in timed})
+    fig, axes = plt.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
     for ax, shape in zip(axes[0], shapes, strict=True):
-        for what in ("cuDNN full", "nha window 64"):
-            found = [r for r in report["rows"] if r["shape"] == shape and r["what"] == what]
-            ax.plot(
-                [r["T"] for r in found], [r["forward_backward_ms"] for r in found], "o-", label=what
-            )
+        for what in sorted({r["what"] for r in timed if r["shape"] == shape}):
+            mine = [r for r in timed if r["shape"] == shape and r["what"] == what]
+            mine.sort(key=lambda r: r["T"])
+            x = [r["T"] for r in mine]
+            y = [r["forward_backward_ms"] / r["tokens"] * TOKENS for r in mine]
+            ax.plot(x, y, "o-" if what.startswith("nha") else "s:", label=what)
         ax.set(
-            xscale="log",
-            yscale="log",
-            xlabel="T",
-            ylabel="forward + backward, ms",
-            title=f"shape {shape}",
-        )
-        ax.legend()
+            xscale="log", yscale="log", xlabel="tokens in a row",
+            ylabel=f"forward + backward, ms for {TOKENS:,} tokens", title=f"shape {shape}",
+        )  # fmt: skip
+        ax.legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
 

@@ -28,7 +28,7 @@ STACKED = "output", "dq", "dslot"
 
 
 def candidates(kernel: str, chunk: int, group: int) -> Iterator[Launch]:
-    """Worth trying: a warpgroup (4 warps) for each 64 rows of a product; more compute rows twice."""
+    """Worth trying: 4 warps for each 64 rows of a product, as more would compute rows twice."""
     if kernel == "dstate" and group == 1:
         return  # dq does its work
     stacks = [n for n in (1, 2) if group % n == 0] if kernel in STACKED else [1]

@@ -89,13 +89,13 @@ class _Call:
         self.init = slot_k0 is not None
         # operands of the gate products: float16 lacks the range
         fine = _fine(spec)
-        self.tiles = tiles or choose(
-            device_name(), "float32" if fine else dtype, self.D, self.V, self.M, self.HQ // self.H
-        )
+        wide = fine or dtype == "float32"
+        sizes = self.D, self.V, self.M, self.HQ // self.H
+        self.tiles = tiles or choose(device_name(), dtype, *sizes, wide)
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
         self.gate_dtype = jnp.bfloat16 if dtype == "bfloat16" and not fine else jnp.float32
-        self.state_dtype = jnp.float32 if fine else v.dtype
+        self.state_dtype = jnp.float32 if wide else v.dtype
         self.precision: dict[str, Any] = {
             "PREC": "tf32x3" if dtype == "float32" else "tf32",
             "GPREC": "tf32x3" if dtype == "float32" or spec.halo else "tf32",

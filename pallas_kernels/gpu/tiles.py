@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 
 class Launch(NamedTuple):
-    """How one kernel runs: warps of a program, pipeline depth of its loops, and, in the kernels that
-    have them, query heads of one kv head that a program stacks."""
+    """How one kernel runs: warps of a program, pipeline depth of its loops, and, in the kernels
+    that have them, query heads of one kv head that a program stacks."""
 
     warps: int = 4
     stages: int = 1
     heads: int = 1
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """As ``launch.call`` takes them."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
@@ -73,9 +73,9 @@ def key(dtype: str, d: int, v: int, m: int, group: int) -> str:
     return f"{dtype}-d{d}-v{v}-m{m}-g{group}"
 
 
-def choose(device: str, dtype: str, d: int, v: int, m: int, group: int) -> Tiles:
-    """Committed choice for this device and shape, else ``default``."""
+def choose(device: str, dtype: str, d: int, v: int, m: int, group: int, wide: bool) -> Tiles:
+    """Committed choice for this device and shape, else ``default``. wide: states are float32."""
     found = _table(device).get(key(dtype, d, v, m, group))
     if found is not None:
         return Tiles.from_json(found)
-    return default(d, v, m, group, 4 if dtype == "float32" else 2)
+    return default(d, v, m, group, 4 if wide else 2)
