@@ -36,7 +36,7 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         return f"head_dim and value_dim must be multiples of 16 up to 256, not {d} and {vd}"
     if m > 256 or m % 8:
         return f"slots must be a multiple of 8 up to 256, not {m}"
-    most = 16384 if str(q.dtype) == "float32" or _fine(spec) else 65536
+    most = 16384 if str(q.dtype) != "bfloat16" or _fine(spec) else 65536
     if _pow2(m) * _pow2(max(d, vd)) > most:
         return (
             f"{m} slots of {max(d, vd)} features do not fit the shared memory of a program here: "
@@ -50,8 +50,8 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
 
 
 def _fine(spec) -> bool:
-    """Whether states and gate products are float32 for 16-bit inputs: where all is read from the slots,
-    or the gates of a state's tokens get their gradient, rounded ones would miss the tolerance."""
+    """Whether bfloat16 calls need float32 states and gate products: where all is read from the slots, or
+    the gates of a state's tokens get their gradient, rounded ones miss the tolerance."""
     return spec.window == 0 or spec.halo > 0
 
 
@@ -87,15 +87,13 @@ class _Call:
         self.spec = spec
         self.slots = self.M > 0
         self.init = slot_k0 is not None
-        # operands of the gate products: float16 lacks the range
-        fine = _fine(spec)
-        wide = fine or dtype == "float32"
+        wide = dtype != "bfloat16" or _fine(spec)
         sizes = self.D, self.V, self.M, self.HQ // self.H
         self.tiles = tiles or choose(device_name(), dtype, *sizes, wide)
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
-        self.gate_dtype = jnp.bfloat16 if dtype == "bfloat16" and not fine else jnp.float32
-        self.state_dtype = jnp.float32 if wide else v.dtype
+        # states and the operands of gate products: float16 lacks the range
+        self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
         self.precision: dict[str, Any] = {
             "PREC": "tf32x3" if dtype == "float32" else "tf32",
             "GPREC": "tf32x3" if dtype == "float32" or spec.halo else "tf32",
@@ -195,9 +193,9 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     if c.slots:
         st, dec, strong = launch.call(
             kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC,
-            out=[_sds((B * H, NC + 1, M, width), c.state_dtype), _sds((B * H, NC, M), jnp.float32), _sds((B * H, NC), jnp.int32)],
+            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype), _sds((B * H, NC, M), jnp.float32), _sds((B * H, NC), jnp.int32)],
             grid=NC * B * H, **c.tiles.state.options,
-            **c.shape, **c.lag, PREC=c.precision["PREC"], **c.pads, **c.full,
+            **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
         )  # fmt: skip
         init = None
         if c.init:

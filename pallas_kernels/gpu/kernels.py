@@ -254,7 +254,7 @@ def _safe(m):
 
 @triton.jit
 def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, strong_ptr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """What chunk c adds to the state, at st[c + 1], how much of the earlier state it keeps, at dec[c], and
     whether its gates are strong."""
@@ -267,7 +267,7 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC)
     la = la * LOG2E
     g = _cumsum(la, C)
-    total = tl.sum(la, 0)
+    total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
     keep = tl.exp2(total)
     end = w * tl.exp2(tl.minimum(total[None, :] - g, 0.0))
     if HAS_DOC:
@@ -279,14 +279,14 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
     cols = tl.arange(0, MB)
     tl.store(dec_ptr + ((b * H + h) * NC + c) * M + cols, keep, mask=cols < M)
     tl.store(strong_ptr + (b * H + h) * NC + c, (tl.min(keep) < 1.3e-29).to(tl.int32))
-    wt = tl.trans(end.to(k_ptr.dtype.element_ty))
+    wt = tl.trans(end.to(GD))
     kbase = k_ptr + (b * S + row0) * (H * D) + h * D
     k = _phi(_tile(kbase, i, act, H * D, D, DB), FM)
     base = st_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
     ok = cols < M
-    _put(base, _mm0(wt, k, PREC), cols, ok, D + V, D, DB)
+    _put(base, _mm0(wt, k.to(GD), GPREC), cols, ok, D + V, D, DB)
     v = _tile(v_ptr + (b * S + row0) * (H * V) + h * V, i, act, H * V, V, VB)
-    _put(base + D, _mm0(wt, v, PREC), cols, ok, D + V, V, VB)
+    _put(base + D, _mm0(wt, v.to(GD), GPREC), cols, ok, D + V, V, VB)
 
 
 @triton.jit

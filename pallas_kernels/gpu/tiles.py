@@ -42,7 +42,8 @@ class Tiles:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:
         """The inverse of ``to_json``."""
-        return cls(**{k: v if k == "chunk" else Launch(*v) for k, v in found.items()})
+        launches = {k: Launch(*v) for k, v in found.items() if k != "chunk"}
+        return cls(found["chunk"], **launches)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists of them."""
