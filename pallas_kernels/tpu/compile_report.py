@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import selectors
@@ -32,9 +31,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+
 from pallas_kernels.tpu.compile_case import (
     ENVIRONMENT,
     LAYERS,
+    LIBTPU,
     LONG,
     PASSES,
     Case,
@@ -44,7 +46,6 @@ from pallas_kernels.tpu.compile_case import (
     figures_of,
     source_of,
     stamp,
-    versions,
 )
 from pallas_kernels.tpu.cost import Cost
 from pallas_kernels.tpu.tiles import GENERATIONS, Device, device
@@ -135,8 +136,8 @@ class Log:
     def current(self, case: Case) -> bool:
         """Whether the case's row was made by these sources and compilers."""
         row = self.rows.get(case)
-        made = versions() | {"source": source_of(case)}
-        return row is not None and {name: getattr(row, name) for name in made} == made
+        made = (jax.__version__, LIBTPU, source_of(case))
+        return row is not None and (row.jax, row.libtpu, row.source) == made
 
     def add(self, case: Case, result: Result) -> None:
         self.rows[case] = result
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chips", nargs="+", choices=GENERATIONS, default=GENERATIONS)
-    parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=tuple(LAYERS))
+    parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=("8b", "340m"))
     parser.add_argument("--windows", nargs="+", type=_size, default=WINDOWS)
     parser.add_argument("--lengths", nargs="+", type=_size, default=LENGTHS)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
@@ -227,14 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here, and go on")
     arguments = parser.parse_args(argv)
-    if importlib.util.find_spec("libtpu") is None:
+    if LIBTPU == "none":
         print("No TPU compiler here: install it with `pip install 'jax[tpu]'`.", file=sys.stderr)
         return 2
     wanted = cases(arguments)
     log = Log(arguments.json)
     todo = [case for case in wanted if not log.current(case)]
     compile_all(todo, log, max(arguments.jobs, 1), arguments.timeout)
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(f"jax {jax.__version__}, libtpu {LIBTPU}")
     print(f"\n{HEADER}")
     for case in wanted:
         print(row(case, log.rows[case]))
