@@ -55,18 +55,18 @@ LENGTHS = (2048, 8192, LONG)
 DEVICES = (1, 4)
 
 
-def cases(arguments: argparse.Namespace) -> list[Case]:
+def cases(chosen: argparse.Namespace) -> list[Case]:
     found = []
-    for chip in arguments.chips:
-        for layer in arguments.layers:
-            for window in arguments.windows:
-                for kind in arguments.passes:
+    for chip in chosen.chips:
+        for layer in chosen.layers:
+            for window in chosen.windows:
+                for kind in chosen.passes:
                     # A decode step's program does not depend on the length: one row, the longest.
-                    lengths = arguments.lengths if kind != "decode" else [max(arguments.lengths)]
+                    lengths = chosen.lengths if kind != "decode" else [max(chosen.lengths)]
                     found += [
                         Case(chip, layer, window, length, kind, devices)
                         for length in lengths
-                        for devices in arguments.devices
+                        for devices in chosen.devices
                     ]
     return found
 
@@ -118,7 +118,7 @@ class Worker:
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            self.process.communicate()
             self.errors.close()
             self.process = None
 
@@ -130,7 +130,10 @@ class Log:
         self.path = path
         self.rows: dict[Case, Result] = {}
         if path is not None and path.exists():
-            for entry in json.loads(path.read_text()):
+            entries = json.loads(path.read_text())
+            if not isinstance(entries, list):
+                raise ValueError("not a list of rows")
+            for entry in entries:
                 self.rows[Case(**entry["case"])] = Result(**entry["result"])
 
     def current(self, case: Case) -> bool:
@@ -214,29 +217,39 @@ def compile_all(todo: list[Case], log: Log, jobs: int, timeout: float) -> None:
             worker.close()
 
 
-def main(argv: list[str] | None = None) -> int:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chips", nargs="+", choices=GENERATIONS, default=GENERATIONS)
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=("8b", "340m"))
     parser.add_argument("--windows", nargs="+", type=_size, default=WINDOWS)
-    parser.add_argument("--lengths", nargs="+", type=_size, default=LENGTHS)
+    parser.add_argument("--lengths", nargs="+", type=_length, default=LENGTHS)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--devices", nargs="+", type=int, choices=DEVICES, default=DEVICES)
-    parser.add_argument("--jobs", type=_size, default=1, help="worker processes")
+    parser.add_argument("--jobs", type=_length, default=1, help="worker processes")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here, and go on")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = arguments(argv)
     if LIBTPU == "none":
         print("No TPU compiler here: install it with `pip install 'jax[tpu]'`.", file=sys.stderr)
         return 2
-    wanted = cases(arguments)
-    log = Log(arguments.json)
+    wanted = cases(chosen)
+    try:
+        log = Log(chosen.json)
+    except (ValueError, TypeError, KeyError, OSError):
+        print(
+            f"--json {chosen.json} is not a report of this command: delete it or name another.",
+            file=sys.stderr,
+        )
+        return 2
     todo = [case for case in wanted if not log.current(case)]
-    compile_all(todo, log, max(arguments.jobs, 1), arguments.timeout)
-    print(f"jax {jax.__version__}, libtpu {LIBTPU}")
-    print(f"\n{HEADER}")
+    compile_all(todo, log, chosen.jobs, chosen.timeout)
+    print(f"jax {jax.__version__}, libtpu {LIBTPU}\n\n{HEADER}")
     for case in wanted:
         print(row(case, log.rows[case]))
     failures = sum(failure(case, log.rows[case]) is not None for case in wanted)
@@ -248,6 +261,12 @@ def main(argv: list[str] | None = None) -> int:
 def _size(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
+
+
+def _length(text: str) -> int:
+    if _size(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
     return int(text)
 
 
