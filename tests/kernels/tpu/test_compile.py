@@ -53,8 +53,10 @@ def test_auto_takes_the_kernels_under_a_mesh():
     def grads(*x):
         return jax.grad(lambda *x: nha_attention(*x, window=64).sum(dtype=f32), (0, 1, 2, 3))(*x)
 
-    def full(q, k, v):
-        return nha_attention(q, k, v, None, window=None)
+    def full(*x):
+        return jax.grad(lambda *x: nha_attention(*x, None, window=None).sum(dtype=f32), (0, 1, 2))(
+            *x
+        )
 
     state = jax.tree.map(
         lambda a: (
