@@ -183,6 +183,30 @@ def row(case: Case, result: Result) -> str:
     return "| " + " | ".join(map(str, [*cells, *numbers, said(case, result)])) + " |"
 
 
+def summary(rows: dict[Case, Result]) -> list[str]:
+    """Forward + backward on one device, windows side by side: roofline and splash in ms, and the
+    largest VMEM and temporaries among them."""
+    groups: dict[tuple[str, str, int], dict[int, tuple[Case, Result]]] = {}
+    for case, result in rows.items():
+        if case.kind == "train" and case.devices == 1 and result.status == "compiled":
+            groups.setdefault((case.chip, case.layer, case.length), {})[case.window] = case, result
+    windows = sorted({window for group in groups.values() for window in group})
+    columns = ["chip", "layer", "T", *[f"window {w}" for w in windows], "splash"]
+    columns += ["VMEM MiB", "temporaries / inputs"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for (name, layer, length), group in groups.items():
+        chip = device(name)
+        figures = {window: figures_of(case) for window, (case, _) in group.items()}
+        times = {w: f"{milliseconds(x.work, chip):.2f}" for w, x in figures.items()}
+        cells = [name, layer, str(length), *[times.get(window, "-") for window in windows]]
+        cells.append(f"{milliseconds(next(iter(figures.values())).splash, chip):.2f}")
+        cells.append(f"{max(result.vmem for _, result in group.values()) / 2**20:.1f}")
+        ratios = [result.temporaries / figures[w].inputs for w, (_, result) in group.items()]
+        cells.append(f"{max(ratios):.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if groups else []
+
+
 def said(case: Case, result: Result) -> str:
     return failure(case, result) or result.status
 
@@ -252,6 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"jax {jax.__version__}, libtpu {LIBTPU}\n\n{HEADER}")
     for case in wanted:
         print(row(case, log.rows[case]))
+    lines = summary({case: log.rows[case] for case in wanted})
+    if lines:
+        print("", "Forward + backward on one device, roofline ms:", "", *lines, sep="\n")
     failures = sum(failure(case, log.rows[case]) is not None for case in wanted)
     refused = sum(log.rows[case].status.startswith("refused") for case in wanted)
     print(f"\n{len(wanted)} cases, {refused} refused, {failures} failed.")
