@@ -114,7 +114,7 @@ def plan_for(q, k, v, log_alpha, spec: Spec, rope: bool, tiles: Tiles) -> Plan:
 
 
 def attention_vmem(plan: Plan, tiles: Tiles) -> int:
-    """Upper bound of what the backward kernel, the larger one, takes (docs/tpu_kernels.md)."""
+    """Upper bound of what the backward kernel, the larger one, takes (docs/kernels.md)."""
     c, hb, g = plan.chunk, plan.heads_per_block, plan.groups
     size, f32 = plan.dtype.itemsize, 4
 

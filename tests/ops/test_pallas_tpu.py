@@ -1,6 +1,6 @@
 """The op's suite through the TPU kernels, interpreted on the CPU with uninitialised memory as NaN.
 
-A few cases by default; NHA_TPU_SUITE=all runs every case in both dtypes (docs/tpu_kernels.md).
+A few cases by default; NHA_TPU_SUITE=all runs every case in both dtypes (docs/kernels.md).
 """
 
 import functools
