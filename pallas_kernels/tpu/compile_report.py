@@ -7,8 +7,8 @@
 needs libtpu (`pip install 'jax[tpu]'`), no TPU. One row per case and device: compiled or the
 compiler's error, VMEM of the largest kernel beside its estimate, temporaries in HBM (and as a
 multiple of q, k, v and log_alpha), bytes moved, FLOPs, the roofline time, and that of causal splash
-attention at the same length. One sequence per device (8 for `decode`); `--devices 4` is a shard_map
-over two ways of the batch times two ways of the heads.
+attention at the same length. One sequence per device (8 for `decode`); four devices are a shard_map
+over two ways of the batch times two ways of the heads, at the shortest of the lengths.
 
 Cases are compiled in worker processes: a crash of the compiler is one failing row. `--json` keeps
 the rows; cases found there, of the same sources, jax and libtpu, are not compiled again. Ends with
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import selectors
@@ -57,17 +58,14 @@ DEVICES = (1, 4)
 
 def cases(chosen: argparse.Namespace) -> list[Case]:
     found = []
-    for chip in chosen.chips:
-        for layer in chosen.layers:
-            for window in chosen.windows:
-                for kind in chosen.passes:
-                    # A decode step's program does not depend on the length: one row, the longest.
-                    lengths = chosen.lengths if kind != "decode" else [max(chosen.lengths)]
-                    found += [
-                        Case(chip, layer, window, length, kind, devices)
-                        for length in lengths
-                        for devices in chosen.devices
-                    ]
+    for chip, layer, window, kind, devices in itertools.product(
+        chosen.chips, chosen.layers, chosen.windows, chosen.passes, chosen.devices
+    ):
+        if kind == "decode":  # the program does not depend on the length
+            lengths = [max(chosen.lengths)]
+        else:
+            lengths = chosen.lengths if devices == 1 else [min(chosen.lengths)]
+        found += [Case(chip, layer, window, length, kind, devices) for length in lengths]
     return found
 
 
@@ -273,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     todo = [case for case in wanted if not log.current(case)]
     compile_all(todo, log, chosen.jobs, chosen.timeout)
-    print(f"jax {jax.__version__}, libtpu {LIBTPU}\n\n{HEADER}")
+    print(f"# TPU kernels compiled with jax {jax.__version__}, libtpu {LIBTPU}\n\n{HEADER}")
     for case in wanted:
         print(row(case, log.rows[case]))
     lines = summary({case: log.rows[case] for case in wanted})

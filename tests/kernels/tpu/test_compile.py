@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nha_jax.ops import init_state, nha_attention, nha_decode_step
 from pallas_kernels.tpu import compile_case, compile_report, tune
-from pallas_kernels.tpu.compile_case import LAYERS, LONG, Case, Result, failure, figures_of, stamp
+from pallas_kernels.tpu.compile_case import LONG, Case, Result, failure, figures_of, stamp
 from pallas_kernels.tpu.cost import Cost
 from pallas_kernels.tpu.tiles import GENERATIONS, device, load
 
@@ -145,10 +145,12 @@ def test_rows_of_the_same_sources_are_not_compiled_again(crashing, capsys, tmp_p
 
 
 def test_the_whole_matrix():
-    chips, layers, windows = 5, 2, 4
-    arguments = compile_report.arguments([])
-    assert len(compile_report.cases(arguments)) == chips * layers * windows * 2 * (2 * 3 + 1)
-    assert compile_report.arguments(["--layers", *LAYERS]).layers == list(LAYERS)
+    cases = compile_report.cases(compile_report.arguments([]))
+    chips, layers, windows, lengths = 5, 2, 4, 3
+    assert len(cases) == chips * layers * windows * (2 * lengths + 1 + 2 + 1)
+    assert len(set(cases)) == len(cases)
+    with pytest.raises(SystemExit):
+        compile_report.arguments(["--windows", "-1"])
 
 
 def test_no_compiler_is_said(monkeypatch, capsys):
