@@ -27,13 +27,14 @@ class Cost:
         )
 
 
-def _key_rows(plan: Plan) -> int:
-    """Keys that a chunk's queries meet in its window, masked ones included."""
+def _key_rows(plan: Plan) -> float:
+    """Keys that a chunk's queries meet in its window, masked ones included; mean over chunks."""
     if not plan.window:
-        return 0
+        return 0.0
     if plan.one_tile:
         return plan.window_tail + plan.chunk
-    return (min(plan.window_blocks, plan.blocks - 1) + 1) * plan.chunk
+    before = [min(plan.halo_blocks + i, plan.window_blocks) for i in range(plan.chunks)]
+    return (sum(before) / plan.chunks + 1) * plan.chunk
 
 
 def _tokens(plan: Plan) -> tuple[int, int, int]:
