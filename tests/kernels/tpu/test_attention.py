@@ -66,13 +66,14 @@ def check(spec, *, seed=0, tiles=TILES, **call):
         wide = [[jnp.asarray(x, jnp.float64) for x in xs] for xs in (inputs, cotangents)]
         want, want_grads = run_reference(*wide)
     for name, x, y in zip(OUTPUTS, got, want, strict=True):
-        assert rms_error(x, y) < tolerance, name
+        floor = 1.0 if name.startswith("lse") else 0.1  # the error of a logarithm is absolute
+        assert rms_error(x, y, floor) < tolerance, name
         y = np.where(np.isfinite(y), y, 0.0)
-        assert rms_error(0.9 * y, y) > tolerance or not y.any(), "the tolerance cannot fail"
+        assert rms_error(0.9 * y, y, floor) > tolerance or not y.any(), "the tolerance cannot fail"
     assert got[0].dtype == inputs[2].dtype
     for name, x, y, given_input in zip(INPUTS, got_grads, want_grads, inputs, strict=True):
         assert x.dtype == given_input.dtype
-        assert rms_error(x, y) < tolerance, f"gradient of {name}"
+        assert rms_error(x, y, 0.1) < tolerance, f"gradient of {name}"
 
 
 CASES = {
