@@ -111,9 +111,9 @@ class _Parts(NamedTuple):
 
     mesh: Any
     axes: set[str]
-    rows: PartitionSpec  # [B,T,H,...]
-    state: PartitionSpec  # [B,H,...]
-    by_row: PartitionSpec  # [B,...]
+    rows: Any  # PartitionSpec of [B,T,H,...]
+    state: Any  # of [B,H,...]
+    by_row: Any  # of [B,...]
 
     def run(self, function: Callable, arrays: Sequence, in_specs: tuple, out_specs: Any) -> Any:
         """The function on each device's part."""
