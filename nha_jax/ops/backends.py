@@ -17,15 +17,16 @@ over batch and heads.
 import importlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 
 from nha_jax.errors import UserError
 from nha_jax.ops.core import Output
+from nha_jax.ops.state import NHAState
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,40 @@ def attention(impl: str, window: int | None, call: tuple) -> Any:
     """``forward`` or ``full`` of the chosen backend, on each device's part of the mesh."""
     name, backend = _choose(impl, lambda kernel: kernel.refuses(*call, window))
     forward = backend.full if window is None else backend.forward
-    if name not in KERNELS:
+    parts = _parts(*call[:2]) if name in KERNELS else None
+    if parts is None:
         return forward(*call)
-    return _sharded(forward, call, whole=window is not None)
+    *arrays, spec = call
+    rows, state, by_row = parts.rows, parts.state, parts.by_row
+    tables = [
+        None if x is None else by_row if x.ndim == 3 else PartitionSpec() for x in arrays[6:8]
+    ]
+    in_specs = (rows, rows, rows, rows, state, state, *tables, by_row, by_row)
+    return parts.run(
+        lambda *x: forward(*x, spec),
+        arrays,
+        tuple(None if x is None else s for x, s in zip(arrays, in_specs, strict=True)),
+        rows if window is None else Output(rows, rows, rows, state, state),
+    )
 
 
-def decode_step(impl: str, call: tuple) -> tuple[jax.Array, Any]:
-    """``step`` of the chosen backend."""
-    _, backend = _choose(impl, lambda kernel: kernel.refuses_step(*call))
-    return backend.step(*call)
+def decode_step(impl: str, call: tuple) -> tuple[jax.Array, NHAState]:
+    """``step`` of the chosen backend, on each device's part of the mesh."""
+    name, backend = _choose(impl, lambda kernel: kernel.refuses_step(*call))
+    parts = _parts(*call[:2]) if name in KERNELS else None
+    if parts is None:
+        return backend.step(*call)
+    *arrays, spec = call
+    rope, ids = arrays[5:7]
+    rows, state, by_row = parts.rows, parts.state, parts.by_row
+    states = NHAState(*(state,) * 5, *(by_row,) * 5)
+    tables = rope and tuple(by_row if x.ndim == 3 else PartitionSpec() for x in rope)
+    return parts.run(
+        lambda *x: backend.step(*x, spec),
+        arrays,
+        (rows, rows, rows, rows, states, tables, None if ids is None else by_row),
+        (rows, states),
+    )
 
 
 def platform() -> str:
@@ -80,16 +106,35 @@ def _say_once(name: str, reason: str) -> None:
     log.warning("impl 'auto' falls back from %s to xla: %s", name, reason)
 
 
-def _sharded(forward: Callable, call: tuple, *, whole: bool) -> Any:
-    """``forward`` over the parts of batch and heads that the current mesh makes."""
+class _Parts(NamedTuple):
+    """How the current mesh splits a call."""
+
+    mesh: Any
+    axes: set[str]
+    rows: Any  # PartitionSpec of [B,T,H,...]
+    state: Any  # of [B,H,...]
+    by_row: Any  # of [B,...]
+
+    def run(self, function: Callable, arrays: Sequence, in_specs: tuple, out_specs: Any) -> Any:
+        """The function on each device's part."""
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=self.axes,
+            check_vma=False,
+        )(*arrays)
+
+
+def _parts(q: jax.Array, k: jax.Array) -> _Parts | None:
+    """None where there is nothing to split; UserError where the call does not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     free = {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
     if math.prod(free.values()) == 1:
-        return forward(*call)
-    *arrays, spec = call
+        return None
     batch = tuple(axis for axis in BATCH_AXES if axis in free)
     head = HEAD_AXIS if HEAD_AXIS in free else None
-    q, k = arrays[:2]
     ways = math.prod(free[axis] for axis in batch)
     if q.shape[0] % ways:
         raise UserError(
@@ -100,19 +145,10 @@ def _sharded(forward: Callable, call: tuple, *, whole: bool) -> Any:
         raise UserError(
             f"k has {k.shape[2]} heads, which the mesh's {head} = {free[head]} does not divide."
         )
-    rows: Any = PartitionSpec(batch, None, head)
-    state: Any = PartitionSpec(batch, head)
-    table = [
-        None if x is None else PartitionSpec(batch if x.ndim == 3 else None) for x in arrays[6:8]
-    ]
-    by_row = PartitionSpec(batch)
-    in_specs = (rows, rows, rows, rows, state, state, *table, by_row, by_row)
-    run = jax.shard_map(
-        lambda *parts: forward(*parts, spec),
+    return _Parts(
         mesh=mesh,
-        in_specs=tuple(None if x is None else s for x, s in zip(arrays, in_specs, strict=True)),
-        out_specs=Output(rows, rows, rows, state, state) if whole else rows,
-        axis_names=set(free),
-        check_vma=False,
+        axes=set(free),
+        rows=PartitionSpec(batch, None, head),
+        state=PartitionSpec(batch, head),
+        by_row=PartitionSpec(batch),
     )
-    return run(*arrays)
