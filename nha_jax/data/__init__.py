@@ -9,14 +9,14 @@ import jax
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from nha_jax.data import mqar, text
+from nha_jax.data import mqar, stdlib, text
 from nha_jax.errors import UserError, nearest
 
 # A data set is a module with config(), its fields and their defaults, and batches(split, seed,
 # batch_size, index, count, workdir, **fields), an endless grain.MapDataset of the batches of
 # process `index` of `count`. It may have ready(fields, workdir), which makes what is missing on
 # the machine and gives the fields that only the data themselves tell.
-DATASETS = {"mqar": mqar, "text": text}
+DATASETS = {"mqar": mqar, "stdlib": stdlib, "text": text}
 SPLITS = ("train", "eval")
 
 

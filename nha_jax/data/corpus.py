@@ -68,7 +68,9 @@ def find_files(inputs: Sequence[str], pattern: str) -> list[str]:
             files = sorted(p for p in glob.glob(given, recursive=True) if Path(p).is_file())
             hint = ""
         if not files:
-            raise UserError(f"input {given!r} holds no files{hint}; name files, a folder or a glob.")
+            raise UserError(
+                f"input {given!r} holds no files{hint}; name files, a folder or a glob."
+            )
         found += files
     return list(dict.fromkeys(found))
 
@@ -139,7 +141,7 @@ def _hidden(path: Path) -> bool:
 def _open(path: str) -> BinaryIO:
     if path.endswith(".gz"):
         return gzip.open(path)  # type: ignore[return-value]
-    raw = open(path, "rb")
+    raw = open(path, "rb")  # noqa: SIM115 - the caller closes it
     return io.BufferedReader(_Zstandard(raw), 2**20) if path.endswith(".zst") else raw
 
 

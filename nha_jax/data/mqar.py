@@ -121,7 +121,7 @@ def batches(
     num_examples: int,
     **task: Any,
 ) -> grain.MapDataset:
-    """Endless batches of every ``count``-th example from ``index`` on, for the fields of `config`."""
+    """Endless batches of every ``count``-th example from ``index`` on; ``task`` as in `config`."""
     _check_int("num_examples", num_examples, 0)
     if split == "eval" or num_examples == 0:
         examples = grain.MapDataset.source(Stream(seed=seed, split=int(split == "eval"), **task))

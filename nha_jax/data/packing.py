@@ -7,7 +7,7 @@ a time, so memory does not grow with the corpus; what is kept of an epoch is one
 
 import functools
 import threading
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -211,7 +211,7 @@ class BestFit(_Windows):
         counts = [self._pack(epoch, w)[-1] for w in range(self._number)]
         return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
-    def _pack(self, epoch: int, window: int) -> tuple[np.ndarray, ...]:
+    def _pack(self, epoch: int, window: int) -> tuple[Any, ...]:
         """(document, start, stop, row) of each piece, and the number of rows."""
         documents, lengths = self._documents(epoch, window)
         if not self._keep_long:
@@ -223,13 +223,13 @@ class BestFit(_Windows):
         start = number * self._size
         stop = np.minimum(start + self._size, lengths[of])
         row, count = best_fit(stop - start, self._size)
-        return documents[of], start, stop, row, np.int64(count)
+        return documents[of], start, stop, row, count
 
-    def _find_window(self, epoch: int, window: int) -> tuple[np.ndarray, ...]:
+    def _find_window(self, epoch: int, window: int) -> tuple[Any, ...]:
         """(bounds of the rows' pieces, document, start, stop), the rows in random order."""
         documents, start, stop, row, count = self._pack(epoch, window)
         key = _key(self._seed, epoch) ^ np.uint64(window + 1)
-        row = permute(row, int(count), key)
+        row = permute(row, count, key)
         order = np.argsort(row, kind="stable")
         bounds = np.searchsorted(row[order], np.arange(count + 1))
         return bounds, documents[order], start[order], stop[order]

@@ -12,6 +12,7 @@ carries on; the output depends on input and options only, not on --workers. Bad 
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import fcntl
 import hashlib
@@ -185,7 +186,7 @@ class _Shard:
             name: np.array(values, INDEX[name]) for name, values in self.index.items()
         }
         arrays["hash"] = np.frombuffer(b"".join(self.hashes), HASH)
-        arrays["records"] = np.int64(self._records)
+        arrays["records"] = np.array(self._records)
         return arrays
 
     def abandon(self) -> None:
@@ -232,7 +233,7 @@ def _do_task(work: _Work, number: int, tokenizer: Tokenizer, tell: Callable[[int
     done = work.done(number)
     draft = done.with_suffix(f".{os.getpid()}.partial")
     with open(draft, "wb") as file:
-        np.savez(file, about=about, **arrays)
+        np.savez(file, allow_pickle=False, about=about, **arrays)
         os.fsync(file.fileno())
     draft.replace(done)
 
@@ -268,9 +269,17 @@ def _run(work: _Work, workers: int, console: Console | None) -> None:
                     show(read.value)
                     for future in done:
                         future.result()
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise UserError(
+                    f"a worker of --out {work.out} was killed, perhaps for its memory; the same "
+                    "command carries on, with --workers 1 if it is memory."
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+_worker: tuple[_Work, Tokenizer, Callable[[int], None]]  # of this process, if it is one
 
 
 def _start_worker(work: _Work, read: Any) -> None:
@@ -303,7 +312,9 @@ def _finish(out: Path, plan: dict[str, Any], tokenizer: Tokenizer, tasks: int, d
     """Joins the tasks' indices, then writes dataset.json, which makes the set complete."""
     skipped: collections.Counter[str] = collections.Counter()
     sentences: list[str] = []
-    parts: dict[str, dict[str, list[np.ndarray]]] = {s: collections.defaultdict(list) for s in SPLITS}
+    parts: dict[str, dict[str, list[np.ndarray]]] = {
+        s: collections.defaultdict(list) for s in SPLITS
+    }
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     records = dict.fromkeys(SPLITS, 0)
     for number in range(tasks):
@@ -329,10 +340,11 @@ def _finish(out: Path, plan: dict[str, Any], tokenizer: Tokenizer, tasks: int, d
             + (f"; skipped: {_counts(skipped)}." if skipped else ".")
         )
     splits = {}
+    dtypes: dict[str, Any] = {**INDEX, "hash": HASH}
     for split in SPLITS:
         arrays = {
             name: np.concatenate([np.empty(0, dtype), *parts[split][name]])
-            for name, dtype in {**INDEX, "hash": HASH}.items()
+            for name, dtype in dtypes.items()
         }
         hashes = arrays.pop("hash")
         if dedup:  # the same text is in the same split
@@ -396,15 +408,15 @@ def _claim(out: Path, plan: dict[str, Any]) -> Iterator[None]:
         raise UserError(
             f"--out {out} holds something else ({sorted(rest)[0].name}); choose a new folder."
         )
-    for name in plan if theirs is not None else ():
-        if plan[name] != theirs.get(name):
+    for name in plan:
+        if theirs is not None and plan[name] != theirs.get(name):
             raise UserError(
                 f"--out {out} was prepared with another {name} ({theirs.get(name)!r}, now "
                 f"{plan[name]!r}); choose a new folder, or the same {name}."
             )
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")
+        lock = open(work / "lock", "w")  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}.") from error
     with lock:

@@ -12,6 +12,7 @@ A document's records follow each other; all but its last one are full. The index
 memory, not read into it.
 """
 
+import itertools
 import json
 import logging
 import threading
@@ -128,7 +129,7 @@ class Split:
         """Contents of records, given in ascending order, or what is wrong with one."""
         shard_of = np.searchsorted(self._ends, records, side="right")
         bounds = np.flatnonzero(np.diff(shard_of, prepend=-1, append=-1))
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in itertools.pairwise(bounds):
             shard = int(shard_of[low])
             before = int(self._ends[shard - 1]) if shard else 0
             places = (records[low:high] - before).tolist()
@@ -206,7 +207,7 @@ def checksum(array: np.ndarray) -> int:
     """CRC-32 of an array, some megabytes of it in memory at a time."""
     value, flat = 0, array.reshape(-1)
     for start in range(0, len(flat), 2**20):
-        value = zlib.crc32(np.ascontiguousarray(flat[start : start + 2**20]), value)
+        value = zlib.crc32(flat[start : start + 2**20].tobytes(), value)
     return value
 
 

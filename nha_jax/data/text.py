@@ -239,7 +239,7 @@ class Rows:
         values = np.frombuffer(b"".join(parts), dtype)
 
         # A record has the tokens that the index says, of ids that the vocabulary has.
-        begun = (records[inverse] - self.split.records(pieces.document, 0 * low, 0 * high)[0][of])
+        begun = records[inverse] - self.split.records(pieces.document, 0 * low, 0 * high)[0][of]
         expected = np.minimum(tokens[of] - begun * RECORD_TOKENS, RECORD_TOKENS)
         wrong = np.unique(inverse[(sizes[inverse] != expected) & ~bad[inverse]])
         starts = np.cumsum(sizes) - sizes
@@ -294,9 +294,7 @@ class Mixture:
 
     def __init__(self, parts: Sequence[Rows], weights: Sequence[float]):
         self.parts = list(parts)
-        every = [
-            grain.MapDataset.source(_Pairs(number)) for number in range(len(parts))
-        ]
+        every = [grain.MapDataset.source(_Pairs(number)) for number in range(len(parts))]
         self._choice = grain.MapDataset.mix(every, list(weights)) if len(parts) > 1 else every[0]
 
     def locate(self, rows: Sequence[int]) -> np.ndarray:
