@@ -1,4 +1,5 @@
-"""Text: a small language model learns to write Python from the standard library's own sources."""
+"""Text: a small language model learns to write Python from the standard library's own sources.
+"""
 
 from ml_collections import ConfigDict
 
@@ -12,30 +13,27 @@ VARIANTS = ("", "gpu")
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
-        raise UserError(
-            f"configs/stdlib.py has no variant {variant!r}.{nearest(variant, VARIANTS[1:])}"
-        )
+        hint = nearest(variant, VARIANTS[1:])
+        raise UserError(f"configs/stdlib.py has no variant {variant!r}.{hint}")
     config = default_config()
-    config.steps = 600
-    config.batch_size = 16
-    config.data = data_config("stdlib", seq_len=256, bpe_size=4096)
+    config.steps = 1200
+    config.batch_size = 8
+    config.data = data_config("stdlib", seq_len=256, bpe_size=1024)
     config.model = model_config(
-        vocab_size=4096,
+        vocab_size=1024,
         hidden=128,
-        layers=2,
-        heads=4,
-        ffn=384,
-        slots=32,
+        layers=1,
+        heads=2,
+        ffn=512,
+        slots=16,
         windows="32",
         conv=4,
         tied_embeddings=True,
         dtype="float32",
     )
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_steps = 50
     config.checkpoint.every = 200
-    config.log.every = 20
-    config.eval.examples = 64
-    if variant == "gpu":
-        pass
+    config.log.every = 50
+    config.eval.examples = 256
     return config

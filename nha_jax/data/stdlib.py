@@ -47,7 +47,7 @@ def ready(fields: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
             inputs,
             tokenizer,
             out,
-            eval_fraction=0.02,
+            eval_fraction=0.05,
             drop_duplicates=True,
             on_bad="skip",
             console=Console(),

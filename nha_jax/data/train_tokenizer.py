@@ -50,7 +50,7 @@ def train_tokenizer(
         vocab_size=vocab_size,
         special_tokens=[END],
         initial_alphabet=alphabet,
-        show_progress=progress,
+        show_progress=progress and sys.stdout.isatty(),
     )
     options = options or corpus.Options()
     files = corpus.find_files(inputs, pattern)
