@@ -1,5 +1,4 @@
-"""Text: a small language model learns to write Python from the standard library's own sources.
-"""
+"""Text: a small language model learns to write Python from the standard library's own sources."""
 
 from ml_collections import ConfigDict
 
@@ -36,4 +35,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.every = 200
     config.log.every = 50
     config.eval.examples = 256
+    if variant == "gpu":
+        config.steps = 1200  # 32,768 tokens each: about ten epochs
+        config.batch_size = 32
+        config.data.seq_len = 1024
+        config.data.bpe_size = config.model.vocab_size = 8192
+        config.model.update(hidden=768, layers=12, heads=12, ffn=2048, slots=64)
+        config.model.update(windows="64*5,full", dtype="bfloat16")
+        config.optimizer.learning_rate = 6e-4
+        config.optimizer.warmup_steps = 100
     return config

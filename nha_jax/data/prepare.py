@@ -68,6 +68,7 @@ def prepare(
     on_bad: str = "stop",
     max_document_bytes: int = 16 * 2**20,
     workers: int | None = None,
+    wait: bool = False,
     console: Console | None = None,
 ) -> Prepared:
     """Makes the prepared set ``out``, or carries on with it, and shows a summary.
@@ -86,6 +87,7 @@ def prepare(
         on_bad: "stop" at what is no document, or "skip" and count it.
         max_document_bytes: a longer one is bad.
         workers: processes; the number of cores unless given.
+        wait: for another process that is at it, rather than refuse.
         console: where progress and summary go; None: nowhere.
 
     Raises:
@@ -117,7 +119,7 @@ def prepare(
         "max_document_bytes": max_document_bytes,
     }
     began = time.monotonic()
-    with _claim(out, plan):
+    with _claim(out, plan, wait):
         if not (out / "dataset.json").is_file():
             if tokenizer != BYTES:
                 _write(out / "tokenizer.json", encoder.json.encode())
@@ -390,7 +392,7 @@ def _first_of_each(hashes: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _claim(out: Path, plan: dict[str, Any]) -> Iterator[None]:
+def _claim(out: Path, plan: dict[str, Any], wait: bool = False) -> Iterator[None]:
     """``out`` for this plan alone. Raises UserError if it holds or gets anything else."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder.")
@@ -421,12 +423,13 @@ def _claim(out: Path, plan: dict[str, Any]) -> Iterator[None]:
         raise UserError(f"--out {out} cannot be written: {error}.") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise UserError(f"--out {out} is being prepared by another process.") from error
-        for draft in [*out.glob("*.partial"), *work.glob("*.partial")]:
-            draft.unlink()
-        if theirs is None:
+        if not finished.is_file():
+            work.mkdir(exist_ok=True)
+            for draft in [*out.glob("*.partial"), *work.glob("*.partial")]:
+                draft.unlink()
             _write(begun, json.dumps(plan).encode())
         yield
 

@@ -50,6 +50,7 @@ def ready(fields: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
             eval_fraction=0.05,
             drop_duplicates=True,
             on_bad="skip",
+            wait=True,  # the processes of one run share their workdir
             console=Console(),
         )
     found = text.ready(fields, workdir)

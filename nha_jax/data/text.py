@@ -91,9 +91,9 @@ def batches(
         ("damaged", damaged, DAMAGED),
     ):
         if value not in known:
-            raise UserError(f"data.{name}={value!r} is unknown.{nearest(str(value), known)}")
+            raise UserError(f"config.data.{name}={value!r} is unknown.{nearest(str(value), known)}")
     if seq_len < 2:
-        raise UserError(f"data.seq_len={seq_len} must be at least 2.")
+        raise UserError(f"config.data.seq_len={seq_len} must be at least 2.")
     sets = [
         (Rows(part, split, seed, seq_len, packing, long_documents, damaged), weight)
         for part, weight in open_sets(path, workdir)
@@ -102,14 +102,16 @@ def batches(
     return grain.MapDataset.source(_Steps(mixture, batch_size, index, count))
 
 
-def open_sets(path: str, workdir: Path | None) -> list[tuple[Prepared, float]]:
-    """The sets that ``data.path`` names, with their weights.
+def open_sets(
+    path: str, workdir: Path | None, field: str = "config.data.path"
+) -> list[tuple[Prepared, float]]:
+    """The sets that ``field`` names by ``path``, with their weights.
 
     Raises UserError for weights that are none, sets that cannot be read or do not go together.
     """
     if not path:
         raise UserError(
-            "data.path is empty; give the folder of a prepared set (see python -m "
+            f"{field} is empty; give the folder of a prepared set (see python -m "
             "nha_jax.data.prepare --help)."
         )
     path = path.replace("{workdir}", str(workdir or "{workdir}"))
@@ -122,20 +124,19 @@ def open_sets(path: str, workdir: Path | None) -> list[tuple[Prepared, float]]:
             weight = math.nan
         if not 0 <= weight < math.inf:
             raise UserError(
-                f"data.path={path!r}: the weight {text!r} of {directory} must be a number of at "
-                "least 0."
+                f"{field}={path!r}: the weight {text!r} of {directory} must be a number of at least 0."
             )
         if directory in weights:
-            raise UserError(f"data.path={path!r} names {directory} twice; name it once.")
+            raise UserError(f"{field}={path!r} names {directory} twice; name it once.")
         weights[directory] = weight
     if not sum(weights.values()):
-        raise UserError(f"data.path={path!r}: the weights sum to 0; raise one of them.")
+        raise UserError(f"{field}={path!r}: the weights sum to 0; raise one of them.")
     sets = [(Prepared(name), weight) for name, weight in weights.items() if weight]
     first = sets[0][0]
     for other, _ in sets[1:]:
         if other.tokenizer_hash != first.tokenizer_hash:
             raise UserError(
-                f"data.path={path!r}: {other.directory} was prepared with another tokenizer "
+                f"{field}={path!r}: {other.directory} was prepared with another tokenizer "
                 f"({other.tokenizer_hash}) than {first.directory} ({first.tokenizer_hash}); "
                 "prepare both with the same."
             )
@@ -281,10 +282,10 @@ class Rows:
         record = int(self.split.records(np.array([worst]), np.zeros(1, int), np.ones(1, int))[0][0])
         what = (
             f"{self.split.where(record)} begins a document of {tokens[worst]:,} tokens, which with "
-            f"its begin does not fit in data.seq_len={self.seq_len}"
+            f"its begin does not fit in config.data.seq_len={self.seq_len}"
         )
         if choice == "stop" or len(long) == len(tokens):
-            raise UserError(f"{what}; raise it, or set data.long_documents=split.")
+            raise UserError(f"{what}; raise it, or set config.data.long_documents=split.")
         self.dropped["documents"] = len(long)
         log.warning("%s; skipped, as are %d documents in all.", what, len(long))
 

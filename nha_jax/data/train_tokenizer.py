@@ -72,7 +72,7 @@ def train_tokenizer(
     tokenizer.train_from_iterator(texts(), trainer)
     if not seen:
         raise UserError(f"the input {' '.join(inputs)} holds no document to learn from.")
-    draft = out.with_name(f"{out.name}.partial")
+    draft = out.with_name(f"{out.name}.{os.getpid()}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     draft.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     os.replace(draft, out)

@@ -49,9 +49,7 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
     for name, least in {"documents": 0, "max_tokens": 0, "batch_size": 1, "piece": 2}.items():
         if asked[name] < least:
             raise UserError(f"config.eval.{name}={asked[name]} must be at least {least}.")
-    if not asked.path:
-        raise UserError("config.eval.path is empty; give the folder of a prepared set.")
-    sets = [prepared for prepared, _ in text.open_sets(asked.path, None)]
+    sets = [prepared for prepared, _ in text.open_sets(asked.path, None, "config.eval.path")]
     for prepared in sets:
         trained = config.data.get("tokenizer", "")
         if trained and prepared.tokenizer_hash != trained:

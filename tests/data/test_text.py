@@ -20,6 +20,7 @@ from nha_jax.data.prepared import Prepared
 from nha_jax.data.text import Rows
 from nha_jax.errors import UserError
 from nha_jax.models import LanguageModel, ModelConfig
+from nha_jax.training.config import check_same, default_config, to_json
 from tests.data.texts import flip_a_bit, make
 
 LENGTH = 48
@@ -228,6 +229,22 @@ def chunks(items):
     return [items[i : i + 4] for i in range(0, len(items), 4)]
 
 
+def test_a_run_does_not_go_on_with_other_data(sets, tmp_path):
+    def run(**fields):
+        config = default_config()
+        config.data = configuration(sets, **fields)
+        data.ready(config.data, tmp_path)
+        return config
+
+    saved = to_json(run())
+    check_same(run(path=f"{sets[0].directory}/."), saved, tmp_path)  # the same, elsewhere
+    for other in ({"path": str(sets[1].directory)}, {"mixed": True}):
+        with pytest.raises(UserError, match=r"config.data.fingerprint was"):
+            check_same(run(**other), saved, tmp_path)
+    with pytest.raises(UserError, match=r"config.data.(fingerprint|tokenizer) was"):
+        check_same(run(path=str(sets[2].directory)), saved, tmp_path)
+
+
 def test_a_run_remembers_its_sets(sets, tmp_path):
     config = configuration(sets, mixed=True)
     data.ready(config, tmp_path)
@@ -284,7 +301,7 @@ def test_documents_longer_than_a_row(sets, caplog):
     assert f"{dropped} documents in all" in caplog.text
     pieces = some.pieces(range(some.packing.epoch_rows(0)))
     assert len(pieces.document) == len(split) - dropped
-    with pytest.raises(UserError, match=r"set data.long_documents=split"):
+    with pytest.raises(UserError, match=r"set config.data.long_documents=split"):
         source("skip", 2)
 
 
