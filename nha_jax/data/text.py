@@ -124,7 +124,7 @@ def open_sets(
             weight = math.nan
         if not 0 <= weight < math.inf:
             raise UserError(
-                f"{field}={path!r}: the weight {text!r} of {directory} must be a number of at least 0."
+                f"{field}={path!r}: the weight {text!r} of {directory} must be a number from 0 on."
             )
         if directory in weights:
             raise UserError(f"{field}={path!r} names {directory} twice; name it once.")

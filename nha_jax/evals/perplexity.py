@@ -237,7 +237,7 @@ def _table(values: dict[str, Any]) -> Table:
         table.add_row(_range(row), *cells(row), end_section=row is rows[-1])
     if len(values["by_set"]) > 1:
         for row in values["by_set"]:
-            table.add_row(Path(row["set"]).name, *cells(row))
+            table.add_row(row["set"], *cells(row))
     table.add_row("all", *cells(values["all"]))
     return table
 

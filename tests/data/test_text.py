@@ -262,7 +262,7 @@ def test_a_run_remembers_its_sets(sets, tmp_path):
         ({"path": ""}, "data.path is empty; give the folder of a prepared set"),
         ({"path": "/no/such"}, "/no/such is no prepared set"),
         ({"path": "A=0,B=0"}, "the weights sum to 0"),
-        ({"path": "A=1,B=-1"}, "the weight '-1' of B must be a number of at least 0"),
+        ({"path": "A=1,B=-1"}, "the weight '-1' of B must be a number from 0 on"),
         ({"path": "A=1,B=much"}, "the weight 'much' of B"),
         ({"path": "A=1,B=nan"}, "the weight 'nan' of B"),
         ({"path": "A=1,A=2"}, "names A twice"),
