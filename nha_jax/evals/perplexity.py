@@ -7,7 +7,6 @@ every token is scored once, with everything before it in its document as context
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -265,7 +264,7 @@ def _figure(values: dict[str, Any], setting: str, window: int | None) -> Figure:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{max(x - 1, 0):,.0f}"))
     axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(bits))
     axes.set_xlabel("position in the document, tokens")
     axes.set_ylabel("bits per byte")
     axes.set_title(f"Held-out text, bits per byte by position\n{setting}")
