@@ -3,6 +3,8 @@
 Every epoch has its own order of all documents, a pseudorandom permutation that is computed where
 it is needed and never stored. Rows are planned for a window of `WINDOW` documents of that order at
 a time, so memory does not grow with the corpus; what is kept of an epoch is one number per window.
+Neighbouring rows, which share long documents, are drawn apart: rows are shuffled within a window,
+or within `BLOCK` tokens where they are cut from one stream.
 """
 
 import functools
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 WINDOW = 2**16  # documents that are planned together
+BLOCK = 2**24  # tokens whose rows are shuffled together
+WINDOWS_KEPT = 64  # plans in memory, of about a megabyte each
 
 
 class Pieces(NamedTuple):
@@ -128,13 +132,13 @@ class _Windows:
 
 
 class Split(_Windows):
-    """Concatenate and split: rows are full, documents are cut where a row ends."""
+    """Concatenate and split: rows are full but one, documents are cut where a row ends."""
 
     def __init__(self, tokens: np.ndarray, size: int, seed: int):
         super().__init__(tokens, size, seed)
         self._total = int(tokens.sum(dtype=np.int64)) + len(tokens)
         self._starts = functools.lru_cache(2)(self._find_starts)
-        self._window = functools.lru_cache(4)(self._find_window)
+        self._window = functools.lru_cache(WINDOWS_KEPT)(self._find_window)
 
     def epoch_rows(self, epoch: int) -> int:
         return -(-self._total // self._size)
@@ -142,6 +146,7 @@ class Split(_Windows):
     def pieces(self, rows: np.ndarray) -> Pieces:
         found = []
         epochs, places = np.divmod(rows, self.epoch_rows(0))
+        places = self._shuffle(epochs, places)
         for i, (epoch, place) in enumerate(zip(epochs.tolist(), places.tolist(), strict=True)):
             start = place * self._size
             stop = min(start + self._size, self._total)
@@ -161,6 +166,17 @@ class Split(_Windows):
                     start = base + int(ends[-1])
                     window += 1
         return Pieces(*map(np.concatenate, zip(*found, strict=True)))
+
+    def _shuffle(self, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Where in the epoch's stream rows are cut from, each within its block."""
+        size, number = max(1, BLOCK // self._size), self.epoch_rows(0)
+        shuffled = np.empty_like(places)
+        for epoch, block in {*zip(epochs.tolist(), (places // size).tolist(), strict=True)}:
+            here = (epochs == epoch) & (places // size == block)
+            key = _key(self._seed, epoch) ^ np.uint64(block + 1)
+            start, stop = block * size, min((block + 1) * size, number)
+            shuffled[here] = start + permute(places[here] - start, stop - start, key)
+        return shuffled
 
     def _find_starts(self, epoch: int) -> np.ndarray:
         """Where each window starts in the epoch's tokens."""
