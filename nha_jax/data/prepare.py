@@ -126,7 +126,7 @@ def prepare(
             if tokenizer != BYTES:
                 _write(out / "tokenizer.json", encoder.json.encode())
             work = _Work(tasks, options, tokenizer, out, eval_fraction, on_bad)
-            _run(work, workers, console)
+            _run(work, encoder, workers, console)
             _finish(out, plan, encoder, len(tasks), drop_duplicates)
         shutil.rmtree(out / ".work", ignore_errors=True)
     prepared = Prepared(out)
@@ -242,14 +242,14 @@ def _do_task(work: _Work, number: int, tokenizer: Tokenizer, tell: Callable[[int
     draft.replace(done)
 
 
-def _run(work: _Work, workers: int, console: Console | None) -> None:
+def _run(work: _Work, tokenizer: Tokenizer, workers: int, console: Console | None) -> None:
     """Does all tasks that are not done yet."""
     todo = [n for n in range(len(work.tasks)) if not work.done(n).is_file()]
     sizes = [sum(part.bytes for part in task) for task in work.tasks]
     begun = sum(sizes) - sum(sizes[n] for n in todo)
     with _progress(console, sum(sizes), begun) as show:
         if workers == 1 or len(todo) == 1:
-            tokenizer, count = Tokenizer(work.tokenizer), begun
+            count = begun
 
             def tell(read: int) -> None:
                 nonlocal count

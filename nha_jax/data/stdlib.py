@@ -10,9 +10,7 @@ import grain
 from rich.console import Console
 
 from nha_jax.data import text
-from nha_jax.data.prepare import prepare
 from nha_jax.data.tokenizer import BYTES
-from nha_jax.data.train_tokenizer import train_tokenizer
 from nha_jax.errors import UserError
 
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test"}  # not every machine has the tests
@@ -35,6 +33,10 @@ def ready(fields: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     """Prepares ``path`` unless that is done; gives what `text.ready` does."""
     out = Path(fields["path"].replace("{workdir}", str(workdir)))
     if not (out / "dataset.json").is_file():
+        # Programs of their own, which the package does not import.
+        from nha_jax.data.prepare import prepare
+        from nha_jax.data.train_tokenizer import train_tokenizer
+
         inputs = sources()
         print(f"Preparing the standard library of Python {sys.version.split()[0]} in {out}.")
         tokenizer = BYTES

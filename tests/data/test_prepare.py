@@ -115,8 +115,8 @@ def test_killed_at_any_moment_it_carries_on(tmp_path):
     texts = documents(3000, longest=3000)
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     assert len(corpus.plan([str(source)], corpus.Options())) > 4
-    command = [sys.executable, "-m", "nha_jax.data.prepare", "--input", str(source)]
-    command += ["--tokenizer", "bytes", "--eval-fraction", "0.1"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "nha_jax.data.prepare"]
+    command += ["--input", str(source), "--tokenizer", "bytes", "--eval-fraction", "0.1"]
     run([source], tmp_path / "whole", eval_fraction=0.1)
     out = tmp_path / "killed"
     process = subprocess.Popen(
@@ -126,6 +126,7 @@ def test_killed_at_any_moment_it_carries_on(tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    assert done
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("train-*.array_record")}
     with pytest.raises(UserError, match=r"run its .* command again"):
         Prepared(out)
