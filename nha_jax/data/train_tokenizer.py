@@ -2,8 +2,8 @@
 
   python -m nha_jax.data.train_tokenizer --input corpus/ --vocab-size 32000 --out tokenizer.json
 
-Inputs as in python -m nha_jax.data.prepare. It reads documents in order up to --max-bytes; spread
-them over the corpus with a glob if it is larger. Bad input is exit code 2.
+Inputs as in python -m nha_jax.data.prepare. It reads documents in order up to --max-bytes; of a
+larger corpus take every N-th document with --every N. Bad input is exit code 2.
 """
 
 import os
@@ -41,6 +41,9 @@ def train_tokenizer(
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise UserError(f"--vocab-size={vocab_size} must be at least {len(alphabet) + 1}.")
+    for name, value in {"--max-bytes": max_bytes, "--every": every}.items():
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
     if out.exists():
         raise UserError(f"--out {out} is there already; choose another name.")
     tokenizer = library.Tokenizer(library.models.BPE())
@@ -88,7 +91,8 @@ def main() -> int:
     parser.add_argument("--glob", default="**/*", help="files of folders (default: all)")
     parser.add_argument("--field", default="text", help="of JSON lines and Parquet (text)")
     parser.add_argument("--lines", action="store_true", help="each line of a text file by itself")
-    parser.add_argument("--max-bytes", type=int, default=2**30, metavar="N")
+    parser.add_argument("--max-bytes", type=int, default=2**30, metavar="N", help="of text (2^30)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th document (1)")
     args = parser.parse_args()
     train_tokenizer(
         args.input,
@@ -97,6 +101,7 @@ def main() -> int:
         pattern=args.glob,
         options=corpus.Options(args.field, args.lines),
         max_bytes=args.max_bytes,
+        every=args.every,
         progress=True,
     )
     return 0
