@@ -53,8 +53,10 @@ class Tokenizer:
         else:
             self.json, self._library = _load(Path(source))
             self._library.encode_special_tokens = True  # their names in a text are text
-            self.vocab_size = self._library.get_vocab_size()
+            self._library.no_truncation()
+            self._library.no_padding()
             ids = self._library.get_vocab()
+            self.vocab_size = max(ids.values(), default=0) + 1
             end = next((ids[name] for name in ENDS if name in ids), None)
             if end is None:
                 raise UserError(

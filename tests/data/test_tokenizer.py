@@ -63,6 +63,19 @@ def test_special_tokens_in_a_text_are_text(tokenizer):
     assert tokenizer.token_bytes[tokenizer.end] == b""
 
 
+def test_documents_are_not_truncated(path, tokenizer, tmp_path):
+    parts = json.loads(path.read_text())
+    parts["pre_tokenizer"]["add_prefix_space"] = True
+    parts["truncation"] = dict(max_length=4, strategy="LongestFirst", stride=0, direction="Right")
+    parts["padding"] = dict(
+        strategy={"Fixed": 64}, direction="Right", pad_id=0, pad_type_id=0, pad_token="x",
+        pad_to_multiple_of=None,
+    )  # fmt: skip
+    (tmp_path / "cut.json").write_text(json.dumps(parts))
+    cut = Tokenizer(tmp_path / "cut.json")
+    assert cut.decode(ids(cut, "slot window keeps the last")) == " slot window keeps the last"
+
+
 def test_bytes():
     tokenizer = Tokenizer("bytes")
     assert ids(tokenizer, "aé") == [97, 195, 169]
