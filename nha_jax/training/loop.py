@@ -31,13 +31,15 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     """Trains as ``config`` says, from the last checkpoint in ``workdir`` if there is one.
 
     Returns the exit code: 0 when finished, 1 when too many steps in a row were not finite, 130
-    or 143 when Ctrl-C or SIGTERM ended it. Raises ``UserError`` for bad input, before anything is
-    written.
+    or 143 when Ctrl-C or SIGTERM ended it. Raises ``UserError`` for bad input, before anything but
+    data prepared on first use is written.
     """
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
     check_config(config)
     check_workdir(workdir)
+    model_config = ModelConfig.from_config(config.model)
+    data.ready(config.data, workdir)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     if saved := checkpoints.config():
         check_same(config, saved, workdir)
@@ -49,8 +51,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
 
     mesh = parallel.make_mesh(config.mesh)
     sharding = batch_sharding(mesh, config.mesh.strategy)
-    model_config = ModelConfig.from_config(config.model)
-    source = partial(data.build, config.data, config.batch_size, config.seed)
+    source = partial(data.build, config.data, config.batch_size, config.seed, workdir=workdir)
     batches, example = iter(source()), next(iter(source()))
     check_batch(config, model_config, mesh, example["inputs"].shape[1])
 
