@@ -8,12 +8,12 @@ import jax
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from nha_jax.data import mqar
+from nha_jax.data import mqar, text
 from nha_jax.errors import UserError, nearest
 
 # A data set is a module with config(), its fields and their defaults, and
 # dataset(split, seed, **fields), an endless grain.MapDataset of single examples.
-DATASETS = {"mqar": mqar}
+DATASETS = {"mqar": mqar, "text": text}
 SPLITS = ("train", "eval")
 
 

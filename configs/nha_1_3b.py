@@ -1,0 +1,31 @@
+"""NHA 1.3B on 100B tokens, the published settings (context 2,048, 524,288 tokens per step).
+
+python train.py --config configs/nha_1_3b.py --config.data.path=DIR
+
+DIR is a set from `python -m nha_jax.data.prepare` with a tokenizer of at most 32,000 tokens;
+several with weights are `DIR=0.8,DIR2=0.2`. Published, on SlimPajama: WikiText perplexity 16.16,
+commonsense average 52.89, recall-intensive average 46.43. Not run here to the end.
+"""
+
+from ml_collections import ConfigDict
+
+from nha_jax.data import data_config
+from nha_jax.models import model_config
+from nha_jax.training import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.steps = 190_735  # 100B tokens
+    config.batch_size = 256  # x 2,048 tokens = 524,288 tokens per step
+    config.data = data_config("text", path="", seq_len=2048)
+    config.model = model_config("nha_1_3b", remat="full")
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 1024
+    config.optimizer.clip_norm = 1.0
+    config.mesh.fsdp = -1
+    config.mesh.data = 1
+    config.checkpoint.every = 1000
+    config.eval.every = 5000
+    config.eval.examples = 1024
+    return config
