@@ -27,5 +27,12 @@ def main() -> int:
     return training.run(config, args.workdir or f"runs/{cli.config_name(args.config)}")
 
 
+def on_all_hosts() -> int:
+    from nha_jax import parallel
+
+    parallel.connect()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(on_all_hosts))

@@ -5,7 +5,7 @@ from tiny import get_config
 from nha_jax.errors import UserError
 from nha_jax.models import ModelConfig
 from nha_jax.parallel import AXES
-from nha_jax.training import loop
+from nha_jax.training.program import check_batch
 
 
 @pytest.mark.parametrize(
@@ -21,5 +21,5 @@ def test_batch_that_does_not_fit_the_mesh(mesh, accumulate, sentence):
     config.accumulate = accumulate
     model = ModelConfig.from_config(config.model)
     with pytest.raises(UserError, match=sentence):
-        loop.check_batch(config, model, AbstractMesh(mesh, AXES), 8)
-    loop.check_batch(config, model, AbstractMesh((2, 1, 2, 4), AXES), 8)
+        check_batch(config, model, AbstractMesh(mesh, AXES), 8)
+    check_batch(config, model, AbstractMesh((2, 1, 2, 4), AXES), 8)
