@@ -59,7 +59,7 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh, batch: AbstractB
 
     def lower() -> jax.stages.Lowered:
         # The op takes its part of batch, heads and sequence from the current mesh.
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step.lower(abstract, batch, jax.ShapeDtypeStruct((mesh.size,), np.int32))
 
     evaluate = jax.jit(eval_step(described, config), in_shardings=(places.params, sharding))
