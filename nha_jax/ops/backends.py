@@ -18,8 +18,8 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec
 from nha_jax.errors import UserError
 from nha_jax.ops import context
 from nha_jax.ops.core import Output
+from nha_jax.ops.state import NHAState
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +49,76 @@ def attention(impl: str, window: int | None, call: tuple) -> Any:
 
     if _free_axes().get(CONTEXT_AXIS, 1) > 1:
         # What a shard computes is another call, with a halo and a state: chosen for there.
-        return _sharded(lambda *call: choose(call)[1](*call), call, whole=window is not None)
+        return _in_context(lambda *call: choose(call)[1](*call), call, whole=window is not None)
     name, forward = choose(call)
-    if name in KERNELS:
-        return _sharded(forward, call, whole=window is not None)
-    return forward(*call)
+    parts = _parts(*call[:2]) if name in KERNELS else None
+    if parts is None:
+        return forward(*call)
+    *arrays, spec = call
+    return parts.run(
+        lambda *x: forward(*x, spec),
+        arrays,
+        parts.places(arrays),
+        parts.rows if window is None else parts.output,
+    )
 
 
-def decode_step(impl: str, call: tuple) -> tuple[jax.Array, Any]:
-    """``step`` of the chosen backend."""
-    _, backend = _choose(impl, lambda kernel: kernel.refuses_step(*call))
-    return backend.step(*call)
+def _in_context(forward: Callable, call: tuple, *, whole: bool) -> Any:
+    """``forward`` with the sequence split too."""
+    *given, spec = call
+    arrays: list[jax.Array | None] = list(given)
+    parts = _parts(*call[:2], split=CONTEXT_AXIS)
+    assert parts is not None
+    # The rows of an initial state are not split: every shard gets them besides its own.
+    kept: list[jax.Array | None] = [None] * len(arrays)
+    for i in ROWS:
+        x = arrays[i]
+        if x is not None and i in TABLES and x.ndim == 2:
+            x = x[None]
+        if x is not None and spec.halo:
+            kept[i] = x[:, : spec.halo]
+            x = x[:, spec.halo :]
+        arrays[i] = x
+    in_specs = parts.places(arrays), parts._replace(split=None).places(kept)
+    if not whole:
+        return parts.run(
+            lambda parts, kept: context.full(forward, (*parts, spec), kept, CONTEXT_AXIS),
+            (tuple(arrays), tuple(kept)),
+            in_specs,
+            parts.rows,
+        )
+
+    def part(arrays: tuple, kept: tuple) -> Output:
+        out = context.forward(forward, (*arrays, spec), kept, CONTEXT_AXIS)
+        return out._replace(slot_k=out.slot_k[None], slot_v=out.slot_v[None])
+
+    states = PartitionSpec(CONTEXT_AXIS, *parts.state)
+    out = parts.run(
+        part,
+        (tuple(arrays), tuple(kept)),
+        in_specs,
+        parts.output._replace(slot_k=states, slot_v=states),
+    )
+    return out._replace(slot_k=out.slot_k[-1], slot_v=out.slot_v[-1])
+
+
+def decode_step(impl: str, call: tuple) -> tuple[jax.Array, NHAState]:
+    """``step`` of the chosen backend, on each device's part of the mesh."""
+    name, backend = _choose(impl, lambda kernel: kernel.refuses_step(*call))
+    parts = _parts(*call[:2]) if name in KERNELS else None
+    if parts is None:
+        return backend.step(*call)
+    *arrays, spec = call
+    rope, ids = arrays[5:7]
+    rows, state, by_row = parts.rows, parts.state, parts.by_row
+    states = NHAState(*(state,) * 5, *(by_row,) * 5)
+    tables = rope and tuple(by_row if x.ndim == 3 else PartitionSpec() for x in rope)
+    return parts.run(
+        lambda *x: backend.step(*x, spec),
+        arrays,
+        (rows, rows, rows, rows, states, tables, None if ids is None else by_row),
+        (rows, states),
+    )
 
 
 def platform() -> str:
@@ -97,77 +157,61 @@ def _free_axes() -> dict[str, int]:
     return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
 
 
-def _sharded(forward: Callable, call: tuple, *, whole: bool) -> Any:
-    """``forward`` over the parts of batch, heads and sequence that the current mesh makes."""
-    free = _free_axes()
-    if math.prod(free.values()) == 1:
-        return forward(*call)
-    *arrays, spec = call
-    batch = tuple(axis for axis in BATCH_AXES if axis in free)
-    head = HEAD_AXIS if HEAD_AXIS in free else None
-    split = CONTEXT_AXIS if free.get(CONTEXT_AXIS, 1) > 1 else None
-    _check_divisible(arrays[0], arrays[1], free, batch, head, split)
+class _Parts(NamedTuple):
+    """How the current mesh splits a call."""
 
-    def places(split: str | None, cos: jax.Array | None) -> tuple[Any, ...]:
-        rows, state = PartitionSpec(batch, split, head), PartitionSpec(batch, head)
-        table = PartitionSpec(split)
+    batch: tuple[str, ...]
+    head: str | None
+    split: str | None
+
+    @property
+    def rows(self) -> Any:  # [B,T,H,...]
+        return PartitionSpec(self.batch, self.split, self.head)
+
+    @property
+    def state(self) -> Any:  # [B,H,...]
+        return PartitionSpec(self.batch, self.head)
+
+    @property
+    def by_row(self) -> Any:  # [B,...]
+        return PartitionSpec(self.batch)
+
+    @property
+    def output(self) -> Any:
+        return Output(self.rows, self.rows, self.rows, self.state, self.state)
+
+    def places(self, arrays: Sequence[jax.Array | None]) -> tuple[Any, ...]:
+        """Of the arguments of a forward."""
+        table = PartitionSpec(self.split)
+        cos, doc = arrays[6], PartitionSpec(self.batch, self.split)
         if cos is not None and cos.ndim == 3:
-            table = PartitionSpec(batch if len(cos) == len(arrays[0]) else None, split)
-        doc, by_row = PartitionSpec(batch, split), PartitionSpec(batch)
-        return (rows, rows, rows, rows, state, state, table, table, doc, by_row)
-
-    def where(arrays: Sequence[jax.Array | None], specs: Sequence[Any]) -> tuple[Any, ...]:
+            table = PartitionSpec(None if len(cos) == 1 else self.batch, self.split)
+        rows, state = (self.rows,) * 4, (self.state,) * 2
+        specs = (*rows, *state, table, table, doc, self.by_row)
         return tuple(None if x is None else s for x, s in zip(arrays, specs, strict=True))
 
-    shard_map = partial(
-        jax.shard_map, mesh=jax.sharding.get_abstract_mesh(), axis_names=set(free), check_vma=False
-    )
-    rows, *_, state, _, _, _, _ = places(split, None)
-    in_specs = where(arrays, places(split, arrays[6]))
-    if split is None:
-        out_specs = Output(rows, rows, rows, state, state) if whole else rows
-        run = shard_map(
-            lambda *parts: forward(*parts, spec), in_specs=in_specs, out_specs=out_specs
-        )
-        return run(*arrays)
-
-    # The rows of an initial state are not split: every shard gets them besides its own.
-    kept: list[jax.Array | None] = [None] * len(arrays)
-    for i in ROWS:
-        x = arrays[i]
-        if x is not None and i in TABLES and x.ndim == 2:
-            x = x[None]
-        if x is not None and spec.halo:
-            kept[i] = x[:, : spec.halo]
-            x = x[:, spec.halo :]
-        arrays[i] = x
-    in_specs = where(arrays, places(split, arrays[6])), where(kept, places(None, kept[6]))
-    if not whole:
-        run = shard_map(
-            lambda parts, kept: context.full(forward, (*parts, spec), kept, split),
+    def run(self, function: Callable, arrays: Sequence, in_specs: tuple, out_specs: Any) -> Any:
+        """The function on each device's part."""
+        return jax.shard_map(
+            function,
+            mesh=jax.sharding.get_abstract_mesh(),
             in_specs=in_specs,
-            out_specs=rows,
-        )
-        return run(tuple(arrays), tuple(kept))
-
-    def part(parts: tuple, kept: tuple) -> Output:
-        out = context.forward(forward, (*parts, spec), kept, split)
-        return out._replace(slot_k=out.slot_k[None], slot_v=out.slot_v[None])
-
-    states = PartitionSpec(split, *state)
-    run = shard_map(part, in_specs=in_specs, out_specs=Output(rows, rows, rows, states, states))
-    out = run(tuple(arrays), tuple(kept))
-    return out._replace(slot_k=out.slot_k[-1], slot_v=out.slot_v[-1])
+            out_specs=out_specs,
+            axis_names=set(_free_axes()),
+            check_vma=False,
+        )(*arrays)
 
 
-def _check_divisible(
-    q: jax.Array,
-    k: jax.Array,
-    free: dict[str, int],
-    batch: tuple[str, ...],
-    head: str | None,
-    split: str | None,
-) -> None:
+def _parts(q: jax.Array, k: jax.Array, split: str | None = None) -> _Parts | None:
+    """None where there is nothing to split; UserError where the call does not divide.
+
+    ``split``: the mesh axis that the sequence lies on.
+    """
+    free = _free_axes()
+    if math.prod(free.values()) == 1:
+        return None
+    batch = tuple(axis for axis in BATCH_AXES if axis in free)
+    head = HEAD_AXIS if HEAD_AXIS in free else None
     ways = math.prod(free[axis] for axis in batch)
     if q.shape[0] % ways:
         raise UserError(
@@ -183,3 +227,4 @@ def _check_divisible(
             f"q has {q.shape[1]} tokens, which the mesh's {split} = {free[split]} does not "
             "divide: take a multiple."
         )
+    return _Parts(batch, head, split)

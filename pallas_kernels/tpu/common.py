@@ -121,19 +121,6 @@ class Plan:
         return self.kv_heads * (heads + 2 * self.m_pad)
 
     @property
-    def vmem_bytes(self) -> int:
-        """Estimate for the backward kernel, the larger one (docs/tpu_kernels.md)."""
-        size, c, hb = self.dtype.itemsize, self.chunk, self.heads_per_block
-        d, v, m = (-(-hb * x // 128) * 128 for x in (self.d_pad, self.v_pad, self.m_pad))
-        table = 4 * c * -(-self.d // 128) * 128
-        state = 4 * hb * self.m * sum(-(-x // 128) * 128 for x in (self.d, self.v))
-        blocks = 2 * self.groups * c * (d + v) * size  # q, dq, o, do
-        blocks += 2 * c * (d + v) * size + 2 * c * m * 4 + 2 * table + 3 * state
-        ring = c * ((2 * d + v) * size + 4 * (2 * d + v) + 2 * 4 * m)
-        spilled = (hb << 20) + 12 * 4 * 128 * self.groups * c * -(-max(self.d, self.v) // 128)
-        return 2 * blocks + self.ring * ring + state + spilled
-
-    @property
     def low_precision(self) -> bool:
         return self.dtype == jnp.bfloat16
 
@@ -213,12 +200,10 @@ def phi_grad(feature_map: str, x: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.where(x > 0.0, dy, 0.0) if feature_map == "relu" else dy
 
 
-def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Rotate-half RoPE of x [n, D] f32 by table [n, D] = [cos | sin]."""
-    half = x.shape[1] // 2
-    cos, sin = table[:, :half], table[:, half:]
-    x1, x2 = x[:, :half], x[:, half:]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=1)
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, axis: int = 1) -> jax.Array:
+    """Rotate-half RoPE of x f32 along its feature axis, by tables of half its size there."""
+    x1, x2 = jnp.split(x, 2, axis=axis)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=axis)
 
 
 class Rotation:
@@ -251,6 +236,13 @@ def to_column(row: jax.Array) -> jax.Array:
     n = row.shape[1]
     i, j = iotas(n, n)
     return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
+
+
+def to_row(column: jax.Array) -> jax.Array:
+    """[n, 1] f32 -> [1, n] f32."""
+    n = column.shape[0]
+    i, j = iotas(n, n)
+    return jnp.sum(jnp.where(i == j, column, 0.0), axis=0, keepdims=True)
 
 
 def transpose(x: jax.Array) -> jax.Array:

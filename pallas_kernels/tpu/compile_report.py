@@ -1,275 +1,57 @@
 """Compile every kernel for real TPUs on a machine that has none, and print what it would cost.
 
     python -m pallas_kernels.tpu.compile_report [--chips v5e v6e] [--layers 8b 340m]
-        [--windows 0 64] [--lengths 2048] [--passes forward train decode]
+        [--windows 0 64] [--lengths 2048] [--passes forward train decode] [--devices 1 4]
+        [--jobs 2] [--json report.json]
 
-needs libtpu (`pip install 'jax[tpu]'`), no TPU. One row per case, per device of a four-chip mesh
-with one sequence each: compiled or the compiler's error, VMEM of the largest kernel, temporaries
-in HBM (and as a multiple of q, k, v and log_alpha), bytes moved, FLOPs, the roofline time, and
-that of causal splash attention at the same length. Ends with 1 when a supported case fails to
-compile, or when forward + backward at 128K tokens needs temporaries above 1.5 times its inputs.
+needs libtpu (`pip install 'jax[tpu]'`), no TPU. One row per case and device: compiled or the
+compiler's error, VMEM of the largest kernel beside its estimate, temporaries in HBM (and as a
+multiple of q, k, v and log_alpha), bytes moved, FLOPs, the roofline time, and that of causal splash
+attention at the same length. One sequence per device (8 for `decode`); `--devices 4` is a shard_map
+over two ways of the batch times two ways of the heads.
+
+Cases are compiled in worker processes: a crash of the compiler is one failing row. `--json` keeps
+the rows; cases found there, of the same sources, jax and libtpu, are not compiled again. Ends with
+1 when a supported case fails to compile, takes more VMEM than estimated, or needs temporaries above
+1.5 times the inputs for forward + backward at 128K tokens; with 2 without libtpu.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import json
 import os
-import re
+import selectors
+import signal
+import subprocess
 import sys
-from typing import Any
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from pallas_kernels.tpu import attention, cost, decode
+from pallas_kernels.tpu.compile_case import (
+    ENVIRONMENT,
+    LAYERS,
+    LONG,
+    PASSES,
+    Case,
+    Result,
+    failed,
+    failure,
+    figures_of,
+    source_of,
+    stamp,
+    versions,
+)
 from pallas_kernels.tpu.cost import Cost
-from pallas_kernels.tpu.tiles import GENERATIONS, Device, device, load
+from pallas_kernels.tpu.tiles import GENERATIONS, Device, device
 
-MAX_TEMPORARIES = 1.5
-LONG = 1 << 17
-NOTHING = Cost(0.0, 0.0)
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here touches a device
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    slots: int
-
-
-LAYERS = {"8b": Layer(32, 8, 128, 64), "340m": Layer(16, 16, 64, 64)}
 WINDOWS = (0, 64, 512, 2048)
 LENGTHS = (2048, 8192, LONG)
-PASSES = ("forward", "train", "decode")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    chip: str
-    layer: str
-    window: int
-    length: int
-    kind: str  # forward, train (forward and backward) or decode
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    window: int
-    slot_lag: int
-    scale: float
-    feature_map: str = "none"
-    empty_slots: str = "masked"
-    halo: int = 0
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """The fields of NHAState."""
-
-    slot_k: jax.Array
-    slot_v: jax.Array
-    k: jax.Array
-    v: jax.Array
-    log_alpha: jax.Array
-    cos: jax.Array
-    sin: jax.Array
-    length: jax.Array
-    written: jax.Array
-    segment_id: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    status: str  # "compiled", "refused: ..." or "FAILED: ..."
-    vmem: int = 0
-    temporaries: int = 0
-    inputs: int = 1
-    work: Cost = NOTHING
-    splash: Cost = NOTHING
-
-    @property
-    def ratio(self) -> float:
-        return self.temporaries / self.inputs
-
-    def failed(self, case: Case) -> bool:
-        excessive = case.kind == "train" and case.length == LONG and self.ratio > MAX_TEMPORARIES
-        return self.status.startswith("FAILED") or excessive
-
-
-def mesh_of(chip: str) -> Mesh:
-    """Four devices of the chip's smallest slice, without hardware."""
-    from jax.experimental import topologies
-
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=device(chip).topology)
-    return Mesh(np.array(topology.devices).reshape(-1)[:4], ("data",))
-
-
-def run(case: Case, mesh: Mesh) -> Result:
-    """Compile one case for the mesh."""
-    return _decode(case, mesh) if case.kind == "decode" else _attention(case, mesh)
-
-
-def _attention(case: Case, mesh: Mesh) -> Result:
-    layer, tiles = LAYERS[case.layer], load(case.chip)
-    h, hq, d, m, t = layer.kv_heads, layer.query_heads, layer.head_dim, layer.slots, case.length
-    spec = Spec(case.window, case.window, d**-0.5)
-    q = jax.ShapeDtypeStruct((1, t, hq, d), jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((1, t, h, d), jnp.bfloat16)
-    gates = jax.ShapeDtypeStruct((1, t, h, m), jnp.float32)
-    reason = attention.supports(q, k, k, gates, spec, tiles=tiles)
-    if reason:
-        return Result(f"refused: {reason}")
-
-    def split(x, heads):
-        return x.reshape(*x.shape[:2], heads, -1)
-
-    def forward(q, k, v, gates, cos, sin):
-        o, *_ = attention.forward(
-            split(q, hq), split(k, h), split(v, h), split(gates, h),
-            None, None, cos, sin, None, None, spec, tiles=tiles,
-        )  # fmt: skip
-        return o.reshape(q.shape)
-
-    def train(q, k, v, gates, cos, sin, do):
-        o, vjp = jax.vjp(lambda q, k, v, g: forward(q, k, v, g, cos, sin), q, k, v, gates)
-        return o, vjp(do)
-
-    # As the projections give them: heads side by side. [B,T,H,D] would only add relayouts.
-    shapes = q, k, k, gates
-    flat = [jax.ShapeDtypeStruct((4, t, x.shape[2] * x.shape[3]), x.dtype) for x in shapes]
-    arguments = [*flat, *[jax.ShapeDtypeStruct((t, d // 2), jnp.float32)] * 2]
-    if case.kind == "train":
-        arguments.append(flat[0])
-    specs = [PartitionSpec("data" if x.ndim == 3 else None) for x in arguments]
-    plan = attention.plan_for(q, k, k, gates, spec, True, tiles)
-    total = cost.forward(plan, case.kind == "train")
-    if case.kind == "train":
-        total += cost.backward(plan)
-    result = Result(
-        "compiled",
-        inputs=sum(x.size * x.dtype.itemsize for x in shapes),
-        work=total,
-        splash=cost.splash(1, t, hq, h, d, case.kind == "train", 2),
-    )
-    function = train if case.kind == "train" else forward
-    return _compile(function, arguments, specs, mesh, result)
-
-
-def _decode(case: Case, mesh: Mesh) -> Result:
-    layer, tiles = LAYERS[case.layer], load(case.chip)
-    h, hq, d, m, p = (
-        layer.kv_heads, layer.query_heads, layer.head_dim, layer.slots, case.window,
-    )  # fmt: skip
-    batch, spec = 8, Spec(case.window, case.window, d**-0.5)  # rows per device
-    f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
-
-    def arrays(rows: int) -> list[Any]:
-        def x(dtype: Any, *shape: int) -> Any:
-            return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-        slot, ring, table, count = x(f32, h, m, d), x(bf16, h, p, d), x(f32, p, d // 2), x(i32)
-        state = State(slot, slot, ring, ring, x(f32, h, p, m), table, table, count, count, count)
-        token = x(bf16, 1, h, d)
-        return [x(bf16, 1, hq, d), token, token, x(f32, 1, h, m), state, *[x(f32, 1, d // 2)] * 2]
-
-    def step(q, k, v, gates, state, cos, sin):
-        rope = (cos, sin) if p else None
-        return decode.step(q, k, v, gates, state, rope, None, spec, tiles=tiles)
-
-    own = arrays(batch)
-    state = own[4]
-    reason = decode.supports(own[0], own[1], own[2], state, tiles=tiles)
-    if reason:
-        return Result(f"refused: {reason}")
-    read = [state.slot_k, state.slot_v, state.k, state.v, state.cos, state.sin]
-    slots = sum(x.size * x.dtype.itemsize for x in (state.slot_k, state.slot_v))
-    flops = 4.0 * batch * hq * d * (m + p)
-    keys = jax.ShapeDtypeStruct((batch, h, case.length, d), bf16)
-    result = Result(
-        "compiled",
-        inputs=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own)),
-        work=cost.decode(read, flops, slots),
-        splash=cost.decode([keys, keys], 4.0 * batch * hq * d * case.length, 0),
-    )
-    arguments = arrays(4 * batch)
-    specs = jax.tree.map(lambda _: PartitionSpec("data"), arguments)
-    return _compile(step, arguments, specs, mesh, result, donate=(4,))
-
-
-def _compile(function, arguments, specs, mesh, result: Result, donate=()) -> Result:
-    arguments = jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
-        arguments,
-        specs,
-    )
-    sharded = jax.shard_map(
-        function, mesh=mesh, in_specs=tuple(specs), out_specs=PartitionSpec("data"), check_vma=False
-    )
-    try:
-        compiled = jax.jit(sharded, donate_argnums=donate).lower(*arguments).compile()
-    except Exception as error:  # the compiler's refusals have no common type
-        message = " ".join(str(error).split())
-        return dataclasses.replace(result, status=f"FAILED: {message[:300]}")
-    memory: Any = compiled.memory_analysis()
-    return dataclasses.replace(
-        result, vmem=_vmem(compiled.as_text() or ""), temporaries=memory.temp_size_in_bytes
-    )
-
-
-def _vmem(hlo: str) -> int:
-    """Bytes of VMEM of the largest Pallas kernel, from the compiled program."""
-    used = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
-    sizes = [
-        int(found)
-        for line in hlo.splitlines()
-        if 'custom_call_target="tpu_custom_call"' in line
-        for found in re.findall(used, line)
-    ]
-    return max(sizes, default=0)
-
-
-def milliseconds(work: Cost, chip: Device) -> float:
-    """Roofline: the slower of the matrix units and HBM, each at its peak."""
-    return 1e3 * max(work.flops / chip.bf16_flops, work.bytes / chip.hbm_bytes)
-
-
-HEADER = (
-    "| chip | layer | window | T | pass | VMEM MiB | temporaries MiB (x inputs) | GB moved | GFLOP "
-    "| roofline ms | splash ms | status |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
-)
-
-
-def row(case: Case, result: Result) -> str:
-    chip = device(case.chip)
-    cells = [
-        case.chip,
-        case.layer,
-        case.window,
-        case.length,
-        case.kind,
-        f"{result.vmem / 2**20:.1f}",
-        f"{result.temporaries / 2**20:.0f} ({result.ratio:.2f})",
-        f"{result.work.bytes / 1e9:.3f}",
-        f"{result.work.flops / 1e9:.1f}",
-        f"{milliseconds(result.work, chip):.3f}",
-        f"{milliseconds(result.splash, chip):.3f}",
-        result.status,
-    ]
-    return "| " + " | ".join(map(str, cells)) + " |"
+DEVICES = (1, 4)
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
@@ -279,38 +61,193 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             for window in arguments.windows:
                 for kind in arguments.passes:
                     # A decode step's program does not depend on the length: one row, the longest.
-                    lengths = arguments.lengths if kind != "decode" else arguments.lengths[-1:]
-                    found += [Case(chip, layer, window, length, kind) for length in lengths]
+                    lengths = arguments.lengths if kind != "decode" else [max(arguments.lengths)]
+                    found += [
+                        Case(chip, layer, window, length, kind, devices)
+                        for length in lengths
+                        for devices in arguments.devices
+                    ]
     return found
 
 
+class Worker:
+    """A process that compiles cases one after the other; started again after a crash."""
+
+    COMMAND = (sys.executable, "-m", "pallas_kernels.tpu.compile_case")
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self.process: subprocess.Popen | None = None
+
+    def run(self, case: Case) -> Result:
+        if self.process is None:
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+            self.process = subprocess.Popen(
+                self.COMMAND,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+                env={**os.environ, **ENVIRONMENT},
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        start = time.monotonic()
+        self.process.stdin.write(json.dumps(dataclasses.asdict(case)).encode() + b"\n")
+        self.process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            ready = selector.select(self.timeout)
+        line = self.process.stdout.readline() if ready else b""
+        if line:
+            return Result(**json.loads(line))
+        reason = f"no result in {self.timeout:.0f} s" if not ready else self._death()
+        self.close()
+        return stamp(case, failed(reason), time.monotonic() - start)
+
+    def _death(self) -> str:
+        """How the process ended, with its last words."""
+        assert self.process is not None
+        code = self.process.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        self.errors.seek(0)
+        text = self.errors.read().decode(errors="replace")
+        words = [x for x in text.splitlines() if "Check fail" in x or "Error" in x]
+        return f"the compiler crashed ({how})" + (f": {words[-1].strip()[:240]}" if words else "")
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.errors.close()
+            self.process = None
+
+
+class Log:
+    """Rows so far, kept in a JSON file."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.rows: dict[Case, Result] = {}
+        if path is not None and path.exists():
+            for entry in json.loads(path.read_text()):
+                self.rows[Case(**entry["case"])] = Result(**entry["result"])
+
+    def current(self, case: Case) -> bool:
+        """Whether the case's row was made by these sources and compilers."""
+        row = self.rows.get(case)
+        made = versions() | {"source": source_of(case)}
+        return row is not None and {name: getattr(row, name) for name in made} == made
+
+    def add(self, case: Case, result: Result) -> None:
+        self.rows[case] = result
+        if self.path is None:
+            return
+        entries = [
+            json.dumps({"case": dataclasses.asdict(c), "result": dataclasses.asdict(r)})
+            for c, r in sorted(self.rows.items(), key=lambda x: dataclasses.astuple(x[0]))
+        ]
+        new = self.path.with_suffix(".new")
+        new.write_text("[\n" + ",\n".join(entries) + "\n]\n")
+        new.replace(self.path)
+
+
+def milliseconds(work: Cost, chip: Device) -> float:
+    """Roofline: the slower of the matrix units and HBM, each at its peak."""
+    return 1e3 * max(work.flops / chip.bf16_flops, work.bytes / chip.hbm_bytes)
+
+
+HEADER = (
+    "| chip | devices | layer | window | T | pass | VMEM MiB (estimate) "
+    "| temporaries MiB (x inputs) | GB moved | GFLOP | roofline ms | splash ms | status |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row(case: Case, result: Result) -> str:
+    chip, figures = device(case.chip), figures_of(case)
+    cells = [case.chip, case.devices, case.layer, case.window, case.length, case.kind]
+    numbers = [
+        f"{result.vmem / 2**20:.1f} ({figures.vmem_estimate / 2**20:.1f})",
+        f"{result.temporaries / 2**20:.0f} ({result.temporaries / figures.inputs:.2f})",
+        f"{figures.work.bytes / 1e9:.3f}",
+        f"{figures.work.flops / 1e9:.1f}",
+        f"{milliseconds(figures.work, chip):.3f}",
+        f"{milliseconds(figures.splash, chip):.3f}",
+    ]
+    if result.status != "compiled":
+        numbers = ["-"] * len(numbers)
+    return "| " + " | ".join(map(str, [*cells, *numbers, said(case, result)])) + " |"
+
+
+def said(case: Case, result: Result) -> str:
+    return failure(case, result) or result.status
+
+
+def compile_all(todo: list[Case], log: Log, jobs: int, timeout: float) -> None:
+    """Fill in the log, telling progress on standard error."""
+    workers = [Worker(timeout) for _ in range(jobs)]
+    idle = list(workers)
+    done = 0
+
+    def one(case: Case) -> Result:
+        worker = idle.pop()
+        try:
+            return worker.run(case)
+        finally:
+            idle.append(worker)
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for case, result in zip(todo, pool.map(one, todo), strict=True):
+            done += 1
+            log.add(case, result)
+            name = " ".join(map(str, dataclasses.astuple(case)))
+            print(
+                f"[{done}/{len(todo)}] {name}: {said(case, result)} ({result.seconds:.1f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.close()
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chips", nargs="+", choices=GENERATIONS, default=GENERATIONS)
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=tuple(LAYERS))
-    parser.add_argument("--windows", nargs="+", type=int, default=WINDOWS)
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--windows", nargs="+", type=_size, default=WINDOWS)
+    parser.add_argument("--lengths", nargs="+", type=_size, default=LENGTHS)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--devices", nargs="+", type=int, choices=DEVICES, default=DEVICES)
+    parser.add_argument("--jobs", type=_size, default=1, help="worker processes")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here, and go on")
     arguments = parser.parse_args(argv)
-    failures = 0
-    meshes: dict[str, Mesh] = {}
-    print(HEADER, flush=True)
-    for case in cases(arguments):
-        if case.chip not in meshes:
-            try:
-                meshes[case.chip] = mesh_of(case.chip)
-            except Exception as error:
-                print(
-                    f"No TPU compiler for {case.chip}: install libtpu with "
-                    f"`pip install 'jax[tpu]'` ({str(error).splitlines()[0]}).",
-                    file=sys.stderr,
-                )
-                return 2
-        result = run(case, meshes[case.chip])
-        failures += result.failed(case)
-        print(row(case, result), flush=True)
-    print(f"{failures} of {len(cases(arguments))} cases failed.")
+    if importlib.util.find_spec("libtpu") is None:
+        print("No TPU compiler here: install it with `pip install 'jax[tpu]'`.", file=sys.stderr)
+        return 2
+    wanted = cases(arguments)
+    log = Log(arguments.json)
+    todo = [case for case in wanted if not log.current(case)]
+    compile_all(todo, log, max(arguments.jobs, 1), arguments.timeout)
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(f"\n{HEADER}")
+    for case in wanted:
+        print(row(case, log.rows[case]))
+    failures = sum(failure(case, log.rows[case]) is not None for case in wanted)
+    refused = sum(log.rows[case].status.startswith("refused") for case in wanted)
+    print(f"\n{len(wanted)} cases, {refused} refused, {failures} failed.")
     return int(failures > 0)
+
+
+def _size(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

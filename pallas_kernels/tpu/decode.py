@@ -1,7 +1,9 @@
 """One token on TPU: slots and ring buffers are read once, and updated in place.
 
-Grid (batch, head block). A ring is read whole, but only the tile of rows that holds the new token
-goes back to HBM: inputs and outputs share their buffers.
+Grid (batch, head block). A ring is read whole, but only the tile that holds the new token goes back
+to HBM: inputs and outputs share their buffers. They do so only if the kernel asks for the layout
+that the rings have: XLA puts the longer axis of [tokens, width] into the lanes where that pads
+less, and the kernel follows (`Ring`).
 """
 
 from __future__ import annotations
@@ -15,14 +17,87 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.common import MASKED, Refs, exact_dot, one_minus_exp, phi, rotate, to_column
+from pallas_kernels.tpu.common import (
+    MASKED,
+    Refs,
+    exact_dot,
+    one_minus_exp,
+    phi,
+    rotate,
+    to_column,
+    to_row,
+)
 from pallas_kernels.tpu.tiles import Tiles, tiles_for
 
 # VMEM that a step of several heads may take: enough to hide latency behind.
 BLOCK_BYTES = 8 << 20
-TILE = 16  # ring rows written back per token
 SCALARS = 5
 POSITION, REAL, GOES_ON, WRITE, SEE = range(SCALARS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """How the kernel sees a ring [..., tokens, width]: so, or with its tokens in the lanes."""
+
+    tokens: int
+    width: int
+    columns: bool
+
+    @classmethod
+    def of(cls, tokens: int, width: int) -> Ring:
+        def padded(sublanes: int, lanes: int) -> int:
+            return -(-sublanes // 8) * 8 * -(-lanes // 128) * 128
+
+        return cls(tokens, width, padded(width, tokens) < padded(tokens, width))
+
+    @property
+    def tile(self) -> int:
+        """Tokens written back for one."""
+        tile = 128 if self.columns else 16
+        return self.tokens if self.tokens % tile else tile
+
+    def turn(self, x: jax.Array) -> jax.Array:
+        """[..., tokens, width] as the kernel sees it, and back."""
+        return jnp.swapaxes(x, -1, -2) if self.columns else x
+
+    def spec(self, lead: tuple[int, ...], tokens: int, index: Any) -> pl.BlockSpec:
+        """Block of `tokens` of all rows; index gives the lead indices and the token block."""
+
+        def place(*ids):
+            *first, block = index(*ids)
+            return (*first, 0, block) if self.columns else (*first, block, 0)
+
+        shape = (self.width, tokens) if self.columns else (tokens, self.width)
+        return pl.BlockSpec((*lead, *shape), place)
+
+    def load(self, ref: Any, lead: tuple[Any, ...], first: Any, tokens: int) -> jax.Array:
+        """`tokens` of them from `first` on, a multiple of the tile."""
+        if tokens == self.tokens:
+            return ref[lead]
+        part = pl.ds(pl.multiple_of(first, self.tile), tokens)
+        return ref[(*lead, slice(None), part)] if self.columns else ref[(*lead, part, slice(None))]
+
+    def at(self, x: jax.Array, first: Any, token: jax.Array) -> jax.Array:
+        """Where the loaded x, which starts at token `first`, holds `token`."""
+        return lax.broadcasted_iota(jnp.int32, x.shape, int(self.columns)) + first == token
+
+    def one(self, x: jax.Array, first: Any, token: jax.Array) -> jax.Array:
+        """That token alone, [1, width] f32, or [width, 1] if in columns."""
+        x = jnp.where(self.at(x, first, token), x.astype(jnp.float32), 0.0)
+        return jnp.sum(x, axis=int(self.columns), keepdims=True)
+
+    def fit(self, row: jax.Array) -> jax.Array:
+        """A token [1, width] as `one` would give it."""
+        row = row.astype(jnp.float32)
+        return to_column(row) if self.columns else row
+
+    def row(self, one: jax.Array) -> jax.Array:
+        """[1, width] of what `one` gives."""
+        return to_row(one) if self.columns else one
+
+    def column(self, one: jax.Array) -> jax.Array:
+        """[width, 1]."""
+        return one if self.columns else to_column(one)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +108,11 @@ class _Sizes:
     v: int
     m: int
     p: int  # ring rows
-    tile: int
-    gate_rows: int  # ring rows of gates that a step reads
+    ring_k: Ring
+    ring_v: Ring
+    ring_g: Ring  # of the gates
+    table: Ring  # cos and sin, turned like the keys
+    gate_tile: bool  # the gate that leaves lies in the tile that the new one enters
     window: int
     lag: int
     scale: float
@@ -53,7 +131,7 @@ def supports(q: Any, k: Any, v: Any, state: Any, *, tiles: Tiles | None = None) 
     if state.slot_k.dtype != jnp.float32:
         return f"The TPU decode kernel keeps slots in float32, not {state.slot_k.dtype}."
     tiles = tiles or tiles_for()
-    need = _bytes(1, state, state.k.shape[2])
+    need = vmem_bytes(state)
     if need > tiles.vmem:
         return (
             f"A ring of {state.k.shape[2]} tokens needs about {need >> 20} MiB of VMEM in the "
@@ -103,18 +181,19 @@ def step(
     see = real & ((written > 0) if spec.empty_slots == "masked" else True)
     scalars = jnp.stack([x.astype(jnp.int32) for x in (position, real, goes_on, write, see)])
 
-    tile = TILE if p % TILE == 0 else p
-    fitting = [n for n in range(1, h + 1) if h % n == 0 and _bytes(n, state, p) <= BLOCK_BYTES]
-    heads = max(fitting, default=1)
+    ring_k = Ring.of(p, d)
     sizes = _Sizes(
-        heads=heads,
+        heads=heads_per_step(state),
         groups=query_heads // h,
         d=d,
         v=v.shape[-1],
         m=m,
         p=p,
-        tile=tile,
-        gate_rows=tile if lag in (0, p) else p,
+        ring_k=ring_k,
+        ring_v=Ring.of(p, v.shape[-1]),
+        ring_g=Ring.of(p, m),
+        table=Ring(p, d // 2, ring_k.columns),
+        gate_tile=lag in (0, p),
         window=spec.window,
         lag=lag,
         scale=spec.scale,
@@ -147,9 +226,22 @@ def _forget(state: Any, goes_on: jax.Array) -> Any:
     return dataclasses.replace(state, **rings)
 
 
-def _bytes(heads: int, state: Any, p: int) -> int:
+def heads_per_step(state: Any) -> int:
+    """Kv heads per grid step."""
+    h = state.k.shape[1]
+    fitting = [n for n in range(1, h + 1) if h % n == 0 and _bytes(n, state) <= BLOCK_BYTES]
+    return max(fitting, default=1)
+
+
+def vmem_bytes(state: Any) -> int:
+    """Estimate of what a step takes."""
+    return _bytes(heads_per_step(state), state)
+
+
+def _bytes(heads: int, state: Any) -> int:
     """VMEM of a step with `heads` kv heads: double-buffered blocks and f32 work on one ring."""
     _, _, m, d = state.slot_k.shape
+    p = state.k.shape[2]
     dv = state.slot_v.shape[3]
     lanes = [-(-x // 128) * 128 for x in (d, dv, m)]
     ring = p * (lanes[0] * state.k.dtype.itemsize + lanes[1] * state.v.dtype.itemsize)
@@ -180,41 +272,35 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
     rows = max(z.p, 1)
     put = lax.rem(position, rows)
     leaves = lax.rem(position - z.lag + (z.lag // rows + 1) * rows, rows)
-    put_tile = lax.div(put, max(z.tile, 1)) * z.tile
-    leave_tile = lax.div(leaves, max(z.tile, 1)) * z.tile
 
-    def pick(ref, head, row, first):
-        """Row `row` of a tile that starts at row `first` of the ring, [1, n] f32."""
-        x = ref[0, head, pl.ds(first, z.tile), :].astype(jnp.float32)
-        at = lax.broadcasted_iota(jnp.int32, x.shape, 0) == lax.rem(row, z.tile)
-        return jnp.sum(jnp.where(at, x, 0.0), axis=0, keepdims=True)
+    def first_of(ring, token):
+        """First token of the tile that holds it."""
+        return lax.div(token, ring.tile) * ring.tile
 
-    def tile_with(x, new):
-        """The tile with the new token's row in place, unless the row is idle."""
-        at = lax.broadcasted_iota(jnp.int32, x.shape, 0) == lax.rem(put, z.tile)
-        return jnp.where(at & real, new.astype(jnp.float32), x.astype(jnp.float32)).astype(x.dtype)
+    def with_new(ring, x, first, new):
+        """x from token `first` on, f32, with the new token in place unless the row is idle."""
+        return jnp.where(ring.at(x, first, put) & real, new, x.astype(jnp.float32))
 
-    if z.p and z.rope:
-        for out, old, new in (
-            (out_cos_ref, cos_ref, new_cos_ref),
-            (out_sin_ref, sin_ref, new_sin_ref),
-        ):
-            out[0] = tile_with(old[0, pl.ds(put_tile, z.tile), :], new[0])
+    def write_tile(out, lead, ring, ref, new, tile_only=False):
+        """The tile that holds the new token; `tile_only`: ref has no other."""
+        first = first_of(ring, put)
+        x = ref[lead] if tile_only else ring.load(ref, lead, first, ring.tile)
+        out[lead] = with_new(ring, x, first, new).astype(out.dtype)
+
     if z.p:
-        row = lax.broadcasted_iota(jnp.int32, (z.p, 1), 0)
         column = lax.broadcasted_iota(jnp.int32, (1, z.p), 1)
         age = lax.rem(position - column + rows * (position // rows + 2), rows)
         in_window = (age < z.window) & (age <= position) & real
-        is_new = (row == put) & real
-        if z.rope:
-            table = jnp.concatenate(
-                [
-                    jnp.where(is_new, new[0], old[0])
-                    for new, old in ((new_cos_ref, cos_ref), (new_sin_ref, sin_ref))
-                ],
-                axis=1,
-            )
-            new_table = jnp.concatenate([new_cos_ref[0], new_sin_ref[0]], axis=1)  # [1, D]
+    if z.p and z.rope:
+        tables, turn = [], []
+        for out, old, ref in (
+            (out_cos_ref, cos_ref, new_cos_ref),
+            (out_sin_ref, sin_ref, new_sin_ref),
+        ):
+            new = z.table.fit(ref[0])
+            write_tile(out, (0,), z.table, old, new)
+            tables.append(with_new(z.table, old[0], 0, new))
+            turn.append(ref[0])
 
     for h in range(z.heads):
         q = q_ref[0, h].astype(jnp.float32)  # [G, D]
@@ -223,17 +309,29 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
         if z.m:
             gate_new = gate_ref[0, h]
             if z.lag == 0:
-                leaving_k, leaving_v, gate = (
-                    x.astype(jnp.float32) for x in (k_new, v_new, gate_new)
-                )
+                leaving_k, leaving_v = k_new.astype(jnp.float32), v_new.astype(jnp.float32)
+                gate = to_column(gate_new.astype(jnp.float32))
             else:
-                leaving_k = pick(ring_k_ref, h, leaves, leave_tile)
-                leaving_v = pick(ring_v_ref, h, leaves, leave_tile)
-                gate_first = 0 if z.gate_rows == z.tile else leave_tile
-                gate = pick(ring_g_ref, h, leaves, gate_first)
-            gate = jnp.where(write, jnp.maximum(gate, -1e4), 0.0)
-            keep = jnp.where(goes_on, to_column(jnp.exp(gate)), 0.0)  # [M, 1]
-            share = to_column(one_minus_exp(gate, jnp.exp(gate)))
+                leaving_k, leaving_v = (
+                    ring.row(
+                        ring.one(
+                            ring.load(ref, (0, h), first_of(ring, leaves), ring.tile),
+                            first_of(ring, leaves),
+                            leaves,
+                        )
+                    )
+                    for ring, ref in ((z.ring_k, ring_k_ref), (z.ring_v, ring_v_ref))
+                )
+                first = first_of(z.ring_g, leaves)
+                gates = (
+                    ring_g_ref[0, h]
+                    if z.gate_tile
+                    else z.ring_g.load(ring_g_ref, (0, h), first, z.ring_g.tile)
+                )
+                gate = z.ring_g.column(z.ring_g.one(gates, first, leaves))
+            gate = jnp.where(write, jnp.maximum(gate, -1e4), 0.0)  # [M, 1]
+            keep = jnp.where(goes_on, jnp.exp(gate), 0.0)
+            share = one_minus_exp(gate, jnp.exp(gate))
             leaving_k = phi(z.feature_map, leaving_k)
             slot_k = keep * slot_k_ref[0, h] + share * leaving_k
             slot_v = keep * slot_v_ref[0, h] + share * leaving_v
@@ -243,20 +341,19 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
             s_slot = jnp.where(see, s_slot, MASKED)
             top_slot = jnp.max(s_slot, axis=1, keepdims=True)
         if z.p:
-            out_k_ref[0, h] = tile_with(ring_k_ref[0, h, pl.ds(put_tile, z.tile), :], k_new)
-            out_v_ref[0, h] = tile_with(ring_v_ref[0, h, pl.ds(put_tile, z.tile), :], v_new)
+            new_k, new_v = z.ring_k.fit(k_new), z.ring_v.fit(v_new)
+            write_tile(out_k_ref, (0, h), z.ring_k, ring_k_ref, new_k)
+            write_tile(out_v_ref, (0, h), z.ring_v, ring_v_ref, new_v)
             if z.m:
-                first = 0 if z.gate_rows == z.tile else put_tile
-                out_g_ref[0, h] = tile_with(ring_g_ref[0, h, pl.ds(first, z.tile), :], gate_new)
-            keys = jnp.where(
-                is_new, k_new.astype(jnp.float32), ring_k_ref[0, h].astype(jnp.float32)
-            )
-            values = jnp.where(
-                is_new, v_new.astype(jnp.float32), ring_v_ref[0, h].astype(jnp.float32)
-            )
+                new_gate = z.ring_g.fit(gate_new)
+                write_tile(out_g_ref, (0, h), z.ring_g, ring_g_ref, new_gate, z.gate_tile)
+            keys = with_new(z.ring_k, ring_k_ref[0, h], 0, new_k)  # [P, D] or [D, P]
+            values = with_new(z.ring_v, ring_v_ref[0, h], 0, new_v)
             if z.rope:
-                keys, q = rotate(keys, table), rotate(q, new_table)
-            s_window = jnp.where(in_window, z.scale * exact_dot(q, keys, "nt"), MASKED)  # [G, P]
+                keys = rotate(keys, *tables, axis=0 if z.ring_k.columns else 1)
+                q = rotate(q, *turn)
+            logits = z.scale * exact_dot(q, keys, "nn" if z.ring_k.columns else "nt")
+            s_window = jnp.where(in_window, logits, MASKED)  # [G, P]
             top_window = jnp.max(s_window, axis=1, keepdims=True)
         top = jnp.maximum(jnp.maximum(top_slot, top_window), MASKED / 2)
         total = jnp.zeros((z.groups, 1))
@@ -268,7 +365,7 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
         if z.p:
             p_window = jnp.exp(s_window - top)
             total += jnp.sum(p_window, axis=1, keepdims=True)
-            o += exact_dot(p_window, values)
+            o += exact_dot(p_window, values, "nt" if z.ring_v.columns else "nn")
         o_ref[0, h] = (o / jnp.where(total > 0.0, total, 1.0)).astype(o_ref.dtype)
 
 
@@ -277,9 +374,6 @@ def _call(z: _Sizes, interpret, scalars, q, k, v, log_alpha, state, rope):
     batch, h = k.shape[0], k.shape[2]
     per_head = ((1, z.heads), lambda b, i, s: (b, i, 0, 0))
     lead, whole = per_head
-
-    def put_tile(b, s):
-        return lax.div(lax.rem(s[POSITION, b], z.p), z.tile)
 
     operands: list[jax.Array] = []
     in_specs: list[pl.BlockSpec] = []
@@ -295,6 +389,7 @@ def _call(z: _Sizes, interpret, scalars, q, k, v, log_alpha, state, rope):
     out_specs = [pl.BlockSpec((*lead, z.groups, z.v), whole)]
     aliases: dict[int, int] = {}
     names: list[str] = []
+    turned: dict[str, Ring] = {}
 
     def update(name, x, in_spec, out_spec):
         aliases[len(operands) + 1] = len(out_shape)  # the scalars are operand 0
@@ -315,24 +410,25 @@ def _call(z: _Sizes, interpret, scalars, q, k, v, log_alpha, state, rope):
             give(x, pl.BlockSpec((1, 1, z.d // 2), lambda b, i, s: (b, 0, 0)))
     if z.p:
 
-        def tile_spec(width):
-            return pl.BlockSpec((*lead, z.tile, width), lambda b, i, s: (b, i, put_tile(b, s), 0))
+        def ring(name, ring, by_head=True, whole=True):
+            """In whole, or the one tile; out the tile that the new token is in."""
+            block, heads = ((1, z.heads), lambda i: (i,)) if by_head else ((1,), lambda i: ())
 
-        for name, width in (("k", z.d), ("v", z.v)):
-            ring = pl.BlockSpec((*lead, z.p, width), whole)
-            update(name, getattr(state, name), ring, tile_spec(width))
+            def tile(b, i, s):
+                return b, *heads(i), lax.div(lax.rem(s[POSITION, b], z.p), ring.tile)
+
+            one = ring.spec(block, ring.tile, tile)
+            all_ = ring.spec(block, z.p, lambda b, i, s: (b, *heads(i), 0))
+            update(name, ring.turn(getattr(state, name)), all_ if whole else one, one)
+            turned[name] = ring
+
+        ring("k", z.ring_k)
+        ring("v", z.ring_v)
         if z.m:
-            ring = pl.BlockSpec((*lead, z.p, z.m), whole)
-            ring = tile_spec(z.m) if z.gate_rows == z.tile else ring
-            update("log_alpha", state.log_alpha, ring, tile_spec(z.m))
+            ring("log_alpha", z.ring_g, whole=not z.gate_tile)
         if z.rope:
-            for name in ("cos", "sin"):
-                update(
-                    name,
-                    getattr(state, name),
-                    pl.BlockSpec((1, z.p, z.d // 2), lambda b, i, s: (b, 0, 0)),
-                    pl.BlockSpec((1, z.tile, z.d // 2), lambda b, i, s: (b, put_tile(b, s), 0)),
-                )
+            ring("cos", z.table, by_head=False)
+            ring("sin", z.table, by_head=False)
 
     def body(*refs: Any) -> None:
         _kernel(z, *refs)
@@ -353,4 +449,5 @@ def _call(z: _Sizes, interpret, scalars, q, k, v, log_alpha, state, rope):
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=z.vmem_limit
         ),
     )(scalars, *operands)
-    return o, dict(zip(names, new, strict=True))
+    arrays = dict(zip(names, new, strict=True))
+    return o, arrays | {name: ring.turn(arrays[name]) for name, ring in turned.items()}

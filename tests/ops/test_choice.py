@@ -72,7 +72,7 @@ def test_a_named_backend_never_falls_back(kernel):
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType
-from nha_jax.ops import backends, nha_attention, xla
+from nha_jax.ops import backends, init_state, nha_attention, nha_decode_step, xla
 from nha_jax.errors import UserError
 from tests.ops import suite
 
@@ -88,7 +88,13 @@ def loss(x):
     return (o * np.arange(o.size).reshape(o.shape)).sum()
 plain = jax.jit(jax.value_and_grad(loss))(x)
 import sys, types
-module = types.SimpleNamespace(forward=forward, refuses=lambda *call: None)
+def step(*call):
+    seen.append(call[0].shape)
+    return xla.step(*call)
+
+module = types.SimpleNamespace(
+    forward=forward, step=step, refuses=lambda *call: None, refuses_step=lambda *call: None
+)
 sys.modules["nha_jax.ops.fake"] = module
 backends.KERNELS = {"fake": "cpu"}
 axes = ("data", "fsdp", "context", "tensor")
@@ -96,7 +102,21 @@ mesh = jax.make_mesh((2, 1, 1, 2), axes, axis_types=(AxisType.Auto,) * 4)
 with jax.set_mesh(mesh):
     split = jax.jit(jax.value_and_grad(loss))(x)
 assert seen == [(2, 9, 2, 8)], seen
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, split)
+same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+jax.tree.map(same, plain, split)
+
+state = init_state(4, 2, 8, 8, 4, 4)
+token, turn = {n: y[:, :1] for n, y in x.items()}, tuple(y[:1] for y in rope)
+def decode(impl):
+    step = lambda x, s: nha_decode_step(
+        **x, window=4, rope=turn, segment_ids=ids[:, :1], state=s, impl=impl
+    )
+    return jax.jit(step)(token, state)
+plain = decode("xla")
+with jax.set_mesh(mesh):
+    split = decode("auto")
+assert seen[1:] == [(2, 1, 2, 8)], seen
+jax.tree.map(same, plain, split)
 mesh = jax.make_mesh((1, 1, 1, 4), axes, axis_types=(AxisType.Auto,) * 4)
 try:
     with jax.set_mesh(mesh):

@@ -112,11 +112,12 @@ def test_any_shape(data):
     window = data.draw(st.integers(0, 40))
     lag = data.draw(st.integers(0, 40))
     halo = data.draw(st.integers(0, 20))
+    t = data.draw(st.integers(1, 40))
     m = draw(0, 3, 8, 16) if window else draw(3, 8, 16)
     check(
         Spec(window, lag, 0.3, draw("none", "silu", "relu"), draw("masked", "zero"), halo),
         seed=data.draw(st.integers(0, 99)),
-        t=data.draw(st.integers(1, 40)),
+        t=t,
         kv_heads=draw(1, 2, 3),
         groups=draw(1, 2, 3),
         d=draw(4, 8),
@@ -124,7 +125,7 @@ def test_any_shape(data):
         m=m,
         gate=draw("mild", "strong", "wide"),
         rope=draw(None, "shared", "batched"),
-        pieces=data.draw(st.integers(0, 1 if halo == 0 else 4)),
+        pieces=data.draw(st.integers(0, min(4, halo + t))),
         state=m > 0,
     )
 

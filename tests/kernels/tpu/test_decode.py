@@ -33,30 +33,53 @@ def tokens(rng, n, batch, heads, groups, d, v, m, dtype):
         )
 
 
+def warm(rng, state, length):
+    """The state as after `length` tokens."""
+
+    def full(x):
+        return jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+
+    return dataclasses.replace(
+        state,
+        slot_k=full(state.slot_k),
+        slot_v=full(state.slot_v),
+        k=full(state.k),
+        v=full(state.v),
+        log_alpha=-jnp.abs(full(state.log_alpha)),
+        cos=full(state.cos),
+        sin=full(state.sin),
+        length=jnp.full_like(state.length, length),
+        written=jnp.full_like(state.written, length),
+        segment_id=jnp.ones_like(state.segment_id),
+    )
+
+
 @pytest.mark.parametrize(
-    ("window", "lag", "dtype", "options", "documents"),
+    ("window", "lag", "dtype", "options", "documents", "d", "length"),
     [
-        (4, 4, "float32", {}, True),
-        (16, 16, "bfloat16", {"feature_map": "silu"}, False),
-        (3, 5, "float32", {"empty_slots": "zero"}, True),
-        (5, 0, "float32", {"feature_map": "relu"}, False),
-        (0, 0, "float32", {}, True),
+        (4, 4, "float32", {}, True, 8, 0),
+        (16, 16, "bfloat16", {"feature_map": "silu"}, False, 8, 14),
+        (3, 5, "float32", {"empty_slots": "zero"}, True, 8, 0),
+        (5, 0, "float32", {"feature_map": "relu"}, False, 8, 0),
+        (0, 0, "float32", {}, True, 8, 0),
+        (32, 32, "bfloat16", {}, False, 128, 30),  # rings in rows, one of two tiles is written
+        (256, 256, "float32", {}, False, 8, 253),  # tokens in the lanes, one of two tiles
+        (100, 256, "float32", {}, True, 8, 381),  # the token that leaves is in the other tile
     ],
 )
-def test_step_matches_the_plain_step(window, lag, dtype, options, documents):
+def test_step_matches_the_plain_step(window, lag, dtype, options, documents, d, length):
     rng = np.random.default_rng(window + 7 * lag)
-    batch, heads, groups, d, v, m = 2, 2, 2, 8, 16, 8
+    batch, heads, groups, v, m = 2, 2, 2, 2 * d, 8
     spec = Spec(window, lag, d**-0.5, **options, halo=max(window, lag))
-    state = want_state = init_state(
-        batch, heads, d, v, m, window, slot_lag=lag, dtype=jnp.dtype(dtype)
-    )
+    state = init_state(batch, heads, d, v, m, window, slot_lag=lag, dtype=jnp.dtype(dtype))
+    state = want_state = warm(rng, state, length) if length else state
     run = jax.jit(
         lambda q, k, v, g, s, rope, ids: decode.step(
             q, k, v, g, s, rope, ids, spec, interpret=INTERPRET, tiles=load("v5e")
         )
     )
     plain = jax.jit(lambda q, k, v, g, s, rope, ids: xla.step(q, k, v, g, s, rope, ids, spec))
-    n = 2 * window + 3 if not documents else 9
+    n = 9 if documents else 5 if length else 2 * window + 3
     stream = tokens(rng, n, batch, heads, groups, d, v, m, dtype)
     for i, (q, k, val, gate, rope) in enumerate(stream):
         ids = None
