@@ -67,7 +67,7 @@ def _in_context(forward: Callable, call: tuple, *, whole: bool) -> Any:
     """``forward`` with the sequence split too."""
     *given, spec = call
     arrays: list[jax.Array | None] = list(given)
-    parts = _parts(*call[:2], split=CONTEXT_AXIS)
+    parts = _parts(call[0], call[1], split=CONTEXT_AXIS)
     assert parts is not None
     # The rows of an initial state are not split: every shard gets them besides its own.
     kept: list[jax.Array | None] = [None] * len(arrays)

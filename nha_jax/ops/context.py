@@ -85,12 +85,11 @@ def full(run: Callable[..., jax.Array], call: tuple, kept: Kept, axis: str) -> j
         return jnp.roll(x, -(index + 1) * t, axis=1)
 
     past = jnp.arange(shards * t) >= (shards - 1 - index) * t
-    rows = [gathered(k), gathered(v), jnp.where(past, gathered(doc), 0)]
-    if spec.halo:
-        assert old_k is not None
-        old = [_rotated(old_k, old_cos, old_sin), old_v, old_doc]
-        rows = [jnp.concatenate(pair, axis=1) for pair in zip(old, rows, strict=True)]
-    k, v, doc = rows
+    k, v, doc = gathered(k), gathered(v), jnp.where(past, gathered(doc), 0)
+    if old_k is not None and old_v is not None and old_doc is not None:
+        old_k = _rotated(old_k, old_cos, old_sin)
+        pairs = (old_k, k), (old_v, v), (old_doc, doc)
+        k, v, doc = (jnp.concatenate(pair, axis=1) for pair in pairs)
     log_alpha = jnp.zeros((*k.shape[:3], 0), log_alpha.dtype)
     spec = replace(spec, halo=spec.halo + (shards - 1) * t)
     return run(q, k, v, log_alpha, slot_k0, slot_v0, None, None, doc, visible0, spec)

@@ -59,6 +59,7 @@ def data_part(sharding: Sharding, batch_size: int) -> tuple[int, int]:
     part. Raises ``UserError`` where the devices' rows do not fall into equal parts.
     """
     rows: dict[int, set[int]] = {}
+    device: Any
     for device, index in sharding.devices_indices_map((batch_size, 1 << 30)).items():
         rows.setdefault(device.process_index, set()).add(index[0].start or 0)
     parts = sorted({tuple(sorted(starts)) for starts in rows.values()})

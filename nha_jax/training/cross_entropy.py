@@ -69,9 +69,7 @@ cross_entropy.defvjp(_forward, _backward)
 def _on_mesh(with_gradient, hidden, kernel, labels, z_loss, chunk_tokens, strategy):
     """(sums, d_hidden, d_kernel), the last two in float32 for an objective's cotangent of 1, or
     (sums,)."""
-    sums_of = partial(
-        _scan, with_gradient=with_gradient, z_loss=z_loss, chunk_tokens=chunk_tokens
-    )
+    sums_of = partial(_scan, with_gradient=with_gradient, z_loss=z_loss, chunk_tokens=chunk_tokens)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return sums_of(hidden, kernel, labels)

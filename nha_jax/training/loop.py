@@ -52,9 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     mesh = parallel.make_mesh(config.mesh)
     model = ModelConfig.from_config(config.model)
     check_rows(config, mesh)
-    part, count = parallel.data_part(
-        batch_sharding(mesh, config.mesh.strategy), config.batch_size
-    )
+    part, count = parallel.data_part(batch_sharding(mesh, config.mesh.strategy), config.batch_size)
     source = partial(
         data.build,
         *(config.data, config.batch_size, config.seed),
@@ -104,9 +102,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
                 if config.eval.examples and (last or is_due(step, config.eval.every)):
                     number = -(-config.eval.examples // config.batch_size)
                     held_out = itertools.islice(source(split="eval"), number)
-                    evaluated = [
-                        built.evaluate(state.params, place(batch)) for batch in held_out
-                    ]
+                    evaluated = [built.evaluate(state.params, place(batch)) for batch in held_out]
                     log.evaluation(step, evaluated)
                 if log.skipped_in_row >= config.stop_after_nonfinite:
                     checkpoints.close()

@@ -1,6 +1,6 @@
 """Runs in a process of its own with 8 simulated devices, and prints what it found as JSON.
 
-    python -m tests.parallel.many_devices        from the root of the repository
+python -m tests.parallel.many_devices        from the root of the repository
 """
 
 import json

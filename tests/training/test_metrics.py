@@ -78,7 +78,7 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
         "learning_rate",
         lambda *args: lambda count: jnp.where(count < 4, schedule(*args)(count), jnp.nan),
     )
-    with pytest.raises(RunFailed, match="^Stopped at step .* in 3 steps in a row; lower config"):
+    with pytest.raises(RunFailed, match=r"^Stopped at step .* in 3 steps in a row; lower config"):
         run(config, tmp_path / "run")
     last = records(tmp_path / "run")[-1]
     assert (last["skipped"], last["loss"]) == (3, None)
