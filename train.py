@@ -18,12 +18,19 @@ def main() -> int:
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--config", required=True, metavar="PATH.py[:VARIANT]")
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/NAME, NAME the config's")
+    parser.add_argument(
+        "--rehearse",
+        metavar="SLICE",
+        help="compile for a TPU slice like v5e:16x16, print memory and time per device, and leave",
+    )
     args, overrides = parser.parse_known_args()
     config = cli.load_config(args.config)
     cli.apply_overrides(config, overrides)
 
     from nha_jax import training
 
+    if args.rehearse:
+        return training.rehearse(config, args.rehearse)
     return training.run(config, args.workdir or f"runs/{cli.config_name(args.config)}")
 
 

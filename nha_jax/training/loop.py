@@ -23,7 +23,7 @@ from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import check_config, check_same, to_json
 from nha_jax.training.metrics import Log, Terminal, check_tensorboard
 from nha_jax.training.profile import Profile
-from nha_jax.training.program import abstract_batch, check_rows, program, put
+from nha_jax.training.program import abstract_batch, check_rows, compile_step, program, put
 from nha_jax.training.step import batch_sharding
 
 
@@ -63,7 +63,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     built = program(config, model, mesh, abstract_batch(example, config.batch_size))
     if config.compilation_cache:
         keep_compiled_programs(workdir / "compilation_cache")
-    lowered = built.lower()
+    lowered = built.trace().lower()
     place = partial(put, batch_size=config.batch_size, sharding=built.batch)
 
     with (
@@ -85,7 +85,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        step_fn = lowered.compile()
+        step_fn = compile_step(lowered, mesh)
         work = flops.train_flops_per_token(model, example["inputs"].shape[1])
         steps = range(start + 1, config.steps + 1)
         with (

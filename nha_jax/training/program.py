@@ -1,7 +1,9 @@
 """What a run computes, as functions placed on a mesh, before any device has computed anything."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +14,13 @@ from nha_jax.errors import UserError
 from nha_jax.models import ModelConfig
 from nha_jax.training.optimizer import learning_rate, make_optimizer
 from nha_jax.training.state import Params, TrainState, describe_model, state_maker
-from nha_jax.training.step import Batch, Metrics, batch_sharding, eval_step, train_step
+from nha_jax.training.step import Batch, Metrics, batch_sharding, eval_step, loss_of, train_step
+
+COMPILER_OPTIONS = {
+    # Weights split over fsdp are gathered, beside other work, and then multiplied. The compiler's
+    # own choice multiplies shard by shard, and moves every output once for each of them.
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+}
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # of all processes together
 
@@ -30,8 +38,11 @@ class Program:
     """Place of every array of a batch."""
     flags: NamedSharding
     """Place of the flags, one for each device, with which processes tell each other to stop."""
-    lower: Callable[[], jax.stages.Lowered]
-    """Of the step (state, batch, flags) -> (state, metrics), which takes the state's memory."""
+    trace: Callable[[], Any]
+    """Of the step (state, batch, flags) -> (state, metrics), which takes the state's memory; its
+    ``lower()`` goes to `compile_step`."""
+    activations: Callable[[], int]
+    """Bytes that a device keeps of the forward pass for the backward pass, an estimate."""
     evaluate: Callable[[Params, Batch], Metrics]
 
 
@@ -56,13 +67,31 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh, batch: AbstractB
         out_shardings=(places, None),
     )
 
-    def lower() -> jax.stages.Lowered:
+    def trace() -> Any:
         # The op takes its part of batch, heads and sequence from the current mesh.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step.lower(abstract, batch, jax.ShapeDtypeStruct((mesh.size,), np.int32))
+            return step.trace(abstract, batch, jax.ShapeDtypeStruct((mesh.size,), np.int32))
+
+    def activations() -> int:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            kept = jax.eval_shape(
+                lambda params, batch: jax.vjp(loss_of(described, config, batch), params)[1],
+                abstract.params,
+                batch,
+            )
+        tokens = math.prod(batch["inputs"].shape)
+        large = (x for x in jax.tree.leaves(kept) if x.size % tokens == 0)
+        ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"] * config.accumulate
+        return sum(x.size * x.dtype.itemsize for x in large) // ways
 
     evaluate = jax.jit(eval_step(described, config), in_shardings=(places.params, sharding))
-    return Program(mesh, abstract, create, sharding, flags, lower, evaluate)
+    return Program(mesh, abstract, create, sharding, flags, trace, activations, evaluate)
+
+
+def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles a step for the mesh's devices."""
+    device: Any = mesh.devices.flat[0]
+    return lowered.compile(compiler_options=COMPILER_OPTIONS.get(device.platform))
 
 
 def abstract_batch(example: dict[str, np.ndarray], batch_size: int) -> AbstractBatch:

@@ -108,6 +108,11 @@ def eval_step(model: Model, config: ConfigDict) -> Callable[[Params, Batch], Met
     return step
 
 
+def loss_of(model: Model, config: ConfigDict, batch: Batch) -> Callable[[Params], jax.Array]:
+    """The loss of one batch as a function of the parameters."""
+    return lambda params: _apply(model, params, batch, config)[0].objective
+
+
 def batch_sharding(mesh: Mesh, strategy: str) -> NamedSharding:
     """The sharding of every [B,T] array of a batch."""
     spec = parallel.partition_spec(("batch", "length"), parallel.rules(strategy))

@@ -89,7 +89,7 @@ def losses(mesh) -> list[float]:
     flags = jax.device_put(np.zeros(len(devices), np.int32), built.flags)
     found = []
     with jax.set_mesh(place):
-        state, step = built.create(0), built.lower().compile()
+        state, step = built.create(0), built.trace().lower().compile()
         for batch in batches():
             state, metrics = step(state, put(batch, BATCH, built.batch), flags)
             found.append(float(metrics["loss"]))
