@@ -15,7 +15,7 @@ from nha_jax.training.optimizer import SCHEDULES
 # and what it tells, but not the function that a step computes.
 HARMLESS = (
     *("steps", "log", "checkpoint", "eval", "mesh", "compilation_cache", "profile"),
-    *("loss.chunk_tokens", "model.remat", "model.impl", "stop_after_nonfinite"),
+    *("loss.chunk_tokens", "model.remat", "model.scan_runs", "model.impl", "stop_after_nonfinite"),
 )
 
 
