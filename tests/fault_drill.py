@@ -33,7 +33,9 @@ class Drill:
         self.rows: list[tuple[str, str, str]] = []
         self.good = True
 
-    def start(self, name: str, *, fault: str = "", inside: tuple[str, ...] = ()) -> subprocess.Popen:
+    def start(
+        self, name: str, *, fault: str = "", inside: tuple[str, ...] = ()
+    ) -> subprocess.Popen:
         """Starts or goes on with the run called ``name``; ``inside``: a program that runs it."""
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -178,7 +180,9 @@ def disk_full(drill: Drill) -> None:
     workdir.rmdir()
     keeper.rename(workdir)
     said = [line for line in output.splitlines() if line and "step " not in line[:5]][-1:]
-    problem = "" if code == 1 and said and "run the same command again" in said[0] else output[-300:]
+    problem = (
+        "" if code == 1 and said and "run the same command again" in said[0] else output[-300:]
+    )
     seen = "exit code 1, one sentence, last checkpoint whole"
     drill.check("disk full", seen, name, "whole", problem)
 

@@ -10,7 +10,9 @@ from typing import Any
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su]\d+|f8\w+)\[([\d,]*)\](\{[^}]*\})?")
-CALLS = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}]*(?:, %[^,}]*)*)\}?")
+CALLS = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}]*(?:, %[^,}]*)*)\}?"
+)
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
 
 

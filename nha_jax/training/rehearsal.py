@@ -161,7 +161,9 @@ def print_memory(built: Program, memory: Any, limit: int) -> bool:
 
 
 def print_collectives(collectives: list[hlo.Collective]) -> None:
-    print("| collective | over | times per step | MiB each | MiB sent per step |\n|---|---|---|---|---|")
+    print(
+        "| collective | over | times per step | MiB each | MiB sent per step |\n|---|---|---|---|---|"
+    )
     for c in sorted(collectives, key=lambda c: -c.sent)[:12]:
         each, sent = c.size / (1 << 20), c.sent / (1 << 20)
         print(f"| {c.kind} | {c.group} | {c.count:,} | {each:,.2f} | {sent:,.1f} |")
@@ -190,10 +192,16 @@ def print_roofline(
     }
     least, most = max(times.values()), sum(times.values())
     print("| per device and step | | ms |\n|---|---|---|")
-    print(f"| model | {model_flops / 1e12:.2f} TFLOP | {1e3 * model_flops / device.bf16_flops:.1f} |")
-    print(f"| products, recomputed ones included | {flops / 1e12:.2f} TFLOP | {1e3 * times['products']:.1f} |")
+    print(
+        f"| model | {model_flops / 1e12:.2f} TFLOP | {1e3 * model_flops / device.bf16_flops:.1f} |"
+    )
+    print(
+        f"| products, recomputed ones included | {flops / 1e12:.2f} TFLOP | {1e3 * times['products']:.1f} |"
+    )
     print(f"| memory traffic | {hbm_bytes / 1e9:.1f} GB | {1e3 * times['memory']:.1f} |")
-    print(f"| sent to other devices | {ici_bytes / 1e9:.2f} GB | {1e3 * times['interconnect']:.1f} |")
+    print(
+        f"| sent to other devices | {ici_bytes / 1e9:.2f} GB | {1e3 * times['interconnect']:.1f} |"
+    )
 
     def line(name: str, seconds: float) -> str:
         mfu = model_flops / seconds / device.bf16_flops
