@@ -4,6 +4,8 @@
   python train.py --config configs/mqar.py:hard             ... in the variant named `hard`
   python train.py --config configs/mqar.py --config.steps=200 --config.optimizer.learning_rate=1e-3
 
+  python train.py --config configs/nha_1_3b.py --rehearse v5e:16x16        no TPU needed
+
 Any value of the config can be set with --config.KEY=VALUE. Metrics and checkpoints go to the
 workdir; the same command again carries on from the last checkpoint there. Ctrl-C and SIGTERM save
 a checkpoint before leaving (exit codes 130 and 143). Bad input is exit code 2.

@@ -154,7 +154,7 @@ def corrupted(drill: Drill) -> None:
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 8
     largest.write_bytes(content)
-    code, output = drill.finish("corrupted")
+    _, output = drill.finish("corrupted")
     said = [line for line in output.splitlines() if "is damaged" in line]
     problem = "" if said and str(newest) in said[0] else "the damaged checkpoint was not named"
     seen = "named, moved aside, the one before used"

@@ -16,7 +16,7 @@ from nha_jax.training.optimizer import learning_rate, make_optimizer
 from nha_jax.training.state import Params, TrainState, describe_model, state_maker
 from nha_jax.training.step import Batch, Metrics, batch_sharding, eval_step, loss_of, train_step
 
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     # Weights split over fsdp are gathered, beside other work, and then multiplied. The compiler's
     # own choice multiplies shard by shard, and moves every output once for each of them.
     "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},

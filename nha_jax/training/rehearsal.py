@@ -82,7 +82,7 @@ def rehearse(config: ConfigDict, topology: str) -> int:
         return 1
     print(f"compiled in {time.monotonic() - began:.0f} s\n")
     fits = print_memory(built, compiled.memory_analysis(), CHIPS[generation].hbm)
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     collectives = hlo.collectives(text)
     print_collectives(collectives)
     tokens = config.batch_size * length / len(devices)
@@ -161,17 +161,16 @@ def print_memory(built: Program, memory: Any, limit: int) -> bool:
 
 
 def print_collectives(collectives: list[hlo.Collective]) -> None:
-    print(
-        "| collective | over | times per step | MiB each | MiB sent per step |\n|---|---|---|---|---|"
-    )
-    for c in sorted(collectives, key=lambda c: -c.sent)[:12]:
+    table = ["| collective | over | times per step | MiB each | MiB sent per step |"]
+    table.append("|---|---|---|---|---|")
+    collectives = sorted(collectives, key=lambda c: -c.sent)
+    for c in collectives[:12]:
         each, sent = c.size / (1 << 20), c.sent / (1 << 20)
-        print(f"| {c.kind} | {c.group} | {c.count:,} | {each:,.2f} | {sent:,.1f} |")
-    rest = sorted(collectives, key=lambda c: -c.sent)[12:]
-    if rest:
-        sent = sum(c.sent for c in rest) / (1 << 20)
-        print(f"| {len(rest)} smaller kinds | | {sum(c.count for c in rest):,} | | {sent:,.1f} |")
-    print()
+        table.append(f"| {c.kind} | {c.group} | {c.count:,} | {each:,.2f} | {sent:,.1f} |")
+    if rest := collectives[12:]:
+        count, sent = sum(c.count for c in rest), sum(c.sent for c in rest) / (1 << 20)
+        table.append(f"| {len(rest)} smaller kinds | | {count:,} | | {sent:,.1f} |")
+    print("\n".join(table), end="\n\n")
 
 
 def print_roofline(
@@ -191,24 +190,16 @@ def print_roofline(
         "interconnect": ici_bytes / chip.ici,
     }
     least, most = max(times.values()), sum(times.values())
+    table = [("model", f"{model_flops / 1e12:.2f} TFLOP", model_flops / device.bf16_flops)]
+    amounts = f"{flops / 1e12:.2f} TFLOP", f"{hbm_bytes / 1e9:.1f} GB", f"{ici_bytes / 1e9:.2f} GB"
+    names = "products, recomputed ones included", "memory traffic", "sent to other devices"
+    table += zip(names, amounts, times.values(), strict=True)
+    for name, seconds in (("all at the same time (bound)", least), ("one after the other", most)):
+        mfu = 100 * model_flops / seconds / device.bf16_flops
+        table.append((name, f"MFU {mfu:.1f}%, {tokens / seconds:,.0f} tokens/s", seconds))
     print("| per device and step | | ms |\n|---|---|---|")
-    print(
-        f"| model | {model_flops / 1e12:.2f} TFLOP | {1e3 * model_flops / device.bf16_flops:.1f} |"
-    )
-    print(
-        f"| products, recomputed ones included | {flops / 1e12:.2f} TFLOP | {1e3 * times['products']:.1f} |"
-    )
-    print(f"| memory traffic | {hbm_bytes / 1e9:.1f} GB | {1e3 * times['memory']:.1f} |")
-    print(
-        f"| sent to other devices | {ici_bytes / 1e9:.2f} GB | {1e3 * times['interconnect']:.1f} |"
-    )
-
-    def line(name: str, seconds: float) -> str:
-        mfu = model_flops / seconds / device.bf16_flops
-        return f"| {name}: MFU {100 * mfu:.1f}%, {tokens / seconds:,.0f} tokens/s | | {1e3 * seconds:.1f} |"
-
-    print(line("all three at the same time (bound)", least))
-    print(line("one after the other", most))
+    for name, amount, seconds in table:
+        print(f"| {name} | {amount} | {1e3 * seconds:.1f} |")
     print()
 
 

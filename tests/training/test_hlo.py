@@ -5,6 +5,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from nha_jax.training import hlo
 
+# ruff: noqa: E501
 MODULE = """HloModule jit_step
 
 %add (a: f32[], b: f32[]) -> f32[] {
