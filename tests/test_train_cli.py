@@ -12,6 +12,7 @@ from nha_jax import cli
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "training" / "tiny.py")
+PUBLISHED = str(ROOT / "configs" / "nha_340m.py")
 MQAR = str(ROOT / "configs" / "mqar.py")
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 
@@ -82,6 +83,14 @@ def test_bad_values(case, capsys, monkeypatch, tmp_path):
 def test_bad_configs(config, sentence, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert sentence in refusal(["--config", config], capsys, monkeypatch)
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_config_wants_prepared_text(capsys, monkeypatch, tmp_path):
+    arguments = [f"--config={PUBLISHED}", f"--workdir={tmp_path / 'run'}"]
+    assert "config.data.path is empty; give the" in refusal(arguments, capsys, monkeypatch)
+    arguments.append(f"--config.data.path={tmp_path}")
+    assert "is no prepared set" in refusal(arguments, capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 

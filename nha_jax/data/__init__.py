@@ -1,6 +1,7 @@
 """Training data through grain: ``build(config.data, batch_size, seed)``."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -8,12 +9,14 @@ import jax
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from nha_jax.data import mqar, text
+from nha_jax.data import mqar, stdlib, text
 from nha_jax.errors import UserError, nearest
 
-# A data set is a module with config(), its fields and their defaults, and
-# dataset(split, seed, **fields), an endless grain.MapDataset of single examples.
-DATASETS = {"mqar": mqar, "text": text}
+# A data set is a module with config(), its fields and their defaults, and batches(split, seed,
+# batch_size, index, count, workdir, **fields), an endless grain.MapDataset of the batches of
+# process `index` of `count`. It may have ready(fields, workdir), which makes what is missing on
+# the machine and gives the fields that only the data themselves tell.
+DATASETS = {"mqar": mqar, "stdlib": stdlib, "text": text}
 SPLITS = ("train", "eval")
 
 
@@ -37,8 +40,10 @@ def build(
     split: str = "train",
     process_index: int | None = None,
     process_count: int | None = None,
+    workdir: Path | None = None,
 ) -> grain.IterDataset:
-    """Endless batches of one process: ``{"inputs", "labels"}``, int32 [batch_size / processes, L].
+    """Endless batches of one process: ``{"inputs", "labels"}``, int32 [batch_size / processes, L];
+    with documents packed in rows ``"segment_ids"`` and ``"positions"`` too.
 
     Step s of all processes together holds examples ``s * batch_size`` up to
     ``(s + 1) * batch_size`` of one order that depends on config and seed only; process p of n
@@ -52,6 +57,7 @@ def build(
         seed: counts where ``config.seed`` is empty.
         split: ``"train"``, or ``"eval"`` for examples that training does not see.
         process_index, process_count: JAX's own unless given.
+        workdir: of the run, for data that are kept there.
 
     Raises:
         UserError: unknown data set, field or split, a bad value, an indivisible batch.
@@ -71,11 +77,25 @@ def build(
             f"batch_size={batch_size} must be a positive multiple of the number of processes, "
             f"{count}."
         )
-    examples = dataset.dataset(
-        split, seed=seed if own_seed is None else own_seed, **{**known, **fields}
+    batches = dataset.batches(
+        split=split,
+        seed=seed if own_seed is None else own_seed,
+        batch_size=batch_size,
+        index=index,
+        count=count,
+        workdir=workdir,
+        **{**known, **fields},
     )
-    batches = examples[index::count].batch(batch_size // count)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+
+
+def ready(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Makes the data ready for a run in ``workdir``, and fills in the fields that describe them.
+
+    Raises UserError if the data are missing or damaged.
+    """
+    if prepare := getattr(_dataset(config.name), "ready", None):
+        config.update(prepare(dict(config.items()), workdir))
 
 
 def _dataset(name: Any) -> Any:

@@ -111,14 +111,25 @@ def config() -> dict[str, Any]:
     }
 
 
-def dataset(split: str, seed: int, num_examples: int, **task: Any) -> grain.MapDataset:
-    """An endless grain dataset of examples, for the fields of `config`."""
+def batches(
+    split: str,
+    seed: int,
+    batch_size: int,
+    index: int,
+    count: int,
+    workdir: Any,
+    num_examples: int,
+    **task: Any,
+) -> grain.MapDataset:
+    """Endless batches of every ``count``-th example from ``index`` on; ``task`` as in `config`."""
     _check_int("num_examples", num_examples, 0)
     if split == "eval" or num_examples == 0:
-        return grain.MapDataset.source(Stream(seed=seed, split=int(split == "eval"), **task))
-    inputs, labels = generate(num_examples=num_examples, seed=seed, **task)
-    order = grain.MapDataset.range(num_examples).seed(seed).shuffle().repeat()
-    return order.map(lambda i: {"inputs": inputs[i], "labels": labels[i]})
+        examples = grain.MapDataset.source(Stream(seed=seed, split=int(split == "eval"), **task))
+    else:
+        inputs, labels = generate(num_examples=num_examples, seed=seed, **task)
+        order = grain.MapDataset.range(num_examples).seed(seed).shuffle().repeat()
+        examples = order.map(lambda i: {"inputs": inputs[i], "labels": labels[i]})
+    return examples[index::count].batch(batch_size // count)
 
 
 def check(vocab_size: Any, seq_len: Any, num_kv_pairs: Any, power_a: Any) -> None:

@@ -16,13 +16,13 @@ from rich.progress import Progress
 
 from nha_jax import cli
 from nha_jax.errors import UserError, nearest
-from nha_jax.evals import mqar
+from nha_jax.evals import mqar, perplexity
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite
 from nha_jax.models import ModelConfig
 
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
-SUITES: dict[str, Suite] = {"mqar": mqar.SUITE}
+SUITES: dict[str, Suite] = {"mqar": mqar.SUITE, "perplexity": perplexity.SUITE}
 
 
 def run(
@@ -55,6 +55,8 @@ def run(
         raise UserError(f"suite {suite!r} is unknown.{nearest(suite, SUITES)}")
     found = Checkpoint(checkpoint, step)
     config = found.config
+    if "path" in config.data:
+        config.data.path = config.data.path.replace("{workdir}", str(found.workdir))
     config.eval = SUITES[suite].options(config)
     # Only what an evaluation depends on can be overridden.
     cli.apply_overrides(ConfigDict({"model": config.model, "eval": config.eval}), overrides)

@@ -16,6 +16,7 @@ from nha_jax.training.optimizer import SCHEDULES
 HARMLESS = (
     *("steps", "log", "checkpoint", "eval", "mesh", "compilation_cache", "profile"),
     *("loss.chunk_tokens", "model.remat", "model.scan_runs", "model.impl", "stop_after_nonfinite"),
+    *("data.path", "data.damaged"),  # the data themselves have a fingerprint
 )
 
 

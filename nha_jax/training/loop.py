@@ -31,13 +31,17 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     """Trains as ``config`` says, from the last checkpoint in ``workdir`` if there is one.
 
     Returns the exit code: 0 when finished, 130 or 143 when Ctrl-C or SIGTERM ended it. Raises
-    ``UserError`` for bad input, before anything is written, and ``RunFailed`` when it cannot go
-    on; the checkpoints written until then are whole.
+    ``UserError`` for bad input, before anything but data prepared on first use is written, and
+    ``RunFailed`` when it cannot go on; the checkpoints written until then are whole.
     """
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
     check_config(config)
     check_workdir(workdir)
+    model = ModelConfig.from_config(config.model)
+    mesh = parallel.make_mesh(config.mesh)
+    check_rows(config, mesh)
+    data.ready(config.data, workdir)
     settings = config.checkpoint
     checkpoints = Checkpoints(workdir, keep=settings.keep, keep_every=settings.keep_every)
     if saved := checkpoints.config():
@@ -49,13 +53,11 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     if config.log.tensorboard:
         check_tensorboard()
 
-    mesh = parallel.make_mesh(config.mesh)
-    model = ModelConfig.from_config(config.model)
-    check_rows(config, mesh)
     part, count = parallel.data_part(batch_sharding(mesh, config.mesh.strategy), config.batch_size)
     source = partial(
         data.build,
         *(config.data, config.batch_size, config.seed),
+        workdir=workdir,
         process_index=part,
         process_count=count,
     )

@@ -125,7 +125,9 @@ def topology_devices(name: str) -> list[Any]:
 
 def abstract_data(config: ConfigDict) -> AbstractBatch:
     """The arrays of a batch of ``config.data``, none of which is read."""
-    names = ["inputs", "labels"] + (["segment_ids"] if config.data.name == "text" else [])
+    names = ["inputs", "labels"]
+    if config.data.name == "text":
+        names += ["segment_ids", "positions"]
     shape = config.batch_size, config.data.seq_len
     return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
 

@@ -13,7 +13,8 @@ from nha_jax import parallel
 from nha_jax.training.cross_entropy import IGNORE, cross_entropy
 from nha_jax.training.state import Model, Params, TrainState
 
-Batch = dict[str, jax.Array]  # inputs, labels [B,T] int32, segment_ids [B,T] int32 when packed
+# inputs, labels, when packed segment_ids and positions: int32 [B,T]
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 SPIKES_AFTER = 100  # steps before which none is a spike
@@ -121,7 +122,11 @@ def batch_sharding(mesh: Mesh, strategy: str) -> NamedSharding:
 
 def _apply(model: Model, params: Params, batch: Batch, config: ConfigDict) -> Any:
     language_model = model(params)
-    output = language_model(batch["inputs"], segment_ids=batch.get("segment_ids"))
+    output = language_model(
+        batch["inputs"],
+        segment_ids=batch.get("segment_ids"),
+        positions=batch.get("positions"),
+    )
     kernel = language_model.output_kernel()
     sums = cross_entropy(
         output.hidden,

@@ -1,0 +1,47 @@
+"""Text: a small language model learns to write Python from the standard library's own sources."""
+
+from ml_collections import ConfigDict
+
+from nha_jax.data import data_config
+from nha_jax.errors import UserError, nearest
+from nha_jax.models import model_config
+from nha_jax.training import default_config
+
+VARIANTS = ("", "gpu")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in VARIANTS:
+        hint = nearest(variant, VARIANTS[1:])
+        raise UserError(f"configs/stdlib.py has no variant {variant!r}.{hint}")
+    config = default_config()
+    config.steps = 1200
+    config.batch_size = 8
+    config.data = data_config("stdlib", seq_len=256, bpe_size=1024)
+    config.model = model_config(
+        vocab_size=1024,
+        hidden=128,
+        layers=1,
+        heads=2,
+        ffn=512,
+        slots=16,
+        windows="32",
+        conv=4,
+        tied_embeddings=True,
+        dtype="float32",
+    )
+    config.optimizer.learning_rate = 5e-3
+    config.optimizer.warmup_steps = 50
+    config.checkpoint.every = 200
+    config.log.every = 50
+    config.eval.examples = 256
+    if variant == "gpu":
+        config.steps = 1200  # 32,768 tokens each: about ten epochs
+        config.batch_size = 32
+        config.data.seq_len = 1024
+        config.data.bpe_size = config.model.vocab_size = 8192
+        config.model.update(hidden=768, layers=12, heads=12, ffn=2048, slots=64)
+        config.model.update(windows="64*5,full", dtype="bfloat16")
+        config.optimizer.learning_rate = 6e-4
+        config.optimizer.warmup_steps = 100
+    return config
