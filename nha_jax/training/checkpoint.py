@@ -19,8 +19,8 @@ from nha_jax import parallel
 from nha_jax.errors import RunFailed, UserError
 from nha_jax.training.state import TrainState
 
-# Orbax warns of choices that are its own.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax warns of choices that are its own, and logs with traces what it also raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
