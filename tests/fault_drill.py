@@ -152,13 +152,14 @@ def corrupted(drill: Drill) -> None:
     newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     largest = max(newest.glob("state/**/d/*"), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 8
+    for place in range(0, len(content), 64):
+        content[place] ^= 8
     largest.write_bytes(content)
     _, output = drill.finish("corrupted")
     said = [line for line in output.splitlines() if "is damaged" in line]
     problem = "" if said and str(newest) in said[0] else "the damaged checkpoint was not named"
     seen = "named, moved aside, the one before used"
-    drill.check("one bit of the newest checkpoint", seen, "corrupted", "whole", problem)
+    drill.check("bits of the newest checkpoint flipped", seen, "corrupted", "whole", problem)
 
 
 def disk_full(drill: Drill) -> None:
@@ -179,10 +180,8 @@ def disk_full(drill: Drill) -> None:
         return
     workdir.rmdir()
     keeper.rename(workdir)
-    said = [line for line in output.splitlines() if line and "step " not in line[:5]][-1:]
-    problem = (
-        "" if code == 1 and said and "run the same command again" in said[0] else output[-300:]
-    )
+    told = "run the same command again" in output and "Traceback" not in output
+    problem = "" if code == 1 and told else f"exit code {code}: {output[-300:]}"
     seen = "exit code 1, one sentence, last checkpoint whole"
     drill.check("disk full", seen, name, "whole", problem)
 
@@ -204,8 +203,8 @@ def permission(drill: Drill) -> None:
     output, _ = process.communicate(timeout=60)
     checkpoints.unlink()
     away.rename(checkpoints)
-    told = "run the same command again" in output.lower() and process.returncode == 1
-    problem = "" if told else f"exit code {process.returncode}: {output[-300:]}"
+    told = "run the same command again" in output and "Traceback" not in output
+    problem = "" if process.returncode == 1 and told else output[-300:]
     seen = "exit code 1, one sentence, last checkpoint whole"
     drill.check("checkpoints no longer writable", seen, name, "whole", problem)
 
