@@ -73,12 +73,12 @@ def rehearse(config: ConfigDict, topology: str) -> int:
     try:
         compiled = compile_step(traced.lower(), mesh)
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
-        if not needed:
+        message = str(error).strip().split("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in message:
             raise
-        used, unit, limit, limit_unit = needed.groups()
-        print(f"Does not fit: needs {used} {unit}iB of {limit} {limit_unit}iB on every device.")
-        print(advice(config, built, CHIPS[generation].hbm))
+        reason = message.split("RESOURCE_EXHAUSTED: ")[-1].removesuffix(".")
+        print(f"Does not fit: {reason}.")
+        print(advice(config, built, model.vocab_size, CHIPS[generation].hbm))
         return 1
     print(f"compiled in {time.monotonic() - began:.0f} s\n")
     fits = print_memory(built, compiled.memory_analysis(), CHIPS[generation].hbm)
@@ -95,7 +95,7 @@ def rehearse(config: ConfigDict, topology: str) -> int:
         tokens=tokens,
     )
     if not fits:
-        print(advice(config, built, CHIPS[generation].hbm))
+        print(advice(config, built, model.vocab_size, CHIPS[generation].hbm))
     return 0 if fits else 1
 
 
@@ -205,7 +205,7 @@ def print_roofline(
     print()
 
 
-def advice(config: ConfigDict, built: Program, limit: int) -> str:
+def advice(config: ConfigDict, built: Program, vocab: int, limit: int) -> str:
     """What would make the step fit."""
     state = device_bytes(built.abstract)
     ways = built.mesh.shape["data"] * built.mesh.shape["fsdp"]
@@ -213,6 +213,9 @@ def advice(config: ConfigDict, built: Program, limit: int) -> str:
     options = []
     if built.mesh.shape["data"] > 1 and state > limit / 4:
         options.append("move devices from --config.mesh.data to --config.mesh.fsdp")
+    tokens = min(config.loss.chunk_tokens, rows * config.data.seq_len)
+    if tokens > 4096 and tokens * vocab * 8 > limit / 8:  # logits and their gradient
+        options.append("--config.loss.chunk_tokens=4096")
     if config.model.remat != "full":
         options.append("--config.model.remat=full")
     if rows > 1:
