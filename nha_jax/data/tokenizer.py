@@ -23,12 +23,11 @@ ENDS = ("<|end_of_text|>", END, "</s>", "<eos>")
 
 # The pre-tokens of GPT-2 where a word is ASCII; a word that is not, up to the next white space,
 # is left to the library. Characters that are white space to Python only are kept out of it.
-PRETOKENS = re.compile(
-    r" ?[\x00-\x08\x0e-\x1b!-\x7f]*+[^\x00-\x7f\s]\S*|'(?:[sdmt]|ll|ve|re)"
-    r"| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
-)
+ASCII = r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+ASCII_PRETOKENS = re.compile(ASCII, re.ASCII)
+PRETOKENS = re.compile(r" ?[\x00-\x08\x0e-\x1b!-\x7f]*+[^\x00-\x7f\s]\S*|" + ASCII)
 ODD = re.compile("[\x1c-\x1f\x85]")
-CACHED_LENGTH, CACHED_PIECES = 32, 400_000
+CACHED_LENGTH, CACHED_PIECES = 32, 200_000
 
 
 class Tokenizer:
@@ -73,11 +72,12 @@ class Tokenizer:
         """The ids of ``text``, without begin and end, as little-endian integers of ``dtype``."""
         if self._library is None:
             return np.frombuffer(text.encode(), np.uint8).astype(self.dtype).tobytes()
-        if self._cache is None or ODD.search(text):
+        pretokens = ASCII_PRETOKENS if text.isascii() else PRETOKENS
+        if self._cache is None or (pretokens is PRETOKENS and ODD.search(text)):
             return self._encode(text)
         if len(self._cache) > CACHED_PIECES:
             self._cache.clear()
-        return b"".join(map(self._cache.__getitem__, PRETOKENS.findall(text)))
+        return b"".join(map(self._cache.__getitem__, pretokens.findall(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._library is None:
