@@ -16,9 +16,9 @@ def refuses(q, k, v, log_alpha, *rest) -> str | None:
     return attention.supports(q, k, v, log_alpha, spec)
 
 
-def refuses_step(q, k, v, log_alpha, state, *_) -> str | None:
+def refuses_step(q, k, v, log_alpha, state, *rest) -> str | None:
     """Why `step` cannot take the call, or None."""
-    return decode.supports(q, k, v, state)
+    return decode.supports(q, k, v, state, rest[-1])
 
 
 def forward(*call) -> Output:

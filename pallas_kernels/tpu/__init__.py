@@ -1,1 +1,1 @@
-"""Mosaic TPU kernels of native hybrid attention (derivation: docs/tpu_kernels.md)."""
+"""Mosaic TPU kernels of native hybrid attention (derivation: docs/kernels.md)."""

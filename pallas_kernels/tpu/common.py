@@ -1,6 +1,6 @@
 """What the forward and backward kernels share.
 
-Notation (docs/tpu_kernels.md has the derivation):
+Notation (docs/kernels.md has the derivation):
     C rows per chunk, G query heads per kv head, W window, L slot lag, M slots, D / V head widths
     g [C, M]   inclusive sum of the log gates over the chunk's rows
     w [C, M]   written weight 1 - alpha of the row that time t writes (row halo + t - L)

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing here touches a device
 }
+LIBTPU = next((d.version for d in metadata.distributions() if d.name == "libtpu"), "none")
 PASSES = ("forward", "train", "decode")
 DECODE_ROWS = 8  # sequences per device
 MESH = {"data": 2, "tensor": 2}
@@ -44,10 +45,23 @@ class Layer:
     query_heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     slots: int
+    dtype: str = "bfloat16"
 
 
-LAYERS = {"8b": Layer(32, 8, 128, 64), "340m": Layer(16, 16, 64, 64)}
+LAYERS = {
+    "8b": Layer(32, 8, 128, 128, 64),
+    "340m": Layer(16, 16, 64, 64, 64),
+    # Shapes at the edges of what the kernels take.
+    "d96": Layer(8, 4, 96, 96, 16),
+    "d256": Layer(8, 2, 256, 256, 256),
+    "mixed": Layer(12, 6, 64, 128, 100),
+    "v256": Layer(8, 2, 128, 256, 8),
+    "8b-f32": Layer(32, 8, 128, 128, 64, "float32"),
+    "340m-f32": Layer(16, 16, 64, 64, 64, "float32"),
+    "d256-f32": Layer(8, 2, 256, 256, 256, "float32"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +133,6 @@ class Result:
     source: str = ""
 
 
-def versions() -> dict[str, str]:
-    libtpu = [d.version for d in metadata.distributions() if d.name.startswith("libtpu")]
-    return {"jax": jax.__version__, "libtpu": libtpu[0] if libtpu else "none"}
-
-
 def source_of(case: Case) -> str:
     """Digest of what the compiled program comes from: choices made, and files."""
     kernels = ["decode"] if case.kind == "decode" else ["attention", "forward"]
@@ -158,24 +167,27 @@ def figures_of(case: Case) -> Figures:
         arrays = _decode_arrays(own, case.window, DECODE_ROWS)
         q, k, v, _, state, *_ = arrays
         read = [state.slot_k, state.slot_v, state.k, state.v, state.cos, state.sin]
-        flops = 4.0 * DECODE_ROWS * hq * d
-        keys = jax.ShapeDtypeStruct((DECODE_ROWS, h, t, d), jnp.bfloat16)
+        flops = 2.0 * DECODE_ROWS * hq * (d + own.value_dim)
+        cache = [jax.ShapeDtypeStruct((DECODE_ROWS, h, t, x), k.dtype) for x in (d, own.value_dim)]
+        spec, groups = spec_of(case), hq // h
+        heads = decode.heads_per_step(state, groups, spec, tiles)
         return Figures(
-            decode.supports(q, k, v, state, tiles=tiles),
-            f"{tiles} {decode.heads_per_step(state)} heads",
-            decode.vmem_bytes(state),
+            decode.supports(q, k, v, state, spec, tiles=tiles),
+            f"{heads} heads, {tiles.vmem} bytes",
+            decode.vmem_bytes(heads, state, groups, spec, tiles),
             _size(arrays),
             cost.decode(read, flops * (m + case.window), _size([state.slot_k, state.slot_v])),
-            cost.decode([keys, keys], flops * t, 0),
+            cost.decode(cache, flops * t, 0),
         )
-    call, spec, train = _attention_arrays(own, t, 1), _spec(case), case.kind == "train"
-    splash = cost.splash(1, t, hq, h, d, train, 2)
-    reason = limits.supports(*call, spec, tiles=tiles)
+    call, spec, train = attention_arrays(own, t, 1), spec_of(case), case.kind == "train"
+    q, k, v, gates = call
+    splash = cost.splash(1, t, hq, h, (d, own.value_dim), train, q.dtype.itemsize)
+    reason = limits.supports(q, k, v, gates, spec, tiles=tiles)
     if reason:
         return Figures(reason, "", 0, _size(call), Cost(0.0, 0.0), splash)
-    plan = limits.plan_for(*call, spec, True, tiles)
+    plan = limits.plan_for(q, k, v, gates, spec, True, tiles)
     work = cost.forward(plan, train) + (cost.backward(plan) if train else Cost(0.0, 0.0))
-    return Figures(None, str(plan), limits.attention_vmem(plan), _size(call), work, splash)
+    return Figures(None, str(plan), limits.attention_vmem(plan, tiles), _size(call), work, splash)
 
 
 def run(case: Case, mesh: Mesh | None = None) -> Result:
@@ -192,7 +204,11 @@ def run(case: Case, mesh: Mesh | None = None) -> Result:
 
 def stamp(case: Case, result: Result, seconds: float) -> Result:
     return dataclasses.replace(
-        result, seconds=round(seconds, 1), source=source_of(case), **versions()
+        result,
+        seconds=round(seconds, 1),
+        source=source_of(case),
+        jax=jax.__version__,
+        libtpu=LIBTPU,
     )
 
 
@@ -209,7 +225,7 @@ def failure(case: Case, result: Result) -> str | None:
     return None
 
 
-def _spec(case: Case) -> Spec:
+def spec_of(case: Case) -> Spec:
     return Spec(case.window, case.window, LAYERS[case.layer].head_dim ** -0.5)
 
 
@@ -217,40 +233,41 @@ def _size(arrays: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def _attention_arrays(of: Layer, t: int, batch: int) -> list[jax.ShapeDtypeStruct]:
+def attention_arrays(of: Layer, t: int, batch: int) -> list[jax.ShapeDtypeStruct]:
     """q, k, v and gates."""
 
-    def x(heads: int, width: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, t, heads, width), dtype)
+    def x(heads: int, width: int, dtype: str = of.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, t, heads, width), jnp.dtype(dtype))
 
     h, d = of.kv_heads, of.head_dim
-    return [x(of.query_heads, d), x(h, d), x(h, d), x(h, of.slots, jnp.float32)]
+    return [x(of.query_heads, d), x(h, d), x(h, of.value_dim), x(h, of.slots, "float32")]
 
 
 def _attention(case: Case, mesh: Mesh) -> Result:
-    layer, tiles, spec = LAYERS[case.layer], load(case.chip), _spec(case)
-    d, m, t = layer.head_dim, layer.slots, case.length
+    layer, tiles, spec = LAYERS[case.layer], load(case.chip), spec_of(case)
+    d, v_width, m, t = layer.head_dim, layer.value_dim, layer.slots, case.length
 
     def split(x, width):
         return x.reshape(*x.shape[:2], -1, width)
 
     def forward(q, k, v, gates, cos, sin):
         o, *_ = attention.forward(
-            split(q, d), split(k, d), split(v, d), split(gates, m),
+            split(q, d), split(k, d), split(v, v_width), split(gates, m),
             None, None, cos, sin, None, None, spec, tiles=tiles,
         )  # fmt: skip
-        return o.reshape(q.shape)
+        return o.reshape(*q.shape[:2], -1)
 
     def train(q, k, v, gates, cos, sin, do):
         o, vjp = jax.vjp(lambda q, k, v, g: forward(q, k, v, g, cos, sin), q, k, v, gates)
         return o, vjp(do)
 
     # As the projections give them: heads side by side. [B,T,H,D] would only add relayouts.
-    whole = _attention_arrays(layer, t, MESH["data"] if case.devices > 1 else 1)
+    whole = attention_arrays(layer, t, MESH["data"] if case.devices > 1 else 1)
     flat = [jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] * x.shape[3]), x.dtype) for x in whole]
     arguments = [*flat, *[jax.ShapeDtypeStruct((t, d // 2), jnp.float32)] * 2]
     if case.kind == "train":
-        arguments.append(flat[0])
+        heads = layer.query_heads * layer.value_dim
+        arguments.append(jax.ShapeDtypeStruct((*flat[0].shape[:2], heads), flat[0].dtype))
     rows = PartitionSpec("data", None, "tensor")
     specs = [rows if x.ndim == 3 else PartitionSpec() for x in arguments]
     return _compile(mesh, train if case.kind == "train" else forward, arguments, specs, rows)
@@ -258,20 +275,22 @@ def _attention(case: Case, mesh: Mesh) -> Result:
 
 def _decode_arrays(of: Layer, p: int, batch: int) -> list[Any]:
     """q, k, v, gates, state, cos, sin."""
-    h, d, m = of.kv_heads, of.head_dim, of.slots
-    f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
+    h, d, v, m = of.kv_heads, of.head_dim, of.value_dim, of.slots
+    f32, i32, dtype = jnp.float32, jnp.int32, jnp.dtype(of.dtype)
 
     def x(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
-    slot, ring, table, count = x(f32, h, m, d), x(bf16, h, p, d), x(f32, p, d // 2), x(i32)
-    state = State(slot, slot, ring, ring, x(f32, h, p, m), table, table, count, count, count)
-    token, turn = x(bf16, 1, h, d), x(f32, 1, d // 2)
-    return [x(bf16, 1, of.query_heads, d), token, token, x(f32, 1, h, m), state, turn, turn]
+    table, count = x(f32, p, d // 2), x(i32)
+    slots, rings = (x(f32, h, m, d), x(f32, h, m, v)), (x(dtype, h, p, d), x(dtype, h, p, v))
+    state = State(*slots, *rings, x(f32, h, p, m), table, table, count, count, count)
+    turn = x(f32, 1, d // 2)
+    q, k, value = x(dtype, 1, of.query_heads, d), x(dtype, 1, h, d), x(dtype, 1, h, v)
+    return [q, k, value, x(f32, 1, h, m), state, turn, turn]
 
 
 def _decode(case: Case, mesh: Mesh) -> Result:
-    tiles, spec = load(case.chip), _spec(case)
+    tiles, spec = load(case.chip), spec_of(case)
 
     def step(q, k, v, gates, state, cos, sin):
         rope = (cos, sin) if case.window else None
@@ -318,7 +337,9 @@ def _vmem(hlo: str) -> int:
 
     A kernel's region starts where the compiler's own buffers end; what is used counts from 0.
     """
-    config = r'"(used_)?scoped_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"'
+    config = (
+        r'"(used_)?scoped_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"'
+    )
     sizes = []
     for line in hlo.splitlines():
         if 'custom_call_target="tpu_custom_call"' in line:

@@ -7,8 +7,8 @@
 needs libtpu (`pip install 'jax[tpu]'`), no TPU. One row per case and device: compiled or the
 compiler's error, VMEM of the largest kernel beside its estimate, temporaries in HBM (and as a
 multiple of q, k, v and log_alpha), bytes moved, FLOPs, the roofline time, and that of causal splash
-attention at the same length. One sequence per device (8 for `decode`); `--devices 4` is a shard_map
-over two ways of the batch times two ways of the heads.
+attention at the same length. One sequence per device (8 for `decode`); four devices are a shard_map
+over two ways of the batch times two ways of the heads, at the shortest of the lengths.
 
 Cases are compiled in worker processes: a crash of the compiler is one failing row. `--json` keeps
 the rows; cases found there, of the same sources, jax and libtpu, are not compiled again. Ends with
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import itertools
 import json
 import os
 import selectors
@@ -32,9 +32,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+
 from pallas_kernels.tpu.compile_case import (
     ENVIRONMENT,
     LAYERS,
+    LIBTPU,
     LONG,
     PASSES,
     Case,
@@ -44,7 +47,6 @@ from pallas_kernels.tpu.compile_case import (
     figures_of,
     source_of,
     stamp,
-    versions,
 )
 from pallas_kernels.tpu.cost import Cost
 from pallas_kernels.tpu.tiles import GENERATIONS, Device, device
@@ -54,19 +56,16 @@ LENGTHS = (2048, 8192, LONG)
 DEVICES = (1, 4)
 
 
-def cases(arguments: argparse.Namespace) -> list[Case]:
+def cases(chosen: argparse.Namespace) -> list[Case]:
     found = []
-    for chip in arguments.chips:
-        for layer in arguments.layers:
-            for window in arguments.windows:
-                for kind in arguments.passes:
-                    # A decode step's program does not depend on the length: one row, the longest.
-                    lengths = arguments.lengths if kind != "decode" else [max(arguments.lengths)]
-                    found += [
-                        Case(chip, layer, window, length, kind, devices)
-                        for length in lengths
-                        for devices in arguments.devices
-                    ]
+    for chip, layer, window, kind, devices in itertools.product(
+        chosen.chips, chosen.layers, chosen.windows, chosen.passes, chosen.devices
+    ):
+        if kind == "decode":  # the program does not depend on the length
+            lengths = [max(chosen.lengths)]
+        else:
+            lengths = chosen.lengths if devices == 1 else [min(chosen.lengths)]
+        found += [Case(chip, layer, window, length, kind, devices) for length in lengths]
     return found
 
 
@@ -117,7 +116,7 @@ class Worker:
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            self.process.communicate()
             self.errors.close()
             self.process = None
 
@@ -129,14 +128,17 @@ class Log:
         self.path = path
         self.rows: dict[Case, Result] = {}
         if path is not None and path.exists():
-            for entry in json.loads(path.read_text()):
+            entries = json.loads(path.read_text())
+            if not isinstance(entries, list):
+                raise ValueError("not a list of rows")
+            for entry in entries:
                 self.rows[Case(**entry["case"])] = Result(**entry["result"])
 
     def current(self, case: Case) -> bool:
         """Whether the case's row was made by these sources and compilers."""
         row = self.rows.get(case)
-        made = versions() | {"source": source_of(case)}
-        return row is not None and {name: getattr(row, name) for name in made} == made
+        made = (jax.__version__, LIBTPU, source_of(case))
+        return row is not None and (row.jax, row.libtpu, row.source) == made
 
     def add(self, case: Case, result: Result) -> None:
         self.rows[case] = result
@@ -179,6 +181,30 @@ def row(case: Case, result: Result) -> str:
     return "| " + " | ".join(map(str, [*cells, *numbers, said(case, result)])) + " |"
 
 
+def summary(rows: dict[Case, Result]) -> list[str]:
+    """Forward + backward on one device, windows side by side: roofline and splash in ms, and the
+    largest VMEM and temporaries among them."""
+    groups: dict[tuple[str, str, int], dict[int, tuple[Case, Result]]] = {}
+    for case, result in rows.items():
+        if case.kind == "train" and case.devices == 1 and result.status == "compiled":
+            groups.setdefault((case.chip, case.layer, case.length), {})[case.window] = case, result
+    windows = sorted({window for group in groups.values() for window in group})
+    columns = ["chip", "layer", "T", *[f"window {w}" for w in windows], "splash"]
+    columns += ["VMEM MiB", "temporaries / inputs"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for (name, layer, length), group in groups.items():
+        chip = device(name)
+        figures = {window: figures_of(case) for window, (case, _) in group.items()}
+        times = {w: f"{milliseconds(x.work, chip):.2f}" for w, x in figures.items()}
+        cells = [name, layer, str(length), *[times.get(window, "-") for window in windows]]
+        cells.append(f"{milliseconds(next(iter(figures.values())).splash, chip):.2f}")
+        cells.append(f"{max(result.vmem for _, result in group.values()) / 2**20:.1f}")
+        ratios = [result.temporaries / figures[w].inputs for w, (_, result) in group.items()]
+        cells.append(f"{max(ratios):.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if groups else []
+
+
 def said(case: Case, result: Result) -> str:
     return failure(case, result) or result.status
 
@@ -213,31 +239,44 @@ def compile_all(todo: list[Case], log: Log, jobs: int, timeout: float) -> None:
             worker.close()
 
 
-def main(argv: list[str] | None = None) -> int:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chips", nargs="+", choices=GENERATIONS, default=GENERATIONS)
-    parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=tuple(LAYERS))
+    parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=("8b", "340m"))
     parser.add_argument("--windows", nargs="+", type=_size, default=WINDOWS)
-    parser.add_argument("--lengths", nargs="+", type=_size, default=LENGTHS)
+    parser.add_argument("--lengths", nargs="+", type=_length, default=LENGTHS)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--devices", nargs="+", type=int, choices=DEVICES, default=DEVICES)
-    parser.add_argument("--jobs", type=_size, default=1, help="worker processes")
+    parser.add_argument("--jobs", type=_length, default=1, help="worker processes")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep rows here, and go on")
-    arguments = parser.parse_args(argv)
-    if importlib.util.find_spec("libtpu") is None:
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = arguments(argv)
+    if LIBTPU == "none":
         print("No TPU compiler here: install it with `pip install 'jax[tpu]'`.", file=sys.stderr)
         return 2
-    wanted = cases(arguments)
-    log = Log(arguments.json)
+    wanted = cases(chosen)
+    try:
+        log = Log(chosen.json)
+    except (ValueError, TypeError, KeyError, OSError):
+        print(
+            f"--json {chosen.json} is not a report of this command: delete it or name another.",
+            file=sys.stderr,
+        )
+        return 2
     todo = [case for case in wanted if not log.current(case)]
-    compile_all(todo, log, max(arguments.jobs, 1), arguments.timeout)
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(f"\n{HEADER}")
+    compile_all(todo, log, chosen.jobs, chosen.timeout)
+    print(f"# TPU kernels compiled with jax {jax.__version__}, libtpu {LIBTPU}\n\n{HEADER}")
     for case in wanted:
         print(row(case, log.rows[case]))
+    lines = summary({case: log.rows[case] for case in wanted})
+    if lines:
+        print("", "Forward + backward on one device, roofline ms:", "", *lines, sep="\n")
     failures = sum(failure(case, log.rows[case]) is not None for case in wanted)
     refused = sum(log.rows[case].status.startswith("refused") for case in wanted)
     print(f"\n{len(wanted)} cases, {refused} refused, {failures} failed.")
@@ -247,6 +286,12 @@ def main(argv: list[str] | None = None) -> int:
 def _size(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
+
+
+def _length(text: str) -> int:
+    if _size(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too few")
     return int(text)
 
 

@@ -27,13 +27,14 @@ class Cost:
         )
 
 
-def _key_rows(plan: Plan) -> int:
-    """Keys that a chunk's queries meet in its window, masked ones included."""
+def _key_rows(plan: Plan) -> float:
+    """Keys that a chunk's queries meet in its window, masked ones included; mean over chunks."""
     if not plan.window:
-        return 0
+        return 0.0
     if plan.one_tile:
         return plan.window_tail + plan.chunk
-    return (min(plan.window_blocks, plan.blocks - 1) + 1) * plan.chunk
+    before = [min(plan.halo_blocks + i, plan.window_blocks) for i in range(plan.chunks)]
+    return (sum(before) / plan.chunks + 1) * plan.chunk
 
 
 def _tokens(plan: Plan) -> tuple[int, int, int]:
@@ -91,12 +92,18 @@ def backward(plan: Plan) -> Cost:
     return Cost(2.0 * steps * (g * per_query_head + per_kv_head), float(total))
 
 
-def splash(batch: int, t: int, heads: int, kv_heads: int, d: int, train: bool, size: int) -> Cost:
-    """Causal splash attention: 2 products of T^2/2 rows forward, 7 backward (two kernels)."""
-    product = 2.0 * batch * heads * d * t * t / 2
-    q, k = batch * t * heads * d * size, batch * t * kv_heads * d * size
-    forward = Cost(2 * product, 2 * q + 2 * k)
-    return forward + Cost(7 * product, 6 * q + 6 * k) if train else forward
+def splash(
+    batch: int, t: int, heads: int, kv_heads: int, widths: tuple[int, int], train: bool, size: int
+) -> Cost:
+    """Causal splash attention with keys and values of these widths: 2 products of T^2/2 rows
+    forward, 7 backward (two kernels)."""
+    k_product, v_product = (1.0 * batch * heads * width * t * t for width in widths)
+    q, o = (batch * t * heads * width * size for width in widths)
+    kv = batch * t * kv_heads * sum(widths) * size
+    forward = Cost(k_product + v_product, q + o + kv)
+    if not train:
+        return forward
+    return forward + Cost(4 * k_product + 3 * v_product, 3 * (q + o) + 3 * kv)
 
 
 def decode(state_arrays: list[jax.ShapeDtypeStruct], window_flops: float, written: float) -> Cost:

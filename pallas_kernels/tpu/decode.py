@@ -27,7 +27,7 @@ from pallas_kernels.tpu.common import (
     to_column,
     to_row,
 )
-from pallas_kernels.tpu.tiles import Tiles, tiles_for
+from pallas_kernels.tpu.tiles import Tiles, tile_bytes, tiles_for
 
 # VMEM that a step of several heads may take: enough to hide latency behind.
 BLOCK_BYTES = 8 << 20
@@ -45,16 +45,18 @@ class Ring:
 
     @classmethod
     def of(cls, tokens: int, width: int) -> Ring:
-        def padded(sublanes: int, lanes: int) -> int:
-            return -(-sublanes // 8) * 8 * -(-lanes // 128) * 128
-
-        return cls(tokens, width, padded(width, tokens) < padded(tokens, width))
+        return cls(tokens, width, tile_bytes(width, tokens, 4) < tile_bytes(tokens, width, 4))
 
     @property
     def tile(self) -> int:
         """Tokens written back for one."""
         tile = 128 if self.columns else 16
         return self.tokens if self.tokens % tile else tile
+
+    def bytes(self, tokens: int, itemsize: int) -> int:
+        """VMEM of `tokens` of them."""
+        shape = (self.width, tokens) if self.columns else (tokens, self.width)
+        return tile_bytes(*shape, itemsize)
 
     def turn(self, x: jax.Array) -> jax.Array:
         """[..., tokens, width] as the kernel sees it, and back."""
@@ -121,7 +123,9 @@ class _Sizes:
     vmem_limit: int
 
 
-def supports(q: Any, k: Any, v: Any, state: Any, *, tiles: Tiles | None = None) -> str | None:
+def supports(
+    q: Any, k: Any, v: Any, state: Any, spec: Any, *, tiles: Tiles | None = None
+) -> str | None:
     """None when `step` takes the call, else one sentence naming the limit."""
     if any(x.dtype not in (jnp.bfloat16, jnp.float32) for x in (q, k, v, state.k, state.v)):
         return (
@@ -131,11 +135,12 @@ def supports(q: Any, k: Any, v: Any, state: Any, *, tiles: Tiles | None = None) 
     if state.slot_k.dtype != jnp.float32:
         return f"The TPU decode kernel keeps slots in float32, not {state.slot_k.dtype}."
     tiles = tiles or tiles_for()
-    need = vmem_bytes(state)
+    need = vmem_bytes(1, state, q.shape[2] // k.shape[2], spec, tiles)
     if need > tiles.vmem:
         return (
-            f"A ring of {state.k.shape[2]} tokens needs about {need >> 20} MiB of VMEM in the "
-            f"decode kernel and {tiles.generation} offers {tiles.vmem >> 20} MiB."
+            f"A ring of {state.k.shape[2]} tokens with D = {q.shape[-1]}, V = {v.shape[-1]}, M = "
+            f"{state.slot_k.shape[2]} needs about {need / 2**20:.1f} MiB of VMEM in the decode "
+            f"kernel, and {tiles.generation} offers {tiles.vmem >> 20} MiB."
         )
     return None
 
@@ -160,7 +165,7 @@ def step(
     o = 0, state unchanged. Raises ValueError with the reason when `supports` refuses the call.
     """
     tiles = tiles or tiles_for()
-    refusal = supports(q, k, v, state, tiles=tiles)
+    refusal = supports(q, k, v, state, spec, tiles=tiles)
     if refusal:
         raise ValueError(refusal)
     batch, _, query_heads, d = q.shape
@@ -183,7 +188,7 @@ def step(
 
     ring_k = Ring.of(p, d)
     sizes = _Sizes(
-        heads=heads_per_step(state),
+        heads=heads_per_step(state, query_heads // h, spec, tiles),
         groups=query_heads // h,
         d=d,
         v=v.shape[-1],
@@ -193,7 +198,7 @@ def step(
         ring_v=Ring.of(p, v.shape[-1]),
         ring_g=Ring.of(p, m),
         table=Ring(p, d // 2, ring_k.columns),
-        gate_tile=lag in (0, p),
+        gate_tile=gate_tile(spec, p),
         window=spec.window,
         lag=lag,
         scale=spec.scale,
@@ -226,29 +231,42 @@ def _forget(state: Any, goes_on: jax.Array) -> Any:
     return dataclasses.replace(state, **rings)
 
 
-def heads_per_step(state: Any) -> int:
-    """Kv heads per grid step."""
+def heads_per_step(state: Any, groups: int, spec: Any, tiles: Tiles) -> int:
+    """Kv heads per grid step: as many as fit the target, to hide latency behind."""
     h = state.k.shape[1]
-    fitting = [n for n in range(1, h + 1) if h % n == 0 and _bytes(n, state) <= BLOCK_BYTES]
+    divisors = [n for n in range(1, h + 1) if h % n == 0]
+    fitting = [n for n in divisors if vmem_bytes(n, state, groups, spec, tiles) <= BLOCK_BYTES]
     return max(fitting, default=1)
 
 
-def vmem_bytes(state: Any) -> int:
-    """Estimate of what a step takes."""
-    return _bytes(heads_per_step(state), state)
+def vmem_bytes(heads: int, state: Any, groups: int, spec: Any, tiles: Tiles) -> int:
+    """Upper bound of what a step with `heads` kv heads takes: its blocks twice, and work on rings
+    in float32."""
+    (p, d), size = state.k.shape[2:], state.k.dtype.itemsize
+    v, m = state.v.shape[3], state.slot_k.shape[2]
+    per_head = sum(
+        tile_bytes(rows, width, size) for rows in (groups, 1) for width in (d, v)
+    )  # q, o; k, v
+    shared = work = 0
+    if m:
+        per_head += tile_bytes(1, m, 4) + 2 * (tile_bytes(m, d, 4) + tile_bytes(m, v, 4))
+    if p:
+        rings = [(Ring.of(p, d), size, True), (Ring.of(p, v), size, True)]
+        if m:
+            rings.append((Ring.of(p, m), 4, not gate_tile(spec, p)))
+        for ring, itemsize, whole in rings:
+            per_head += ring.bytes(p if whole else ring.tile, itemsize)
+            per_head += ring.bytes(ring.tile, itemsize)
+        table = Ring(p, d // 2, Ring.of(p, d).columns)
+        shared = 2 * (table.bytes(p, 4) + table.bytes(table.tile, 4) + tile_bytes(1, d // 2, 4))
+        work = Ring.of(p, d).bytes(p, 4) + Ring.of(p, v).bytes(p, 4)
+    blocks = 2 * (heads * per_head + shared)
+    return int(1.1 * blocks + tiles.spill_decode * work) + (1 << 18)
 
 
-def _bytes(heads: int, state: Any) -> int:
-    """VMEM of a step with `heads` kv heads: double-buffered blocks and f32 work on one ring."""
-    _, _, m, d = state.slot_k.shape
-    p = state.k.shape[2]
-    dv = state.slot_v.shape[3]
-    lanes = [-(-x // 128) * 128 for x in (d, dv, m)]
-    ring = p * (lanes[0] * state.k.dtype.itemsize + lanes[1] * state.v.dtype.itemsize)
-    slots = 2 * 4 * m * (lanes[0] + lanes[1])
-    gates = 4 * p * lanes[2]
-    tables = 2 * 4 * p * 128
-    return 2 * (heads * (ring + slots + gates) + tables) + 3 * 4 * p * lanes[0]
+def gate_tile(spec: Any, p: int) -> bool:
+    """Whether the gate that leaves lies in the tile that the new one enters."""
+    return spec.slot_lag in (0, p)
 
 
 def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
@@ -350,8 +368,8 @@ def _kernel(z: _Sizes, scalars: Any, *refs: Any) -> None:
             keys = with_new(z.ring_k, ring_k_ref[0, h], 0, new_k)  # [P, D] or [D, P]
             values = with_new(z.ring_v, ring_v_ref[0, h], 0, new_v)
             if z.rope:
-                keys = rotate(keys, *tables, axis=0 if z.ring_k.columns else 1)
-                q = rotate(q, *turn)
+                keys = rotate(keys, tables[0], tables[1], 0 if z.ring_k.columns else 1)
+                q = rotate(q, turn[0], turn[1])
             logits = z.scale * exact_dot(q, keys, "nn" if z.ring_k.columns else "nt")
             s_window = jnp.where(in_window, logits, MASKED)  # [G, P]
             top_window = jnp.max(s_window, axis=1, keepdims=True)

@@ -66,17 +66,15 @@ def attention(
             q=jnp.pad(doc[:, spec.halo :], ((0, 0), (0, rows - t))),
             kv=jnp.pad(doc, ((0, 0), (0, keys - s))),
         )
-    # Built with concrete arrays: the kernel object holds the mask's block lists.
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mqa(
-            splash.MultiHeadMask(
-                [splash.CausalMask((rows, keys), offset=spec.halo) for _ in range(hq // h)]
-            ),
-            head_shards=1,
-            q_seq_shards=1,
-            block_sizes=_blocks(rows, keys),
-            interpret=interpret,
-        )
+    kernel = splash.make_splash_mqa(
+        splash.MultiHeadMask(
+            [splash.CausalMask((rows, keys), offset=spec.halo) for _ in range(hq // h)]
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=_blocks(rows, keys),
+        interpret=interpret,
+    )
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     if segments is None:
         o = jax.vmap(lambda q, k, v: heads(q, k, v, None))(q, k, v)

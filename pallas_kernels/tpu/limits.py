@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.common import FEATURE_MAPS, Plan
-from pallas_kernels.tpu.tiles import Tiles, tiles_for
+from pallas_kernels.tpu.tiles import Tiles, tile_bytes, tiles_for
 
 MAX_WIDTH = 256
 
@@ -53,11 +53,14 @@ def supports(
     if q.shape[1] == 0:
         return "The TPU kernels take at least one query token, not T = 0."
     tiles = tiles or tiles_for()
-    need = min(attention_vmem(p) for p in _plans(q, k, v, log_alpha, spec, tiles))
+    need = min(attention_vmem(p, tiles) for p in _plans(q, k, v, log_alpha, spec, tiles))
     if need > tiles.vmem:
+        heads = q.shape[2] // k.shape[2]
         return (
-            f"Window {spec.window} with slot lag {spec.slot_lag} needs about {need >> 20} MiB of "
-            f"VMEM in the backward kernel and {tiles.generation} offers {tiles.vmem >> 20} MiB."
+            f"Window {spec.window} and slot lag {spec.slot_lag} with D = {q.shape[-1]}, V = "
+            f"{v.shape[-1]}, M = {log_alpha.shape[-1]} and {heads} query heads per kv head need "
+            f"about {need / 2**20:.1f} MiB of VMEM in the backward kernel, and "
+            f"{tiles.generation} offers {tiles.vmem >> 20} MiB."
         )
     return None
 
@@ -106,18 +109,32 @@ def _plans(q, k, v, log_alpha, spec: Spec, tiles: Tiles, rope: bool = True) -> l
 def plan_for(q, k, v, log_alpha, spec: Spec, rope: bool, tiles: Tiles) -> Plan:
     """The plan that pads least among those that fit, then the smallest one."""
     plans = _plans(q, k, v, log_alpha, spec, tiles, rope)
-    fitting = [p for p in plans if attention_vmem(p) <= tiles.vmem]
+    fitting = [p for p in plans if attention_vmem(p, tiles) <= tiles.vmem]
     return min(fitting, key=lambda p: (p.padded_lanes, p.heads_per_block))
 
 
-def attention_vmem(plan: Plan) -> int:
-    """Estimate for the backward kernel, the larger one (docs/tpu_kernels.md)."""
-    size, c, hb = plan.dtype.itemsize, plan.chunk, plan.heads_per_block
-    d, v, m = (-(-hb * x // 128) * 128 for x in (plan.d_pad, plan.v_pad, plan.m_pad))
-    table = 4 * c * -(-plan.d // 128) * 128
-    state = 4 * hb * plan.m * sum(-(-x // 128) * 128 for x in (plan.d, plan.v))
-    blocks = 2 * plan.groups * c * (d + v) * size  # q, dq, o, do
-    blocks += 2 * c * (d + v) * size + 2 * c * m * 4 + 2 * table + 3 * state
-    ring = c * ((2 * d + v) * size + 4 * (2 * d + v) + 2 * 4 * m)
-    spilled = (hb << 20) + 12 * 4 * 128 * plan.groups * c * -(-max(plan.d, plan.v) // 128)
-    return 2 * blocks + plan.ring * ring + state + spilled
+def attention_vmem(plan: Plan, tiles: Tiles) -> int:
+    """Upper bound of what the backward kernel, the larger one, takes (docs/kernels.md)."""
+    c, hb, g = plan.chunk, plan.heads_per_block, plan.groups
+    size, f32 = plan.dtype.itemsize, 4
+
+    def rows(lanes: int, itemsize: int) -> int:
+        return tile_bytes(c, lanes, itemsize)
+
+    d, v, m = (hb * x for x in (plan.d_pad, plan.v_pad, plan.m_pad))
+    keys, key_grads = rows(d, size) + rows(v, size), rows(d, f32) + rows(v, f32)
+    gates = rows(m, f32) if plan.m else 0
+    tags = tile_bytes(2, c, f32)
+    table = rows(plan.d, f32) if plan.rope else 0
+    states = hb * sum(tile_bytes(plan.m, x, f32) for x in (plan.d, plan.v)) if plan.m else 0
+    blocks = 2 * (rows(g * d, size) + rows(g * v, size))  # q, dq, o, do
+    blocks += tile_bytes(3 * hb * g, c, f32) + 2 * keys + tags + 2 * gates + 2 * table + 3 * states
+    ring = keys + key_grads + tags + 2 * gates
+    if plan.rope:
+        ring += rows(d, size) + rows(d, f32)
+    one, per_head, per_group, per_slots, per_width = tiles.spill(plan.low_precision)
+    widths = -(-max(plan.d, plan.v) // 128)
+    spilled = one + per_head * (hb - 1)
+    spilled += g * (per_group + per_slots * plan.m / 64 + per_width * (widths - 1))
+    spilled *= (c / 128) ** 2
+    return 2 * blocks + plan.ring * ring + states + int(spilled * 2**20)

@@ -32,6 +32,14 @@ class Tiles:
     unroll: bool = False
     # Query heads of a block of several kv heads; the same compiler crashes above 4 for v6e.
     query_heads: int = 64
+    # MiB that the compiler spills, at most (limits.py): at all, per further kv head of a block, and
+    # per query head of a kv head: for itself, for 64 slots, for 128 more features.
+    spill_bf16: tuple[float, ...] = (0.0,) * 5
+    spill_f32: tuple[float, ...] = (0.0,) * 5
+    spill_decode: float = 0.0  # f32 copies of a kv head's ring of keys and values
+
+    def spill(self, low_precision: bool) -> tuple[float, ...]:
+        return self.spill_bf16 if low_precision else self.spill_f32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,12 @@ class Device:
     topology: str  # four devices or more, for ahead-of-time compilation
     bf16_flops: float  # per second
     hbm_bytes: float  # per second
+
+
+def tile_bytes(rows: int, lanes: int, itemsize: int) -> int:
+    """VMEM of an array [rows, lanes], which is made of tiles of 8 x 128 words."""
+    sublanes = 32 // itemsize
+    return -(-rows // sublanes) * sublanes * -(-lanes // 128) * 128 * itemsize
 
 
 @functools.cache
@@ -58,6 +72,9 @@ def load(generation: str) -> Tiles:
         vmem=data["vmem_limit_mib"] << 20,
         unroll=data["unroll_levels"],
         query_heads=data["max_query_heads"],
+        spill_bf16=tuple(data["spill_mib"]["bfloat16"]),
+        spill_f32=tuple(data["spill_mib"]["float32"]),
+        spill_decode=data["spill_decode"],
     )
 
 

@@ -161,8 +161,12 @@ def make_call(
     return q, k, val, log_alpha, k0, v0, cos, sin, doc, visible0
 
 
-def rms_error(got, want):
-    """Relative RMS where `want` is finite; the infinite entries must be the same ones."""
+def rms_error(got, want, floor=1e-15):
+    """Relative RMS where `want` is finite; the infinite entries must be the same ones.
+
+    Below `floor`, the natural size of such a tensor, the error is taken relative to it: a few
+    values that happen to be near 0 have no relative precision.
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     finite = np.isfinite(want)
@@ -170,4 +174,4 @@ def rms_error(got, want):
     got, want = got[finite], want[finite]
     if want.size == 0:
         return 0.0
-    return float(np.sqrt(np.mean((got - want) ** 2) / max(np.mean(want**2), 1e-30)))
+    return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), floor))

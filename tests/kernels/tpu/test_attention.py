@@ -1,6 +1,7 @@
 """The fused kernels in interpret mode against the float64 oracle: outputs and every gradient."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tests.kernels.tpu.oracle import Spec, make_call, reference, rms_error
 
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 TILES = Tiles(generation="v5e", chunk=16, vmem=1 << 30)
+ALL = os.environ.get("NHA_TPU_SUITE") == "all"  # docs/kernels.md
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
 OUTPUTS = ("o", "lse_slot", "lse_window", "slot_k", "slot_v")
 INPUTS = ("q", "k", "v", "log_alpha", "slot_k0", "slot_v0")
@@ -64,13 +66,14 @@ def check(spec, *, seed=0, tiles=TILES, **call):
         wide = [[jnp.asarray(x, jnp.float64) for x in xs] for xs in (inputs, cotangents)]
         want, want_grads = run_reference(*wide)
     for name, x, y in zip(OUTPUTS, got, want, strict=True):
-        assert rms_error(x, y) < tolerance, name
+        floor = 1.0 if name.startswith("lse") else 0.1  # the error of a logarithm is absolute
+        assert rms_error(x, y, floor) < tolerance, name
         y = np.where(np.isfinite(y), y, 0.0)
-        assert rms_error(0.9 * y, y) > tolerance or not y.any(), "the tolerance cannot fail"
+        assert rms_error(0.9 * y, y, floor) > tolerance or not y.any(), "the tolerance cannot fail"
     assert got[0].dtype == inputs[2].dtype
     for name, x, y, given_input in zip(INPUTS, got_grads, want_grads, inputs, strict=True):
         assert x.dtype == given_input.dtype
-        assert rms_error(x, y) < tolerance, f"gradient of {name}"
+        assert rms_error(x, y, 0.1) < tolerance, f"gradient of {name}"
 
 
 CASES = {
@@ -103,7 +106,7 @@ def test_committed_tiles_at_full_width():
     )  # fmt: skip
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=25 if ALL else 4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data):
     def draw(*choices):

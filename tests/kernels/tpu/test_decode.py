@@ -99,4 +99,7 @@ def test_step_matches_the_plain_step(window, lag, dtype, options, documents, d, 
 def test_a_ring_beyond_vmem_is_refused():
     state = init_state(1, 1, 128, 128, 64, 1 << 18, dtype=jnp.bfloat16)
     x = jax.ShapeDtypeStruct((1, 1, 1, 128), jnp.bfloat16)
-    assert "MiB of VMEM" in decode.supports(x, x, x, state, tiles=load("v5e"))
+    spec = Spec(1 << 18, 1 << 18, 1.0)
+    reason = decode.supports(x, x, x, state, spec, tiles=load("v5e"))
+    assert reason.startswith("A ring of 262144 tokens with D = 128, V = 128, M = 64 needs about")
+    assert reason.endswith("MiB of VMEM in the decode kernel, and v5e offers 96 MiB.")
