@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from nha_jax.errors import UserError, nearest
+from nha_jax.errors import RunFailed, UserError, nearest
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
@@ -32,12 +32,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit code of ``main``; a ``UserError`` becomes its sentence on stderr and code 2."""
+    """The exit code of ``main``; a ``UserError`` becomes its sentence on stderr and code 2, a
+    ``RunFailed`` code 1."""
     try:
         return main()
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         print(error, file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
 
 
 def load_config(location: str) -> ConfigDict:

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class RunFailed(Exception):
+    """A run that cannot go on, told in one sentence; the command-line programs end with code 1."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: ``" Did you mean 'x'?"``, or the list of known names."""
     known = sorted(known)

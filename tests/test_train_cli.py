@@ -45,6 +45,9 @@ REFUSED = {
     "strategy": (["--config.mesh.strategy=standart"], "Did you mean 'standard'?"),
     "schedule": (["--config.optimizer.schedule=cosin"], "Did you mean 'cosine'?"),
     "warm-up": (["--config.optimizer.warmup_steps=30"], "config.optimizer.warmup_steps=30"),
+    "spikes": (["--config.optimizer.skip_spikes=0.5"], "skip_spikes=0.5 would skip common steps"),
+    "slice": (["--rehearse=16x16"], "--rehearse=16x16 is no topology; write the generation"),
+    "generation": (["--rehearse=v3:16x16"], "known generations are v4, v5e, v5p, v6e, tpu7x"),
     "steps": (["--config.steps=0"], "config.steps is 0; it must be at least 1"),
 }
 

@@ -78,6 +78,9 @@ class ModelConfig:
     remat: str = "none"
     """What the backward pass computes anew, per block: nothing (none), everything (full), all
     but the matrix products (dots), or all but the attention op (save_attention)."""
+    scan_runs: bool = False
+    """Without a cache, neighbours of one window are one loop: much less to compile, for a second
+    copy of the blocks' parameters in memory."""
     impl: str = "auto"
     """Backend of the attention op."""
     slot_share_target: float | None = None

@@ -1,5 +1,7 @@
 """The language model: embedding, blocks scanned over the window pattern, output."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -194,26 +196,30 @@ class LanguageModel(nnx.Module):
         graphdef, params = nnx.split(self.blocks)
         params = jax.tree.map(lambda a: a.reshape(repeats, len(windows), *a.shape[1:]), params)
 
-        def run(i, params, x, cache):
+        def run(i, window, params, x, cache):
             # Indexing in here keeps the stacked parameters themselves, not copies of their
             # entries, for the backward pass of a checkpointed block.
             block = nnx.merge(graphdef, jax.tree.map(lambda a: a[i], params))
-            return block(x, cache, window=windows[i], **options)
+            return block(x, cache, window=window, **options)
 
+        in_loop = repeats > 1 or (self.config.scan_runs and cache is None)
         if self.config.remat != "none":
             # Within a scan the backward pass is a loop of its own, which nothing is shared with.
             run = jax.checkpoint(
                 run,
                 policy=REMAT[self.config.remat],
-                prevent_cse=repeats == 1,
-                static_argnums=0,
+                prevent_cse=not in_loop,
+                static_argnums=(0, 1),
             )
+
+        if self.config.scan_runs and cache is None:
+            return self._scan_runs(run, params, x)
 
         def repeat(x, xs):
             params, cache = xs
             caches, stats = [], []
             for i in range(len(windows)):
-                x, after, stat = run(i, params, x, None if cache is None else cache[i])
+                x, after, stat = run(i, windows[i], params, x, None if cache is None else cache[i])
                 caches.append(after)
                 stats.append(stat)
             if cache is None:
@@ -223,3 +229,31 @@ class LanguageModel(nnx.Module):
         x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache))
         stats = jax.tree.map(lambda a: a.reshape(-1), stats)
         return x, cache, stats
+
+    def _scan_runs(
+        self, run: Callable, params: Any, x: jax.Array
+    ) -> tuple[jax.Array, None, LayerStats]:
+        """The blocks with an inner loop over each run of equal windows. ``params``: ``[repeats,
+        pattern, ...]``; ``run(i, window, params, x, cache)`` takes entry i of its parameters."""
+        runs = [(w, len(list(same))) for w, same in itertools.groupby(self.config.window_pattern)]
+        ends = list(itertools.accumulate(count for _, count in runs))
+        parts = [
+            jax.tree.map(lambda a, start=end - count, end=end: a[:, start:end], params)
+            for (_, count), end in zip(runs, ends, strict=True)
+        ]
+
+        def repeat(x, parts):
+            stats = []
+            for (window, _), part in zip(runs, parts, strict=True):
+
+                def block(x, params, window=window):
+                    one = jax.tree.map(lambda a: a[None], params)
+                    x, _, stat = run(0, window, one, x, None)
+                    return x, stat
+
+                x, stat = jax.lax.scan(block, x, part)
+                stats.append(stat)
+            return x, jax.tree.map(lambda *a: jnp.concatenate(a), *stats)
+
+        x, stats = jax.lax.scan(repeat, x, parts)
+        return x, None, jax.tree.map(lambda a: a.reshape(-1), stats)

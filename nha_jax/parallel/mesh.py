@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
@@ -34,6 +35,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh ({text}) does not multiply to the {len(devices)} devices here; change "
             "an axis, or set one to -1 to take what the others leave."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    # On a TPU neighbours of an axis are neighbours in the slice, as far as the sizes allow.
+    places = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    return Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))

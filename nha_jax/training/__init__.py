@@ -2,5 +2,6 @@
 
 from nha_jax.training.config import default_config
 from nha_jax.training.loop import run
+from nha_jax.training.rehearsal import rehearse
 
-__all__ = ["default_config", "run"]
+__all__ = ["default_config", "rehearse", "run"]

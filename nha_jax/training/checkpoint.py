@@ -1,22 +1,26 @@
 """Checkpoints: complete or invisible, checked when read, and the damaged ones set aside."""
 
+import contextlib
 import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from nha_jax.errors import UserError
+from nha_jax import parallel
+from nha_jax.errors import RunFailed, UserError
 from nha_jax.training.state import TrainState
 
-# Orbax warns of choices that are its own.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax warns of choices that are its own, and logs with traces what it also raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -26,9 +30,10 @@ class Checkpoints:
     iterator's state, the config as JSON, a checksum of the state).
     """
 
-    def __init__(self, workdir: Path, *, keep: int) -> None:
+    def __init__(self, workdir: Path, *, keep: int, keep_every: int = 0) -> None:
+        """``keep``: how many of the newest stay; those of every ``keep_every``-th step do too."""
         self.directory = (Path(workdir) / "checkpoints").absolute()
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._manager: ocp.CheckpointManager | None = None
 
     def steps(self) -> list[int]:
@@ -65,6 +70,7 @@ class Checkpoints:
             for bad, message in damaged.items():
                 target = self._set_aside(bad)
                 tell(f"{message} Moved it to {target}; going on from step {step}.")
+            _all_agree(True)  # so that none writes before the first has moved them
             return TrainState(**fields), meta["data"]
         if damaged:
             first = next(iter(damaged.values())).removesuffix(".")
@@ -81,54 +87,76 @@ class Checkpoints:
         """
         path = self.directory / str(step)
         _ignore_abandoned_reads()
+        reason = ""
         try:
             meta = self._meta(step)
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                fields = reader.restore(
-                    path / "state",
-                    args=ocp.args.PyTreeRestore(
-                        abstract,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                        partial_restore=True,
-                    ),
-                )
-            for name, checksum in _checksums(fields).items():
-                if int(checksum) != meta["checksums"][name]:
-                    raise ValueError(f"{name}: the checksum does not fit the contents")
-            return fields, meta
+            fields = ocp.PyTreeCheckpointHandler().restore(
+                path / "state",
+                args=ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=True,
+                ),
+            )
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # the libraries below raise many kinds, bare ones too
-            reason = str(error).strip().split("\n")[0].split(". ")[0][:160]
-        raise UserError(f"checkpoint {path} is damaged: {reason.removesuffix('.')}.")
+            reason = _reason(error)
+        if not _all_agree(not reason):
+            reason = reason or "another process cannot read it"
+        else:
+            for name, checksum in _checksums(fields).items():
+                if int(checksum) != meta["checksums"].get(name):
+                    reason = f"{name}: the checksum does not fit the contents"
+        if reason:
+            raise UserError(f"checkpoint {path} is damaged: {reason}.")
+        return fields, meta
 
     def save(self, state: TrainState, data: dict[str, Any], config: str) -> None:
-        """Starts to save; returns once the state may change. An earlier save is awaited."""
+        """Starts to save; returns once the state may change. An earlier save is awaited.
+
+        Raises ``RunFailed`` if that or this one cannot be written.
+        """
         checksums = {name: int(value) for name, value in _checksums(vars(state)).items()}
         meta = {"data": data, "config": config, "checksums": checksums}
-        self._open().save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(vars(state)), meta=ocp.args.JsonSave(meta)
-            ),
-        )
-
-    def wait(self) -> None:
-        """Returns when everything is on disk."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
+        with self._writing():
+            self._open().save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(vars(state)), meta=ocp.args.JsonSave(meta)
+                ),
+            )
 
     def close(self) -> None:
+        """Returns when everything is on disk. Raises as `save`."""
         if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+            manager, self._manager = self._manager, None
+            with self._writing():
+                try:
+                    manager.wait_until_finished()
+                finally:
+                    manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many kinds, some from an earlier save's threads
+            whole = self.steps()
+            last = f"the last whole one is of step {whole[0]}" if whole else "there is none yet"
+            raise RunFailed(
+                f"a checkpoint in {self.directory} could not be written: {_reason(error)}; {last}. "
+                "Mend that and run the same command again."
+            ) from error
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=self._keep, cleanup_tmp_directories=True
+                    max_to_keep=self._keep,
+                    keep_period=self._keep_every or None,
+                    cleanup_tmp_directories=True,
                 ),
             )
         return self._manager
@@ -138,6 +166,8 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         target = self.directory.parent / "damaged" / str(step)
+        if not parallel.is_first():
+            return target
         target.parent.mkdir(exist_ok=True)
         while target.exists():
             target = target.with_name(f"{target.name}-again")
@@ -159,6 +189,17 @@ def _ignore_abandoned_reads() -> None:
     sys.unraisablehook = report_others
 
 
+def _all_agree(mine: bool) -> bool:
+    """Whether all processes say True; returns in all of them at the same time."""
+    if jax.process_count() == 1:
+        return mine
+    return bool(multihost_utils.process_allgather(np.asarray(mine)).all())
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].split(". ")[0][:160].removesuffix(".")
+
+
 @jax.jit
 def _checksums(fields: dict[str, Any]) -> dict[str, jax.Array]:
     """uint32 sum over each field's bits, every word weighted by its place.
@@ -170,9 +211,13 @@ def _checksums(fields: dict[str, Any]) -> dict[str, jax.Array]:
         total = jnp.zeros((), jnp.uint32)
         for leaf in jax.tree.leaves(tree):
             words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-            words = words.reshape(-1).astype(jnp.uint32)
-            place = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
-            total = 31 * total + (words * place).sum(dtype=jnp.uint32)
+            place, stride = jnp.ones((), jnp.uint32), 2
+            for axis in reversed(range(words.ndim)):  # not by reshaping, which would gather
+                index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+                place += index * jnp.uint32(stride % 2**32)
+                stride *= words.shape[axis]
+            words = words.astype(jnp.uint32) * place
+            total = 31 * total + words.sum(dtype=jnp.uint32)
         return total
 
     return {name: checksum(tree) for name, tree in fields.items()}

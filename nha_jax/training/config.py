@@ -14,8 +14,8 @@ from nha_jax.training.optimizer import SCHEDULES
 # A run may be taken up again with other values of these: they change how long it runs, where,
 # and what it tells, but not the function that a step computes.
 HARMLESS = (
-    *("steps", "log", "checkpoint", "eval", "mesh", "compilation_cache"),
-    *("loss.chunk_tokens", "model.remat", "model.impl", "stop_after_nonfinite"),
+    *("steps", "log", "checkpoint", "eval", "mesh", "compilation_cache", "profile"),
+    *("loss.chunk_tokens", "model.remat", "model.scan_runs", "model.impl", "stop_after_nonfinite"),
     *("data.path", "data.damaged"),  # the data themselves have a fingerprint
 )
 
@@ -28,7 +28,7 @@ def default_config() -> ConfigDict:
             "steps": 1000,
             "batch_size": 64,  # examples per step, over all devices and micro-batches
             "accumulate": 1,  # micro-batches per step
-            "stop_after_nonfinite": 10,  # such steps in a row end the run
+            "stop_after_nonfinite": 10,  # steps skipped in a row that end the run
             "compilation_cache": True,  # keep compiled programs in the workdir
             "model": model_config(),
             "data": data_config(),
@@ -43,16 +43,19 @@ def default_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,
+                "skip_spikes": 0.0,  # skip gradients this many times longer than usual; 0: none
             },
             "loss": {
                 "z_loss": 0.0,  # times log(Z)^2 per asked label
-                "chunk_tokens": 4096,  # tokens whose logits exist at one time
+                "chunk_tokens": 4096,  # tokens of a device whose logits exist at one time
             },
             # Devices per axis; -1: all that the other axes leave.
             "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "strategy": "standard"},
-            "checkpoint": {"every": 500, "keep": 3},
+            # keep: the newest ones; keep_every: also those of every such step, for ever
+            "checkpoint": {"every": 500, "keep": 3, "keep_every": 0},
             "log": {"every": 10, "tensorboard": False},
             "eval": {"every": 0, "examples": 0},  # every 0: at the end only; examples 0: never
+            "profile": {"start": 0, "steps": 0},  # an XProf trace of so many steps from start on
         }
     )
 
@@ -66,11 +69,18 @@ def check_config(config: ConfigDict) -> None:
         **dict.fromkeys(("eval.every", "eval.examples", "loss.z_loss", "seed"), 0),
         **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup_steps"), 0),
         **dict.fromkeys(("optimizer.weight_decay", "optimizer.clip_norm"), 0),
+        **dict.fromkeys(("checkpoint.keep_every", "profile.start", "profile.steps"), 0),
+        **dict.fromkeys(("optimizer.skip_spikes",), 0),
     }
     for key, least in at_least.items():
         value = _get(config, key)
         if not value >= least:
             raise UserError(f"config.{key} is {value}; it must be at least {least}.")
+    if 0 < config.optimizer.skip_spikes <= 1:
+        raise UserError(
+            f"config.optimizer.skip_spikes={config.optimizer.skip_spikes} would skip common steps; "
+            "take a factor well above 1, or 0 to skip none."
+        )
     if config.batch_size % config.accumulate:
         raise UserError(
             f"config.batch_size={config.batch_size} is not divisible by "

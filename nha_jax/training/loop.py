@@ -1,9 +1,10 @@
 """The training run: `run` reads top to bottom."""
 
+import contextlib
 import itertools
 import os
 import signal
-import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -12,111 +13,143 @@ from typing import Any, Self
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from nha_jax import data, parallel
-from nha_jax.errors import UserError
+from nha_jax.errors import RunFailed, UserError
 from nha_jax.models import ModelConfig
 from nha_jax.training import flops
 from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import check_config, check_same, to_json
 from nha_jax.training.metrics import Log, Terminal, check_tensorboard
-from nha_jax.training.optimizer import learning_rate, make_optimizer
-from nha_jax.training.state import describe_model, state_maker
-from nha_jax.training.step import Batch, batch_sharding, eval_step, train_step
+from nha_jax.training.profile import Profile
+from nha_jax.training.program import abstract_batch, check_rows, compile_step, program, put
+from nha_jax.training.step import batch_sharding
 
 
 def run(config: ConfigDict, workdir: str | Path) -> int:
     """Trains as ``config`` says, from the last checkpoint in ``workdir`` if there is one.
 
-    Returns the exit code: 0 when finished, 1 when too many steps in a row were not finite, 130
-    or 143 when Ctrl-C or SIGTERM ended it. Raises ``UserError`` for bad input, before anything but
-    data prepared on first use is written.
+    Returns the exit code: 0 when finished, 130 or 143 when Ctrl-C or SIGTERM ended it. Raises
+    ``UserError`` for bad input, before anything but data prepared on first use is written, and
+    ``RunFailed`` when it cannot go on; the checkpoints written until then are whole.
     """
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
     check_config(config)
     check_workdir(workdir)
-    model_config = ModelConfig.from_config(config.model)
+    model = ModelConfig.from_config(config.model)
+    mesh = parallel.make_mesh(config.mesh)
+    check_rows(config, mesh)
     data.ready(config.data, workdir)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    settings = config.checkpoint
+    checkpoints = Checkpoints(workdir, keep=settings.keep, keep_every=settings.keep_every)
     if saved := checkpoints.config():
         check_same(config, saved, workdir)
         if (taken := checkpoints.steps()[0]) >= config.steps:
-            print(f"{workdir} is done: it has taken {taken} of {config.steps} steps.")
+            if parallel.is_first():
+                print(f"{workdir} is done: it has taken {taken} of {config.steps} steps.")
             return 0
     if config.log.tensorboard:
         check_tensorboard()
 
-    mesh = parallel.make_mesh(config.mesh)
-    sharding = batch_sharding(mesh, config.mesh.strategy)
-    source = partial(data.build, config.data, config.batch_size, config.seed, workdir=workdir)
+    part, count = parallel.data_part(batch_sharding(mesh, config.mesh.strategy), config.batch_size)
+    source = partial(
+        data.build,
+        *(config.data, config.batch_size, config.seed),
+        workdir=workdir,
+        process_index=part,
+        process_count=count,
+    )
     batches, example = iter(source()), next(iter(source()))
-    check_batch(config, model_config, mesh, example["inputs"].shape[1])
-
-    model = describe_model(model_config)
-    schedule = learning_rate(config.optimizer, config.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, model.axes)
-    create, abstract = state_maker(model, optimizer, mesh, config.mesh.strategy)
-    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    built = program(config, model, mesh, abstract_batch(example, config.batch_size))
     if config.compilation_cache:
         keep_compiled_programs(workdir / "compilation_cache")
-    # The op's kernels take their part of the batch and heads from the current mesh.
-    with jax.set_mesh(mesh):
-        traced = jax.jit(
-            train_step(model, optimizer, schedule, config),
-            donate_argnums=0,
-            in_shardings=(layout, sharding),
-            out_shardings=(layout, None),
-        ).lower(abstract, abstract_batch(example, config.batch_size))
-    evaluate = jax.jit(eval_step(model, config), in_shardings=(layout.params, sharding))
+    lowered = built.trace().lower()
+    place = partial(put, batch_size=config.batch_size, sharding=built.batch)
 
-    silent = jax.process_index() > 0
     with (
         jax.set_mesh(mesh),
         Signals() as signals,
-        Terminal(config.steps, silent=silent) as terminal,
+        Terminal(config.steps, silent=not parallel.is_first()) as terminal,
+        failures_told(workdir),
     ):
-        restored = checkpoints.restore(abstract, terminal.tell)
+        restored = checkpoints.restore(built.abstract, terminal.tell)
         if restored:
             state, position = restored
             batches.set_state(position)
             terminal.tell(f"Carrying on in {workdir} after step {state.step}.")
         else:
-            state = create(config.seed)
+            state = built.create(config.seed)
         start = int(state.step)
         terminal.tell(
-            f"{model_config.num_params():,} parameters on {jax.device_count()} x "
+            f"{model.num_params():,} parameters on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        step_fn = traced.compile()
-        length = example["inputs"].shape[1]
-        work = flops.train_flops_per_token(model_config, length)
+        step_fn = compile_step(lowered, mesh)
+        work = flops.train_flops_per_token(model, example["inputs"].shape[1])
         steps = range(start + 1, config.steps + 1)
-        with Log(workdir, steps, config.log, terminal, mfu_scale(work)) as log:
+        with (
+            Log(workdir, steps, config.log, terminal, mfu_scale(work)) as log,
+            Profile(workdir, config.profile, terminal.tell) as profile,
+        ):
             for step in steps:
-                state, metrics = step_fn(state, put(next(batches), sharding))
+                profile.before(step)
+                batch = place(next_batch(batches, step))
+                state, metrics = step_fn(state, batch, signals.flags(built.flags))
                 log.step(step, metrics)  # reads the step before, while the device is at this one
+                profile.after(step, state)
                 last = step == config.steps
                 if config.eval.examples and (last or is_due(step, config.eval.every)):
-                    count = -(-config.eval.examples // config.batch_size)
-                    held_out = itertools.islice(source(split="eval"), count)
-                    inputs = (put(batch, sharding) for batch in held_out)
-                    log.evaluation(step, [evaluate(state.params, batch) for batch in inputs])
-                if log.nonfinite_in_row >= config.stop_after_nonfinite:
-                    return stopped(checkpoints, log.nonfinite_in_row, step)
-                if last or is_due(step, config.checkpoint.every) or signals.received:
+                    number = -(-config.eval.examples // config.batch_size)
+                    held_out = itertools.islice(source(split="eval"), number)
+                    evaluated = [built.evaluate(state.params, place(batch)) for batch in held_out]
+                    log.evaluation(step, evaluated)
+                if log.skipped_in_row >= config.stop_after_nonfinite:
+                    checkpoints.close()
+                    raise RunFailed(
+                        f"Stopped at step {step}: loss or gradient was not finite, or a spike, in "
+                        f"{log.skipped_in_row} steps in a row; lower "
+                        "config.optimizer.learning_rate, or look at the data."
+                    )
+                # One process leaves at once; of several, all at the step whose flags they read.
+                leave = signals.received if jax.process_count() == 1 else log.stop
+                if last or is_due(step, config.checkpoint.every) or leave:
                     log.sync()  # a checkpoint is only there when its step's metrics are
                     checkpoints.save(state, batches.get_state(), to_json(config))
-                if signals.received and not last:
+                if leave and not last:
                     terminal.tell(f"Saving step {step} of {config.steps} before leaving.")
                     checkpoints.close()
-                    return 128 + signals.received
+                    return 128 + leave
             checkpoints.close()
             terminal.tell(f"{log.summary()} Checkpoint: {checkpoints.directory / str(step)}")
     return 0
+
+
+@contextlib.contextmanager
+def failures_told(workdir: Path) -> Iterator[None]:
+    """A full disk or a lost permission becomes ``RunFailed``."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"the run in {workdir} ended because {error.filename or 'a file'} cannot be written: "
+            f"{error.strerror or error}; mend that and run the same command again to go on from "
+            "its last checkpoint."
+        ) from error
+
+
+def next_batch(batches: Iterator[dict[str, np.ndarray]], step: int) -> dict[str, np.ndarray]:
+    """The next one. Raises ``RunFailed`` if what makes them has died."""
+    try:
+        return next(batches)
+    except Exception as error:  # of any kind: it comes from a data set or from its workers
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__).removesuffix(".")
+        raise RunFailed(
+            f"the data of step {step} could not be made: {reason}; mend that and run the same "
+            "command again to go on from the last checkpoint."
+        ) from error
 
 
 def check_workdir(workdir: Path) -> None:
@@ -129,49 +162,11 @@ def check_workdir(workdir: Path) -> None:
         )
 
 
-def check_batch(config: ConfigDict, model: ModelConfig, mesh: Mesh, length: int) -> None:
-    """Raises ``UserError`` unless batches of ``length`` tokens fit the model and the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if (config.batch_size // config.accumulate) % ways:
-        raise UserError(
-            f"config.batch_size={config.batch_size} in {config.accumulate} micro-batches is not "
-            f"divisible by the mesh's data x fsdp = {ways}; take a multiple of "
-            f"{ways * config.accumulate}."
-        )
-    if length % mesh.shape["context"]:
-        raise UserError(
-            f"config.mesh.context={mesh.shape['context']} does not divide the sequence length "
-            f"{length}; take a divisor."
-        )
-    if config.data.get("vocab_size", 0) > model.vocab_size:
-        raise UserError(
-            f"config.data.vocab_size={config.data.vocab_size} is more than the model's vocabulary "
-            f"of {model.vocab_size}; raise config.model.vocab_size."
-        )
-
-
 def keep_compiled_programs(directory: Path) -> None:
     """Compiled programs go to ``directory``, unless JAX_COMPILATION_CACHE_DIR names another."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
         compilation_cache.reset_cache()
-
-
-def abstract_batch(
-    example: dict[str, np.ndarray], batch_size: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The whole batch of which ``example`` is one process's part."""
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)
-        for name, array in example.items()
-    }
-
-
-def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
 
 
 def is_due(step: int, every: int) -> bool:
@@ -184,17 +179,6 @@ def mfu_scale(flops_per_token: float) -> float | None:
     return flops_per_token / (peak * jax.device_count()) if peak else None
 
 
-def stopped(checkpoints: Checkpoints, count: int, step: int) -> int:
-    """Tells that the run is ended by steps that are not finite. The exit code, 1."""
-    checkpoints.close()
-    print(
-        f"Stopped at step {step}: loss or gradient was not finite in {count} steps in a row; "
-        "lower config.optimizer.learning_rate, or look at the data.",
-        file=sys.stderr,
-    )
-    return 1
-
-
 class Signals:
     """Ctrl-C and SIGTERM asked for while inside: noted once, so that a run can save and leave.
 
@@ -203,6 +187,8 @@ class Signals:
 
     received = 0
     """The number of the signal that came, else 0."""
+    _flagged = 0
+    _flags: jax.Array | None = None
 
     def __enter__(self) -> Self:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -211,6 +197,14 @@ class Signals:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def flags(self, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        """``received`` of every process, one number per device, for the step to compare."""
+        if self._flags is None or self._flagged != self.received:
+            mine = np.full(len(sharding.addressable_devices), self.received, np.int32)
+            self._flags = jax.make_array_from_process_local_data(sharding, mine)
+            self._flagged = self.received
+        return self._flags
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number

@@ -126,7 +126,8 @@ class Log:
         mfu_scale: float | None,
     ) -> None:
         """``steps``: those to come; ``config``: config.log; ``mfu_scale``: MFU per token/s."""
-        self.nonfinite_in_row = 0
+        self.skipped_in_row = 0
+        self.stop = 0  # what the processes told each other in the last step read
         self._steps, self._every = steps, config.every
         self._terminal, self._mfu_scale = terminal, mfu_scale
         self._unread: tuple[int, dict[str, jax.Array]] | None = None
@@ -182,7 +183,8 @@ class Log:
 
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        self.nonfinite_in_row = values.pop("skipped_in_row")
+        self.skipped_in_row = values.pop("skipped_in_row")
+        self.stop = values.pop("stop")
         now = time.monotonic()
         self._interval_tokens += values["tokens"]
         rate = self._interval_tokens / max(now - self._interval_began, 1e-9)

@@ -24,8 +24,9 @@ class TrainState:
     step: jax.Array  # int32, steps taken, skipped ones included
     params: Params
     opt_state: optax.OptState
-    skipped: jax.Array  # int32, steps skipped as not finite
+    skipped: jax.Array  # int32, steps skipped as not finite or as a spike
     skipped_in_row: jax.Array  # int32, those of them since the last good one
+    usual_norm: jax.Array  # float32, running mean of the gradient norms of the steps not skipped
     rng: jax.Array  # uint32 key data
 
 
@@ -70,7 +71,8 @@ def state_maker(
         params = model.create(key)
         zero = jnp.zeros((), jnp.int32)
         rng = jax.random.key_data(rng)
-        return TrainState(zero, params, optimizer.init(params), zero, zero, rng)
+        norm = jnp.zeros((), jnp.float32)
+        return TrainState(zero, params, optimizer.init(params), zero, zero, norm, rng)
 
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     abstract = jax.eval_shape(create, seed)

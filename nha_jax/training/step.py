@@ -17,19 +17,24 @@ from nha_jax.training.state import Model, Params, TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+SPIKES_AFTER = 100  # steps before which none is a spike
+
 
 def train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: ConfigDict,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function of one step; the caller jits it.
 
     The loss is the mean over the asked labels of the whole batch, however many micro-batches it
     is split into: every micro-batch's sum is divided by the number of asked labels of all. A step
-    whose loss or gradient is not finite changes nothing but the counters.
+    whose loss or gradient is not finite, or whose gradient is a spike (``skip_spikes``), changes
+    nothing but the counters. ``stop`` holds what every process wants to tell all others; its
+    maximum is among the metrics, so that all see it at the same step.
     """
+    spike = config.optimizer.skip_spikes
 
     def loss(params: Params, batch: Batch, asked: jax.Array, tokens: jax.Array):
         sums, stats = _apply(model, params, batch, config)
@@ -39,7 +44,9 @@ def train_step(
         stats |= {"loss": sums.loss / asked, "accuracy": sums.correct / asked, "aux_loss": aux}
         return sums.objective / asked + aux, stats
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, stop: jax.Array | int = 0
+    ) -> tuple[TrainState, Metrics]:
         asked = _asked(batch)
         tokens = _tokens(batch)
 
@@ -56,28 +63,36 @@ def train_step(
             value, metrics, gradients = _sum_over(gradient, _split(batch, config.accumulate))
 
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        taken = state.step - state.skipped
+        if spike:
+            good &= (norm <= spike * state.usual_norm) | (taken < SPIKES_AFTER)
+        # A mean over all steps at first, then over about the last SPIKES_AFTER.
+        weight = 1 / jnp.minimum(taken + 1, SPIKES_AFTER).astype(jnp.float32)
+        usual_norm = state.usual_norm + weight * (norm - state.usual_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         new = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
-            skipped=state.skipped + ~finite,
-            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+            skipped=state.skipped + ~good,
+            skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
+            usual_norm=keep(usual_norm, state.usual_norm),
             rng=state.rng,
         )
         metrics |= {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(taken), jnp.float32),
             "asked": asked,
             "tokens": tokens,
             "skipped": new.skipped,
             "skipped_in_row": new.skipped_in_row,
+            "stop": jnp.max(jnp.asarray(stop)),
         }
         return new, metrics
 
@@ -92,6 +107,11 @@ def eval_step(model: Model, config: ConfigDict) -> Callable[[Params, Batch], Met
         return {"loss": sums.loss, "correct": sums.correct, "asked": _asked(batch)}
 
     return step
+
+
+def loss_of(model: Model, config: ConfigDict, batch: Batch) -> Callable[[Params], jax.Array]:
+    """The loss of one batch as a function of the parameters."""
+    return lambda params: _apply(model, params, batch, config)[0].objective
 
 
 def batch_sharding(mesh: Mesh, strategy: str) -> NamedSharding:
@@ -109,7 +129,12 @@ def _apply(model: Model, params: Params, batch: Batch, config: ConfigDict) -> An
     )
     kernel = language_model.output_kernel()
     sums = cross_entropy(
-        output.hidden, kernel, batch["labels"], config.loss.z_loss, config.loss.chunk_tokens
+        output.hidden,
+        kernel,
+        batch["labels"],
+        config.loss.z_loss,
+        config.loss.chunk_tokens,
+        config.mesh.strategy,
     )
     return sums, dict(output.stats)
 

@@ -35,9 +35,9 @@ def trained(tmp_path_factory):
         zero = jnp.zeros((), jnp.int32)
         params = weights(config, seed=step)
         moments = jax.tree.map(jnp.zeros_like, params)
-        state = TrainState(jnp.int32(step), params, moments, zero, zero, jnp.zeros(2, jnp.uint32))
+        norm, rng = jnp.float32(1), jnp.zeros(2, jnp.uint32)
+        state = TrainState(jnp.int32(step), params, moments, zero, zero, norm, rng)
         store.save(state, {"next_index": step}, to_json(config))
-    store.wait()
     store.close()
     return workdir
 

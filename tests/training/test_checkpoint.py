@@ -91,7 +91,7 @@ def test_no_whole_checkpoint_is_a_clear_error_and_nothing_is_written(workdir):
 def test_flipped_bits_never_go_unnoticed(tmp_path):
     zero = jnp.zeros((), jnp.int32)
     params = {"w": jax.random.normal(jax.random.key(0), (30, 40)), "b": jnp.ones(7, jnp.bfloat16)}
-    state = TrainState(zero + 1, params, (), zero, zero, jnp.zeros(2, jnp.uint32))
+    state = TrainState(zero + 1, params, (), zero, zero, jnp.float32(1), jnp.zeros(2, jnp.uint32))
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(state, {"next_index": 4}, "{}")
     checkpoints.close()

@@ -1,11 +1,16 @@
+from collections import namedtuple
+
 import pytest
 from jax.sharding import AbstractMesh
 from tiny import get_config
 
-from nha_jax.errors import UserError
+from nha_jax import parallel
+from nha_jax.errors import RunFailed, UserError
 from nha_jax.models import ModelConfig
 from nha_jax.parallel import AXES
-from nha_jax.training import loop
+from nha_jax.training import loop, run
+from nha_jax.training.checkpoint import Checkpoints
+from nha_jax.training.program import check_batch
 
 
 @pytest.mark.parametrize(
@@ -21,5 +26,47 @@ def test_batch_that_does_not_fit_the_mesh(mesh, accumulate, sentence):
     config.accumulate = accumulate
     model = ModelConfig.from_config(config.model)
     with pytest.raises(UserError, match=sentence):
-        loop.check_batch(config, model, AbstractMesh(mesh, AXES), 8)
-    loop.check_batch(config, model, AbstractMesh((2, 1, 2, 4), AXES), 8)
+        check_batch(config, model, AbstractMesh(mesh, AXES), 8)
+    check_batch(config, model, AbstractMesh((2, 1, 2, 4), AXES), 8)
+
+
+def test_profile_of_some_steps(tmp_path, capsys):
+    config = get_config()
+    config.steps, config.checkpoint.every = 5, 2
+    config.checkpoint.keep, config.checkpoint.keep_every = 1, 2
+    config.profile.start, config.profile.steps = 3, 2
+    assert run(config, tmp_path) == 0
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+    assert f"xprof {tmp_path / 'profile'}" in capsys.readouterr().out
+    assert Checkpoints(tmp_path, keep=1).steps() == [5, 4, 2]
+
+
+def test_data_that_dies_is_told_in_one_sentence():
+    def dying():
+        yield {}
+        raise RuntimeError("worker died.\nTraceback")
+
+    batches = dying()
+    assert loop.next_batch(batches, 1) == {}
+    with pytest.raises(RunFailed, match=r"^the data of step 2 could not be made: worker died; m"):
+        loop.next_batch(batches, 2)
+
+
+def test_parts_of_the_data():
+    Device = namedtuple("Device", ["process_index", "id"])
+    devices = [Device(i // 4, i) for i in range(8)]
+
+    class Rows:
+        """A sharding of a batch in blocks of 8 rows over the devices."""
+
+        def __init__(self, blocks):
+            self.blocks = blocks
+
+        def devices_indices_map(self, shape):
+            return {d: (slice(8 * b, None),) for d, b in zip(devices, self.blocks, strict=True)}
+
+    assert parallel.data_part(Rows([0, 0, 1, 1, 2, 2, 3, 3]), 32) == (0, 2)
+    assert parallel.data_part(Rows([0, 1, 2, 3, 0, 1, 2, 3]), 32) == (0, 1)  # context over hosts
+    with pytest.raises(UserError, match="cuts the batch across processes"):
+        parallel.data_part(Rows([0, 0, 0, 1, 1, 1, 2, 2]), 24)

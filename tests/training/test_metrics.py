@@ -5,15 +5,16 @@ import pytest
 from ml_collections import ConfigDict
 from tiny import get_config
 
+from nha_jax.errors import RunFailed
 from nha_jax.models import ModelConfig
-from nha_jax.training import loop, run
+from nha_jax.training import program, run
 from nha_jax.training.flops import train_flops_per_token
 from nha_jax.training.metrics import Log, MetricsFile, TensorBoard, Terminal
 
 
 def metrics(loss):
     numbers = {"loss": loss, "accuracy": 0.5, "learning_rate": 1e-3, "slot_share": [0.25, 0.75]}
-    counts = {"tokens": 8, "skipped": 0, "skipped_in_row": 0}
+    counts = {"tokens": 8, "skipped": 0, "skipped_in_row": 0, "stop": 0}
     return {name: jnp.asarray(value) for name, value in (numbers | counts).items()}
 
 
@@ -67,20 +68,18 @@ def test_tensorboard_has_a_curve_per_layer(tmp_path):
         assert name in content
 
 
-def test_steps_that_are_not_finite_end_the_run(tmp_path, capsys, monkeypatch):
+def test_steps_that_are_not_finite_end_the_run(tmp_path, monkeypatch):
     config = get_config()
     config.stop_after_nonfinite = 3
     config.checkpoint.every = 100
-    schedule = loop.learning_rate
+    schedule = program.learning_rate
     monkeypatch.setattr(
-        loop,
+        program,
         "learning_rate",
         lambda *args: lambda count: jnp.where(count < 4, schedule(*args)(count), jnp.nan),
     )
-    assert run(config, tmp_path / "run") == 1
-    said = capsys.readouterr().err
-    assert said.startswith("Stopped at step ")
-    assert "not finite in 3 steps in a row; lower config.optimizer.learning_rate" in said
+    with pytest.raises(RunFailed, match=r"^Stopped at step .* in 3 steps in a row; lower config"):
+        run(config, tmp_path / "run")
     last = records(tmp_path / "run")[-1]
     assert (last["skipped"], last["loss"]) == (3, None)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -21,10 +22,11 @@ def made():
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
 
     @functools.cache
-    def step_of(accumulate=1, z_loss=0.0):
+    def step_of(accumulate=1, z_loss=0.0, skip_spikes=0.0):
         changed = get_config()
         changed.accumulate = accumulate
         changed.loss.z_loss = z_loss
+        changed.optimizer.skip_spikes = skip_spikes
         schedule = learning_rate(changed.optimizer, changed.steps)
         optimizer = make_optimizer(changed.optimizer, schedule, model.axes)
         create, _ = state_maker(model, optimizer, mesh, "standard")
@@ -132,3 +134,24 @@ def test_z_loss_pulls_log_z_to_zero(made):
     without, with_z = plain(state, batch)[1], pulled(state, batch)[1]
     assert with_z["loss"] == pytest.approx(float(without["loss"]))
     assert with_z["grad_norm"] != without["grad_norm"]
+
+
+def test_spikes_are_skipped_and_counted_once_the_usual_norm_is_known(made):
+    step_of, batch = made
+    state, step = step_of(skip_spikes=5.0)
+    norm = step(state, batch)[1]["grad_norm"]
+
+    def after(usual, taken):
+        start = dataclasses.replace(
+            state, usual_norm=jnp.float32(usual), step=jnp.int32(taken + 3), skipped=jnp.int32(3)
+        )
+        new, metrics = step(start, batch)
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), new.params, state.params)
+        assert all(jax.tree.leaves(same)) == (metrics["skipped"] == 4)
+        return int(metrics["skipped"]), int(metrics["skipped_in_row"]), float(new.usual_norm)
+
+    assert after(norm / 6, 200)[:2] == (4, 1)
+    assert after(norm / 6, 50)[:2] == (3, 0)  # too early to tell
+    skipped, in_row, usual = after(norm / 4, 200)
+    assert (skipped, in_row) == (3, 0)
+    assert usual == pytest.approx(norm / 4 + 0.01 * (norm - norm / 4))
