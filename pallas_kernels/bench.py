@@ -446,6 +446,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     timed = [r for r in rows if "forward_ms" in r]
     shapes = sorted({r["shape"] for r in timed})
@@ -461,6 +462,11 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             xscale="log", yscale="log", xlabel="tokens in a row",
             ylabel=f"forward + backward, ms for {TOKENS:,} tokens", title=f"shape {shape}",
         )  # fmt: skip
+        lengths = sorted({r["T"] for r in timed if r["shape"] == shape})
+        ax.set_xticks(lengths, [f"{t // 1024}K" for t in lengths])
+        ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
