@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from nha_jax.training import hlo
 
@@ -64,7 +64,7 @@ def test_traffic_leaves_out_what_stays_on_the_chip():
 
 def test_traced_products_count_loops_shards_and_recomputation():
     weights = jnp.zeros((8, 8))
-    mesh = AbstractMesh((2,), ("data",))
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def layer(x, w):
         return jnp.tanh(x @ w), None
