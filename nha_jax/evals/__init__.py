@@ -19,13 +19,18 @@ from rich.progress import Progress
 
 from nha_jax import cli, parallel
 from nha_jax.errors import UserError, nearest
-from nha_jax.evals import mqar, perplexity
+from nha_jax.evals import mqar, perplexity, recall, ruler
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track
 from nha_jax.models import ModelConfig
 
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
-SUITES: dict[str, Suite] = {"mqar": mqar.SUITE, "perplexity": perplexity.SUITE}
+SUITES: dict[str, Suite] = {
+    "mqar": mqar.SUITE,
+    "perplexity": perplexity.SUITE,
+    "recall": recall.SUITE,
+    "ruler": ruler.SUITE,
+}
 NAME_LENGTH = 160
 
 
