@@ -1,7 +1,7 @@
 """Recall from real texts, in the form of Based's evaluation: FDA, SWDE, SQuAD, DROP, TriviaQA, NQ.
 
-    python eval.py --checkpoint DIR --suite recall --config.eval.path=FOLDER
-    python eval.py --checkpoint DIR --suite recall:fda+swde --config.eval.path=FOLDER
+    python eval.py --checkpoint DIR --suite recall --config.eval.texts=FOLDER
+    python eval.py --checkpoint DIR --suite recall:fda+swde --config.eval.texts=FOLDER
 
 A text and the beginning of a sentence about it; the answer, up to the end of the line, counts if it
 contains the one looked for. The texts are local files, TASK.jsonl in FOLDER; docs/evaluation.md
@@ -101,14 +101,14 @@ TASKS = {
 def options(config: ConfigDict) -> ConfigDict:
     """The published settings.
 
-    path: folder of TASK.jsonl, or of TASK_CONTEXT.jsonl for texts already cut; "samples" are
+    texts: folder of TASK.jsonl, or of TASK_CONTEXT.jsonl for texts already cut; "samples" are
         small ones that come with this package, to try things out.
     contexts: tokens that a text is cut to, ``answer_length`` less; 0: not cut.
     """
     return ConfigDict(
         {
             "tasks": "+".join(TASKS),
-            "path": "",
+            "texts": "",
             "contexts": (512, 1024, 2048),
             "answer_length": 50,
             "new_tokens": 48,
@@ -136,7 +136,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
         )
     tokenizer = tokenizer_of(config, asked.tokenizer)
     cells = [(name, context) for context in contexts for name in tasks]
-    files = {cell: read(*cell, asked.path) for cell in cells}
+    files = {cell: read(*cell, asked.texts) for cell in cells}
 
     rows: list[dict[str, Any]] = []
     records = []
@@ -190,7 +190,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     values = {"all": whole, "by_context": by_context, "by_task_and_context": rows}
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots"
-    made_up = " (made-up samples, no benchmark)" if asked.path == SAMPLES else ""
+    made_up = " (made-up samples, no benchmark)" if asked.texts == SAMPLES else ""
     return Result(
         values=values,
         title=f"Recall from texts, answers contained in %{made_up}: {setting}",
@@ -213,20 +213,20 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     )
 
 
-def read(name: str, context: int, path: str) -> list[Row]:
+def read(name: str, context: int, texts: str) -> list[Row]:
     """The lines of a task's file. Raises UserError if it is missing or a line is not right."""
-    if not path:
+    if not texts:
         raise UserError(
-            "config.eval.path is empty: give the folder of the tasks' JSONL files (see "
+            "config.eval.texts is empty: give the folder of the tasks' JSONL files (see "
             f"docs/evaluation.md), or {SAMPLES!r} for the small samples of this package."
         )
-    folder = Path(__file__).parent / SAMPLES / "recall" if path == SAMPLES else Path(path)
+    folder = Path(__file__).parent / SAMPLES / "recall" if texts == SAMPLES else Path(texts)
     file = folder / f"{name}_{context}.jsonl"
     if not file.is_file():
         file = folder / f"{name}.jsonl"
     if not file.is_file():
         raise UserError(
-            f"config.eval.path={path} has no {name}.jsonl; put it there, or leave {name} out of "
+            f"config.eval.texts={texts} has no {name}.jsonl; put it there, or leave {name} out of "
             "config.eval.tasks."
         )
     task = TASKS[name]

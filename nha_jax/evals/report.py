@@ -21,7 +21,16 @@ from nha_jax.errors import UserError
 from nha_jax.models import ModelConfig
 
 # Options that say where and how fast, not what is asked.
-WHERE = {"samples", "path", "tokenizer", "include_path", "batch_size", "piece", "max_length"}
+WHERE = {
+    "samples",
+    "path",
+    "texts",
+    "tokenizer",
+    "include_path",
+    "batch_size",
+    "piece",
+    "max_length",
+}
 SCORE = ("name", "value", "low", "high", "n", "unit", "better")
 COMMON = ("suite", "argument", "checkpoint", "config", "device", "seconds", "scores", "title")
 COLOURS = 8

@@ -23,7 +23,7 @@ SHAPE = dict(
 def configuration(**options):
     config = ConfigDict({"model": model_config(**SHAPE), "data": {}})
     config.eval = recall.options(config)
-    config.eval.update({"tokenizer": "bytes", "path": "samples", "contexts": (0,)})
+    config.eval.update({"tokenizer": "bytes", "texts": "samples", "contexts": (0,)})
     config.eval.update(options)
     return config
 
@@ -118,7 +118,7 @@ def test_what_a_cut_leaves_out(tmp_path, monkeypatch):
     write(tmp_path, "nq", {**question, "answers": ["7"]}, {**question, "answers": ["Rome"]})
     write(tmp_path, "nq_512", {**question, "answers": ["Rome"]})
     monkeypatch.setattr(answering, "Generator", oracle(lambda prompt: "Rome 7", []))
-    config = configuration(path=str(tmp_path), tasks="nq", contexts=(0, 100, 512))
+    config = configuration(texts=str(tmp_path), tasks="nq", contexts=(0, 100, 512))
     rows = recall.evaluate(None, config, track).values["by_task_and_context"]
     assert [(row["context"], row["asked"], row["left_out"]) for row in rows] == [
         (0, 2, 0), (100, 1, 1), (512, 1, 0),
@@ -155,9 +155,9 @@ def test_a_model_answers():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"path": ""}, "config.eval.path is empty"),
+        ({"texts": ""}, "config.eval.texts is empty"),
         ({"tasks": "fda+swed"}, "Did you mean 'swde'?"),
-        ({"path": "/no/such"}, "config.eval.path=/no/such has no fda.jsonl"),
+        ({"texts": "/no/such"}, "config.eval.texts=/no/such has no fda.jsonl"),
         ({"contexts": ()}, "config.eval.contexts must hold"),
         ({"contexts": (50,)}, "config.eval.contexts: 50 leaves no text"),
         ({"batch_size": 0}, "config.eval.batch_size=0 must be at least 1"),
@@ -182,11 +182,11 @@ def test_bad_options(options, words):
 def test_bad_lines_are_named(tmp_path, row, words):
     path = write(tmp_path, "fda", {"text": "a", "key": "b", "value": "c"}, row)
     with pytest.raises(UserError) as raised:
-        recall.evaluate(None, configuration(path=str(tmp_path)), track)
+        recall.evaluate(None, configuration(texts=str(tmp_path)), track)
     told = str(raised.value)
     assert told.startswith(f"{path}, line 2")
     assert words in told
     assert told.endswith('a line has "text" (a text), "key" (a text), "value" (a text).')
     path.write_text("\n")
     with pytest.raises(UserError, match="has no lines"):
-        recall.evaluate(None, configuration(path=str(tmp_path)), track)
+        recall.evaluate(None, configuration(texts=str(tmp_path)), track)
