@@ -10,6 +10,7 @@ it. The page is one file without links to anything, for phones and wide screens,
 import base64
 import html
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -234,13 +235,18 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
+def _name(value: Any) -> str:
+    """Text that may be broken behind the parts of a name."""
+    return re.sub(r"([._/](?=\w)|,(?=[a-z]))", r"\1<wbr>", _text(value))
+
+
 def _dot(i: int) -> str:
     return f'<span class="dot c{i % COLOURS}"></span>'
 
 
 def _head(columns: Sequence[Column], first: str) -> str:
     cells = "".join(
-        f'<th scope="col">{_dot(i)}{_text(column.label)}</th>' for i, column in enumerate(columns)
+        f'<th scope="col">{_dot(i)}{_name(column.label)}</th>' for i, column in enumerate(columns)
     )
     return f'<thead><tr><th scope="col">{first}</th>{cells}</tr></thead>'
 
@@ -257,7 +263,7 @@ def _row(name: str, scores: Sequence[Mapping[str, Any] | None]) -> str:
     unit = next((_unit(score) for score in scores if score is not None), "")
     best = _best(scores)
     cells = "".join(_cell(score, i in best) for i, score in enumerate(scores))
-    return f'<tr><th scope="row">{_text(name)}<small>{_text(unit)}</small></th>{cells}</tr>'
+    return f'<tr><th scope="row">{_name(name)}<small>{_text(unit)}</small></th>{cells}</tr>'
 
 
 def _table(head: str, rows: Iterable[str]) -> str:
@@ -286,8 +292,8 @@ def _summary(columns: Sequence[Column], sections: Sequence[str], names: Mapping[
 
 def _runs(columns: Sequence[Column]) -> str:
     def row(name: str, values: Iterable[Any]) -> str:
-        cells = "".join(f"<td>{_text('–' if v is None else v)}</td>" for v in values)
-        return f'<tr><th scope="row">{_text(name)}</th>{cells}</tr>'
+        cells = "".join(f"<td>{_name('–' if v is None else v)}</td>" for v in values)
+        return f'<tr><th scope="row">{_name(name)}</th>{cells}</tr>'
 
     checkpoints = [column.checkpoint or {} for column in columns]
     first = [next(iter(column.evaluations.values())) for column in columns]
@@ -337,12 +343,13 @@ def _section(number: int, name: str, section: str, columns: Sequence[Column]) ->
                 f'<img alt="{_text(one.values["title"])}" src="data:image/png;base64,{data}">'
                 "</figure>"
             )
+    legend = " ".join(f"<span>{_dot(i)}{_text(columns[i].label)}</span>" for i in has)
     notes = _text(columns[has[0]].evaluations[section].values.get("notes", ""))
     options = columns[has[0]].evaluations[section].values["config"]["eval"]
     asked = ", ".join(f"{key}={value}" for key, value in _flat(options).items() if key not in WHERE)
     head = _head(columns, "score")
     return (
-        f'<section id="s{number}"><h2>{_text(name)}</h2>'
+        f'<section id="s{number}"><h2>{_text(name)}</h2><p class="legend">{legend}</p>'
         f'<div class="lanes">{_axis(scores)}{lanes}</div>'
         f"<details><summary>Numbers</summary>{_table(head, rows)}</details>"
         + (f"<details><summary>Pictures</summary>{''.join(pictures)}</details>" if pictures else "")
@@ -399,7 +406,7 @@ def _lanes(name: str, scores: Sequence[Mapping[str, Any] | None], ends: tuple[fl
             f'<div class="lane c{i % COLOURS}" title="{_text(told)}"><div class="track">{bar}'
             f'<b style="left:{place(score["value"])}%"></b></div><span>{shown(score)}</span></div>'
         )
-    return f'<div class="score"><div>{_text(name)}</div><div>{"".join(lines)}</div></div>'
+    return f'<div class="score"><div>{_name(name)}</div><div>{"".join(lines)}</div></div>'
 
 
 PAGE = """<!DOCTYPE html>
@@ -445,7 +452,7 @@ th, td { padding: 8px 12px; text-align: right; vertical-align: top;
   border-top: 1px solid var(--line); font-size: .9rem; min-width: 110px; }
 thead th { border-top: 0; background: var(--fill); font-weight: 600; vertical-align: bottom; }
 tbody th, thead th:first-child { text-align: left; font-weight: 500; position: sticky; left: 0;
-  background: var(--ground); min-width: 100px; max-width: 220px; overflow-wrap: anywhere; }
+  background: var(--ground); min-width: 116px; max-width: 240px; overflow-wrap: break-word; }
 thead th:first-child { background: var(--fill); }
 td small, th small { display: block; color: var(--soft); font-size: .75rem; font-weight: 400; }
 td small { white-space: nowrap; }
@@ -463,7 +470,8 @@ td small { white-space: nowrap; }
 .lane { display: flex; align-items: center; gap: 8px; height: 18px; }
 .lane span { width: 50px; text-align: right; font-variant-numeric: tabular-nums;
   font-size: .8rem; }
-.track { position: relative; flex: 1; height: 100%; background:
+.legend span { margin-right: 14px; display: inline-block; }
+.track { position: relative; flex: 1; height: 100%; border-right: 1px solid var(--line); background:
   linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 0 / 25% 100%; }
 .track i { position: absolute; top: 6px; height: 6px; border-radius: 3px; background: var(--c);
   opacity: .4; }

@@ -61,6 +61,7 @@ class Page(HTMLParser):
 
 def cells(page, name):
     """The texts of the table rows that begin with ``name``."""
+    page = page.replace("<wbr>", "")
     rows = re.findall(rf"<tr><th scope=\"row\">(?:<a[^>]*>)?{re.escape(name)}.*?</tr>", page)
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
 
