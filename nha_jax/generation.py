@@ -199,27 +199,29 @@ class Generator:
         row_seeds = [seeds[row] % 2**32 for row in batch.rows] + [0] * idle
         seen = None
         if sampling.repetition_penalty != 1:
-            seen = np.zeros((rows, self.config.vocab_size), bool)
+            held = np.zeros((rows, self.config.vocab_size), bool)
             for row, prompt in enumerate(batch.prompts):
-                seen[row, np.asarray(prompt)] = True
-            seen = jnp.asarray(seen)
+                held[row, np.asarray(prompt)] = True
+            seen = jnp.asarray(held)
         state = _State(
             cache=self.read(before, 1 + max(batch.limits)),
             token=jnp.asarray(tokens, jnp.int32),
-            count=jnp.zeros(rows, jnp.int32),
+            new=jnp.zeros(rows, jnp.int32),
             done=jnp.asarray(limits == 0),
             seen=seen,
         )
         # As many as a power of two, so that few numbers of them are compiled; -1 is no token.
         width = 1 << (len(stop_tokens) - 1).bit_length() if stop_tokens else 0
         stops = np.array([*stop_tokens, *[-1] * (width - len(stop_tokens))], np.int32)
-        given = _Given(jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(limits), jnp.asarray(stops))
+        common = _Common(
+            jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(limits), jnp.asarray(stops)
+        )
 
         size, pending = 1, None
         while not batch.done:
             stopped = np.pad(batch.stopped, (0, idle), constant_values=True)
             state, block = _decode(
-                self._graph, self._params, state, given, stopped, size,
+                self._graph, self._params, state, common, stopped, size,
                 sampling=sampling, keep_logits=keep_logits,
             )  # fmt: skip
             if pending is not None:
@@ -372,12 +374,12 @@ class _State(NamedTuple):
 
     cache: Cache
     token: jax.Array  # [B] int32, the last one, which the cache does not hold yet
-    count: jax.Array  # [B] int32, new tokens
+    new: jax.Array  # [B] int32, number of new tokens
     done: jax.Array  # [B] bool
     seen: jax.Array | None  # [B,vocab] bool, tokens that the row holds
 
 
-class _Given(NamedTuple):
+class _Common(NamedTuple):
     """What a batch's steps have in common."""
 
     seed: jax.Array  # [B] uint32
@@ -408,7 +410,7 @@ def _decode(
     graph: Any,
     params: Any,
     state: _State,
-    given: _Given,
+    common: _Common,
     stopped: jax.Array,
     size: jax.Array,
     *,
@@ -432,13 +434,15 @@ def _decode(
             state.token[:, None], segment_ids=real[:, None].astype(jnp.int32), cache=state.cache
         )
         logits = model.logits(out.hidden[:, 0])  # [B,vocab]
-        token = choose(logits, sampling, given.seed, state.count, state.seen)
-        ended = real & jnp.isin(token, given.stop_tokens)
-        count = state.count + real
+        token = choose(logits, sampling, common.seed, state.new, state.seen)
+        ended = real & jnp.isin(token, common.stop_tokens)
+        new = state.new + real
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(rows), token].max(real)
-        after = _State(out.cache, token, count, ~real | ended | (count >= given.limit), seen)
+        done = ~real | ended | (new >= common.limit)
+        assert out.cache is not None
+        after = _State(out.cache, token, new, done, seen)
         block = _Block(
             block.tokens.at[i].set(jnp.where(real, token, -1)),
             block.ended.at[i].set(ended),
@@ -470,6 +474,7 @@ def choose(
         seen: ``[B,vocab]`` bool, needed with a repetition penalty.
     """
     if sampling.repetition_penalty != 1:
+        assert seen is not None
         penalty = jnp.where(
             logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty
         )
