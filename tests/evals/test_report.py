@@ -38,7 +38,7 @@ def write(folder, name, suite="mqar", right=80, windows="4", weights="aa", step=
 class Page(HTMLParser):
     """Checks that tags are closed, and keeps what a browser would load."""
 
-    EMPTY = ("meta", "img", "br")
+    EMPTY = ("meta", "img", "wbr")
 
     def __init__(self, text):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -137,6 +138,14 @@ def test_frequent_words_are_the_most_frequent():
 def test_too_short_a_length_is_refused():
     with pytest.raises(UserError, match=r"lengths: 500 tokens are too few for cwe .* has \d+;"):
         make("cwe", 500)
+
+
+def test_missing_word_lists(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    ruler_samples.word_lists.cache_clear()
+    with pytest.raises(UserError, match=r"run pip install 'nha_jax\[eval\]'"):
+        make("niah_single_1", 8192)
+    assert make("niah_multikey_3", 8192)
 
 
 def test_samples_are_frozen(tmp_path, monkeypatch):
