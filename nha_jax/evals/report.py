@@ -331,8 +331,10 @@ def _section(number: int, name: str, section: str, columns: Sequence[Column]) ->
     for i in has:
         one = columns[i].evaluations[section]
         label = _text(columns[i].label)
+        place = (one.values["checkpoint"] or {}).get("path")
+        source = "" if place is None else f"checkpoint {_name(place)}; "
         facts.append(
-            f"<li>{_dot(i)}{label}: {_text(one.values['title'])}; "
+            f"<li>{_dot(i)}{label}: {_text(one.values['title'])}; {source}"
             f"{one.values['seconds']:,.1f} s on {_text(one.values['device'])}</li>"
         )
         picture = one.path.with_suffix(".png")

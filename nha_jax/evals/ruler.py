@@ -63,6 +63,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     """Asks for every sample of the tasks and lengths that ``config.eval`` names."""
     asked = config.eval
     tasks = answering.chosen(asked.tasks, list(NEW_TOKENS), "tasks")
+    tasks = list(dict.fromkeys(task.removeprefix("ruler_") for task in tasks))
     for task in tasks:
         if task not in NEW_TOKENS:
             raise UserError(f"config.eval.tasks: {task!r} is no task.{nearest(task, NEW_TOKENS)}")

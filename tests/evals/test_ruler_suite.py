@@ -216,7 +216,7 @@ def test_tasks_from_local_files(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(answering, "Generator", oracle(lambda prompt: "ann", calls))
     for metric, share in [("part", 1 / 2), ("all", 1 / 4)]:
-        config = configuration(tmp_path, tasks="qa_squad", qa_metric=metric)
+        config = configuration(tmp_path, tasks="ruler_qa_squad", qa_metric=metric)
         result = ruler.evaluate(None, config, track)
         assert result.values["all"]["accuracy"] == share
         assert result.values["all"]["asked"] == 2
