@@ -77,7 +77,8 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     tokenizer = tokenizer_of(config, asked.tokenizer)
 
     cells = [(task, length) for length in reversed(lengths) for task in tasks]
-    for cell in cells:  # all of them there before the first answer
+    # All of them there before the first answer, and what must be there before what is made.
+    for cell in sorted(cells, key=lambda cell: cell[0] in ruler_samples.MAKERS):
         samples_of(*cell, config, tokenizer, track)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     records = []
@@ -102,7 +103,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
             "length": length,
             "metric": metric.__name__,
             "samples": content_hash(path),
-            "tokens": [sample.get("length") for sample in samples],
+            "longest": max((sample.get("length", 0) for sample in samples), default=0) or None,
             **proportion(sum(shares), len(shares)),
         }
         records += [
