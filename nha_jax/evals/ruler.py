@@ -8,7 +8,6 @@ after; those of the tasks that need a download are put there by hand. docs/evalu
 files' format.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,12 +77,14 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
 
     cells = [(task, length) for length in reversed(lengths) for task in tasks]
     # All of them there before the first answer, and what must be there before what is made.
-    for cell in sorted(cells, key=lambda cell: cell[0] in ruler_samples.MAKERS):
-        samples_of(*cell, config, tokenizer, track)
+    files = [
+        samples_of(*cell, config, tokenizer, track)[0]
+        for cell in sorted(cells, key=lambda cell: cell[0] in ruler_samples.MAKERS)
+    ]
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     records = []
     for task, length in cells:
-        path, samples = samples_of(task, length, config, tokenizer, track)
+        _, samples = samples_of(task, length, config, tokenizer, track)
         answers = answering.answers(
             model,
             tokenizer,
@@ -102,7 +103,6 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
             "task": task,
             "length": length,
             "metric": metric.__name__,
-            "samples": content_hash(path),
             "longest": max((sample.get("length", 0) for sample in samples), default=0) or None,
             **proportion(sum(shares), len(shares)),
         }
@@ -122,7 +122,12 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
         {"length": length, **average(rows[task, length] for task in tasks)} for length in lengths
     ]
     whole = average(ordered)
-    values = {"all": whole, "by_length": by_length, "by_task_and_length": ordered}
+    values = {
+        "data": answering.content_hash(*sorted(files)),
+        "all": whole,
+        "by_length": by_length,
+        "by_task_and_length": ordered,
+    }
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots"
     return Result(
@@ -207,10 +212,6 @@ def string_match_part(answer: str, references: list[str]) -> float:
 
 def is_part(task: str, qa_metric: str) -> bool:
     return task.startswith("qa_") and qa_metric == "part"
-
-
-def content_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def average(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
