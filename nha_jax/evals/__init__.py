@@ -19,13 +19,18 @@ from rich.progress import Progress
 
 from nha_jax import cli, parallel
 from nha_jax.errors import UserError, nearest
-from nha_jax.evals import mqar, perplexity
+from nha_jax.evals import mqar, perplexity, recall, ruler
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track
 from nha_jax.models import ModelConfig
 
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
-SUITES: dict[str, Suite] = {"mqar": mqar.SUITE, "perplexity": perplexity.SUITE}
+SUITES: dict[str, Suite] = {
+    "mqar": mqar.SUITE,
+    "perplexity": perplexity.SUITE,
+    "recall": recall.SUITE,
+    "ruler": ruler.SUITE,
+}
 NAME_LENGTH = 160
 
 
@@ -223,7 +228,7 @@ def _report(
     result = work(lambda *items: _track(progress, *items))
     seconds = time.perf_counter() - started
     step = "" if found is None else f"step{found.step}"
-    report = out / f"{_file_name(asked, step, overrides)}.json"
+    report = out / f"{_file_name(asked, step, overrides, config.eval)}.json"
     if not parallel.is_first():
         return report
     out.mkdir(parents=True, exist_ok=True)
@@ -275,9 +280,15 @@ def _show(screen: Console, result: Result) -> None:
         screen.print(result.notes, soft_wrap=True, highlight=False)
 
 
-def _file_name(asked: Asked, step: str, overrides: Sequence[str]) -> str:
+def _file_name(asked: Asked, step: str, overrides: Sequence[str], options: ConfigDict) -> str:
     """``mqar-step5-model.windows=4,full``, safe as a file's name, and not too long for one."""
-    told = [re.sub(r"^--?(no)?config\.", r"\1", override) for override in overrides]
+    told: list[str] = []
+    ours = True
+    for override in overrides:
+        if match := re.match(r"--?(?:no)?config\.(?:eval\.)?([^=]*)", override):
+            ours = ".eval." not in override.partition("=")[0] or match[1] in options
+        if ours:  # or the value of an override of ours, given apart from it
+            told.append(re.sub(r"^--?(no)?config\.", r"\1", override))
     parts = [part for part in (asked.name, asked.argument, step, *told) if part]
     name = "-".join(re.sub(r"[^\w.=,+-]+", "_", part) for part in parts)
     if len(name) > NAME_LENGTH:
