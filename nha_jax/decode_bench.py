@@ -1,14 +1,14 @@
 """Speed and state of decoding against the context, beside full attention.
 
-  python -m nha_jax.decode_bench --preset nha_340m --out docs/decoding_gpu
-  python -m nha_jax.decode_bench --hidden 256 --layers 8 --out docs/decoding_cpu    for a CPU
+  python -m nha_jax.decode_bench --preset nha_340m --layers 8 --out docs/decoding_gpu
+  python -m nha_jax.decode_bench --out docs/decoding_cpu           a small model, for a CPU
 
 A model of random weights decodes with the windows of --models, at batch sizes --batches, behind
 contexts --contexts (tokens). Nothing is read to get there: a state of that many tokens is made,
-which costs the same to decode from. Median of --repeats blocks of 16 tokens, after one that
-compiles. What needs more than --memory GB is not run; its state's size is told all the same. Before
-the figures count, the same run holds the decode steps of a small state against the forward pass.
-Writes OUT.json and OUT.png.
+which costs the same to decode from. Tokens/s are the median of --repeats blocks of 16 tokens; on a
+CPU, per second of CPU time. What needs more than --memory GB is not run; its state's size is told
+all the same. Nothing is timed unless decode steps of each model agree with the forward pass. Writes
+OUT.json and OUT.png.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nha_jax.errors import UserError
 
 MODELS = "64,64*7+full,full"
 CHECKED = 20  # tokens
+SPARE = 256  # room behind the context
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of a logit of deviation 1
 
 
@@ -50,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contexts, batches = _integers("--contexts", args.contexts), _integers("--batches", args.batches)
     device = jax.devices()[0]
     dtype = args.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
-    shape: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype, preset=args.preset)
+    shape: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype, layers=args.layers)
+    shape["preset"] = args.preset
     if not args.preset:
         shape.update(
             vocab_size=args.vocab,
             hidden=args.hidden,
-            layers=args.layers,
             heads=max(args.hidden // 64, 1),
             ffn=args.hidden * 11 // 4,
         )
@@ -64,22 +66,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in args.models.split(",")
     ]
 
+    models = [_generator(config) for config in configs]
+    points = [(m, b, c) for m in models for b in batches for c in contexts]
+    with ThreadPoolExecutor() as pool:  # compiling is most of the time
+        checks = [pool.submit(_check, model) for model in models]
+        works = [pool.submit(prepare, *point, args.memory * 1e9) for point in points]
+        errors = {
+            model.config.windows: check.result()
+            for model, check in zip(models, checks, strict=True)
+        }
+        runs = [work.result() for work in works]
     rows = []
-    for config in configs:
-        generator = _generator(config)
-        off = _check(generator)
-        for batch in batches:
-            for context in contexts:
-                row = _measure(generator, batch, context, args.memory * 1e9, args.repeats)
-                rows.append({"windows": config.windows, "error": off, **row})
-                speed = row["tokens_per_second"]
-                print(
-                    f"{config.windows:12} batch {batch:3} context {context:7,}: state "
-                    f"{row['state_bytes'] / 1e6:12,.1f} MB, "
-                    + ("not run" if speed is None else f"{speed:10,.1f} tokens/s"),
-                    flush=True,
-                )
-        del generator
+    for (model, batch, context), run in zip(points, runs, strict=True):
+        row = {"windows": model.config.windows, "batch": batch, "context": context}
+        row["state_bytes"] = model.state_bytes(batch, context + SPARE)
+        row["tokens_per_second"] = speed = None if run is None else run(args.repeats)
+        rows.append(row)
+        print(
+            f"{row['windows']:12} batch {batch:3} context {context:7,}: state "
+            f"{row['state_bytes'] / 1e6:12,.1f} MB, "
+            + ("not run" if speed is None else f"{speed:10,.1f} tokens/s"),
+            flush=True,
+        )
 
     first = configs[0]
     report = {
@@ -92,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | {"parameters": first.num_params()},
         "command": "python -m nha_jax.decode_bench "
         + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "clock": "CPU time" if device.platform == "cpu" else "wall time",
+        "errors": errors,
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,42 +147,24 @@ def _check(generator: Any) -> float:
     return off
 
 
-def _measure(
-    generator: Any, batch: int, context: int, memory: float, repeats: int
-) -> dict[str, Any]:
-    from nha_jax.generation import BLOCK
+def prepare(generator: Any, batch: int, context: int, memory: float) -> Callable | None:
+    """What measures tokens/s behind ``context`` tokens, compiled; None if it needs more memory.
 
-    room = context + BLOCK * (repeats + 1)
-    size = generator.state_bytes(batch, room)
-    row = {"batch": batch, "context": context, "state_bytes": size, "tokens_per_second": None}
-    if size + 2 * generator.config.num_params() > memory:
-        return row
-    seconds = []
-    state, run = _decoding(generator, batch, context, room)
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        state, tokens = run(state)
-        tokens.block_until_ready()
-        seconds.append(time.perf_counter() - started)
-    return row | {
-        "tokens_per_second": batch * BLOCK / statistics.median(seconds[1:]),
-        "seconds": seconds[1:],
-    }
-
-
-def _decoding(generator: Any, batch: int, context: int, room: int) -> tuple[Any, Callable]:
-    """A state behind ``context`` tokens, and what runs a block from one: (state, tokens)."""
+    It is called with the number of blocks.
+    """
     import jax
     import jax.numpy as jnp
 
     from nha_jax.generation import BLOCK, Common, Sampling, State, decode
     from nha_jax.models.language_model import by_layer
 
+    weights = sum(x.nbytes for x in jax.tree.leaves(generator.parts[1]))
+    if generator.state_bytes(batch, context + SPARE) + weights > memory:
+        return None
     graph, params = generator.parts
 
-    @jax.jit
     def make() -> Any:
-        cache = by_layer(generator.model.init_cache(batch, room))
+        cache = by_layer(generator.model.init_cache(batch, context + SPARE))
         seen = jnp.full((1, batch), context, jnp.int32)
 
         def advanced(layer: Any) -> Any:
@@ -185,15 +177,23 @@ def _decoding(generator: Any, batch: int, context: int, room: int) -> tuple[Any,
     common = Common(
         jnp.zeros(batch, jnp.uint32), jnp.full(batch, 2**30, jnp.int32), jnp.zeros(0, jnp.int32)
     )
-    stopped = jnp.zeros(batch, bool)
+    given = (common, jnp.zeros(batch, bool), jnp.int32(BLOCK))
+    made = jax.jit(make).lower().compile()
+    options: dict[str, Any] = dict(sampling=Sampling(), keep_logits=False)
+    block = decode.lower(graph, params, jax.eval_shape(make), *given, **options).compile()
 
-    def run(state: Any) -> tuple[Any, Any]:
-        state, block = decode(
-            graph, params, state, common, stopped, BLOCK, sampling=Sampling(), keep_logits=False
-        )
-        return state, block.tokens
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 
-    return make(), run
+    def run(repeats: int) -> float:
+        state, seconds = made(), []
+        for _ in range(repeats + 1):
+            started = clock()
+            state, out = block(params, state, *given)
+            out.tokens.block_until_ready()
+            seconds.append(clock() - started)
+        return batch * BLOCK / statistics.median(seconds[1:])
+
+    return run
 
 
 def _figure(report: dict[str, Any]) -> Any:
