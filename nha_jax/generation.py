@@ -19,7 +19,7 @@ from flax import nnx
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError
 from nha_jax.models import LanguageModel
-from nha_jax.models.language_model import Cache
+from nha_jax.models.language_model import Cache, by_layer
 
 BLOCK = 16  # tokens per dispatch, once it is known that a row is not done after the first few
 LEAST_PIECE = 16
@@ -162,6 +162,15 @@ class Generator:
                 done[row] = completion
         return [completion for completion in done if completion is not None]
 
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """The model's graph, and its weights as they are used."""
+        return self._graph, self._params
+
+    @property
+    def model(self) -> LanguageModel:
+        return nnx.merge(self._graph, self._params)
+
     def check(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
     ) -> list[int]:
@@ -193,7 +202,7 @@ class Generator:
 
     def state_bytes(self, batch: int, tokens: int) -> int:
         """Size of the decode state of ``batch`` rows of up to ``tokens`` tokens each."""
-        return state_bytes(nnx.merge(self._graph, self._params), batch, self.room(tokens))
+        return state_bytes(self.model, batch, self.room(tokens))
 
     def _run(
         self,
@@ -215,8 +224,8 @@ class Generator:
             for row, prompt in enumerate(batch.prompts):
                 held[row, np.asarray(prompt)] = True
             seen = jnp.asarray(held)
-        state = _State(
-            cache=self.read(before, 1 + max(batch.limits)),
+        state = State(
+            cache=_by_layer(self.read(before, 1 + max(batch.limits))),
             token=jnp.asarray(tokens, jnp.int32),
             new=jnp.zeros(rows, jnp.int32),
             done=jnp.asarray(limits == 0),
@@ -225,14 +234,12 @@ class Generator:
         # As many as a power of two, so that few numbers of them are compiled; -1 is no token.
         width = 1 << (len(stop_tokens) - 1).bit_length() if stop_tokens else 0
         stops = np.array([*stop_tokens, *[-1] * (width - len(stop_tokens))], np.int32)
-        common = _Common(
-            jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(limits), jnp.asarray(stops)
-        )
+        common = Common(jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(limits), jnp.asarray(stops))
 
         size, pending = 1, None
         while not batch.done:
             stopped = np.pad(batch.stopped, (0, idle), constant_values=True)
-            state, block = _decode(
+            state, block = decode(
                 self._graph, self._params, state, common, stopped, size,
                 sampling=sampling, keep_logits=keep_logits,
             )  # fmt: skip
@@ -388,7 +395,7 @@ class _Batch:
     def done(self) -> bool:
         return bool(self.stopped.all())
 
-    def take(self, block: "_Block") -> None:
+    def take(self, block: "Block") -> None:
         """Adds a block's tokens; waits for it."""
         tokens, ended = np.asarray(block.tokens), np.asarray(block.ended)
         logits = None if block.logits is None else np.asarray(block.logits)
@@ -419,7 +426,7 @@ class _Batch:
             self._on_done(self.rows[i], completion)
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What a step changes; donated from block to block."""
 
     cache: Cache
@@ -429,7 +436,7 @@ class _State(NamedTuple):
     seen: jax.Array | None  # [B,vocab] bool, tokens that the row holds
 
 
-class _Common(NamedTuple):
+class Common(NamedTuple):
     """What a batch's steps have in common."""
 
     seed: jax.Array  # [B] uint32
@@ -437,7 +444,7 @@ class _Common(NamedTuple):
     stop_tokens: jax.Array  # [S] int32
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     tokens: jax.Array  # [BLOCK,B] int32, -1 where there is none
     ended: jax.Array  # [BLOCK,B] bool, the token is a stop token
     logits: jax.Array | None  # [BLOCK,B,vocab] float32
@@ -448,6 +455,9 @@ def _init(graph: Any, params: Any, batch: int, max_length: int | None) -> Cache:
     return nnx.merge(graph, params).init_cache(batch, max_length)
 
 
+_by_layer = jax.jit(by_layer)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(graph: Any, params: Any, cache: Cache, tokens: jax.Array, ids: jax.Array) -> Any:
     return nnx.merge(graph, params)(tokens, segment_ids=ids, cache=cache).cache
@@ -456,22 +466,22 @@ def _read(graph: Any, params: Any, cache: Cache, tokens: jax.Array, ids: jax.Arr
 @functools.partial(
     jax.jit, static_argnums=0, static_argnames=("sampling", "keep_logits"), donate_argnums=2
 )
-def _decode(
+def decode(
     graph: Any,
     params: Any,
-    state: _State,
-    common: _Common,
+    state: State,
+    common: Common,
     stopped: jax.Array,
     size: jax.Array,
     *,
     sampling: Sampling,
     keep_logits: bool,
-) -> tuple[_State, _Block]:
+) -> tuple[State, Block]:
     """Up to ``size`` steps, fewer where every row is done; rows that ``stopped`` are."""
     model: LanguageModel = nnx.merge(graph, params)
     rows = len(state.token)
     state = state._replace(done=state.done | stopped)
-    block = _Block(
+    block = Block(
         jnp.full((BLOCK, rows), -1, jnp.int32),
         jnp.zeros((BLOCK, rows), bool),
         jnp.zeros((BLOCK, rows, model.config.vocab_size), jnp.float32) if keep_logits else None,
@@ -480,9 +490,8 @@ def _decode(
     def step(carry: tuple) -> tuple:
         i, state, block = carry
         real = ~state.done
-        out = model(
-            state.token[:, None], segment_ids=real[:, None].astype(jnp.int32), cache=state.cache
-        )
+        # Rows that are done go on, for nothing: that costs less than to keep their state.
+        out = model(state.token[:, None], cache=state.cache)
         logits = model.logits(out.hidden[:, 0])  # [B,vocab]
         token = choose(logits, sampling, common.seed, state.new, state.seen)
         ended = real & jnp.isin(token, common.stop_tokens)
@@ -492,8 +501,8 @@ def _decode(
             seen = seen.at[jnp.arange(rows), token].max(real)
         done = ~real | ended | (new >= common.limit)
         assert out.cache is not None
-        after = _State(out.cache, token, new, done, seen)
-        block = _Block(
+        after = State(out.cache, token, new, done, seen)
+        block = Block(
             block.tokens.at[i].set(jnp.where(real, token, -1)),
             block.ended.at[i].set(ended),
             None if block.logits is None else block.logits.at[i].set(logits),

@@ -82,7 +82,7 @@ def test_bfloat16_weights_are_the_models_own(plain):
     """Casting the weights beforehand changes nothing."""
     model = with_config(drawn(PLAIN), dtype="bfloat16")
     generator = Generator(model)
-    cast = nnx.to_pure_dict(generator._params)
+    cast = nnx.to_pure_dict(generator.parts[1])
     assert cast["blocks"]["attention"]["q"].dtype == cast["embedding"].dtype == jnp.bfloat16
     assert cast["norm"]["scale"].dtype == jnp.float32
     tokens = jnp.asarray([PROMPTS[1]])
@@ -91,7 +91,7 @@ def test_bfloat16_weights_are_the_models_own(plain):
     )
     graph, params = nnx.split(model)
     np.testing.assert_array_equal(
-        logits(graph, params, tokens), logits(graph, generator._params, tokens)
+        logits(graph, params, tokens), logits(graph, generator.parts[1], tokens)
     )
 
 
@@ -129,7 +129,7 @@ def test_the_state_does_not_grow(monkeypatch):
     narrow = drawn(PLAIN)
     assert state_bytes(narrow, 2, None) == Generator(narrow).state_bytes(2, 10**9)
     states = []
-    decode = generation._decode
+    decode = generation.decode
 
     def watched(graph, params, state, *rest, **options):
         after = decode(graph, params, state, *rest, **options)
@@ -137,7 +137,7 @@ def test_the_state_does_not_grow(monkeypatch):
         states.append(sum(x.nbytes for x in jax.tree.leaves(after[0].cache)))
         return after
 
-    monkeypatch.setattr(generation, "_decode", watched)
+    monkeypatch.setattr(generation, "decode", watched)
     generator.generate(PROMPTS, max_new_tokens=20, **OPTIONS)
     assert len(states) > 4
     assert set(states) == {size}

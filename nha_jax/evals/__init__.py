@@ -19,13 +19,14 @@ from rich.progress import Progress
 
 from nha_jax import cli, parallel
 from nha_jax.errors import UserError, nearest
-from nha_jax.evals import mqar, perplexity, recall, ruler
+from nha_jax.evals import lm_eval, mqar, perplexity, recall, ruler
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track
 from nha_jax.models import ModelConfig
 
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
 SUITES: dict[str, Suite] = {
+    "lm_eval": lm_eval.SUITE,
     "mqar": mqar.SUITE,
     "perplexity": perplexity.SUITE,
     "recall": recall.SUITE,
@@ -177,7 +178,7 @@ def train_and_run(
         written = []
     for one, settings in zip(asked, configs, strict=True):
         if (train := one.suite.train) is not None:
-            place = _place(settings, workdir)
+            place = in_workdir(settings, workdir)
             work = partial(train, place, workdir)
             written.append(_report(one, place, None, overrides, out, work))
     return written
@@ -191,7 +192,7 @@ def _evaluate(
     groups: Sequence[str] = ("model",),
 ) -> list[Path]:
     configs = [
-        _place(config, found.workdir)
+        in_workdir(config, found.workdir)
         for config in configure(asked, found.config, overrides, groups=groups)
     ]
     model = found.model(ModelConfig.from_config(configs[0].model))
@@ -203,7 +204,7 @@ def _evaluate(
     return written
 
 
-def _place(config: ConfigDict, workdir: Path) -> ConfigDict:
+def in_workdir(config: ConfigDict, workdir: Path) -> ConfigDict:
     """``config`` with the workdir in the place of ``{workdir}``."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
