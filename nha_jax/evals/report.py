@@ -473,7 +473,7 @@ td small { white-space: nowrap; }
 .lane { display: flex; align-items: center; gap: 8px; height: 18px; }
 .lane span { width: 50px; text-align: right; font-variant-numeric: tabular-nums;
   font-size: .8rem; }
-.legend span { margin-right: 14px; display: inline-block; }
+.legend > span { margin-right: 14px; display: inline-block; }
 .track { position: relative; flex: 1; height: 100%; border-right: 1px solid var(--line); background:
   linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 0 / 25% 100%; }
 .track i { position: absolute; top: 6px; height: 6px; border-radius: 3px; background: var(--c);
