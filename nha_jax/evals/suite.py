@@ -22,7 +22,7 @@ class Result:
     people."""
 
     values: dict[str, Any]
-    """The suite's own, in any form."""
+    """The suite's own, in any form; ``data``, if there, tells the data asked about from others."""
     title: str
     table: Table
     scores: Sequence[dict[str, Any]] = ()
