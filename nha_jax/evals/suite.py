@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
@@ -10,43 +11,86 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 Item = TypeVar("Item")
+Z95 = 1.959964
 Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 """``track(items, what, count)`` yields the items and shows how far they are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a suite found: ``values`` are JSON-able, the rest is for people."""
+    """What a suite found: ``values``, ``scores`` and ``records`` are JSON-able, the rest is for
+    people."""
 
     values: dict[str, Any]
+    """The suite's own, in any form; ``data``, if there, tells the data asked about from others."""
     title: str
     table: Table
+    scores: Sequence[dict[str, Any]] = ()
+    """What is compared between runs, made by `score`, the most telling one first."""
     notes: str = ""
     figure: Figure | None = None
+    records: Sequence[dict[str, Any]] = ()
+    """One per example, such as what the model answered."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A suite by two functions of the run's config.
+    """A suite by functions of the run's config.
 
     ``options(config)`` gives the suite's options with their defaults for this run; the user's
-    ``--config.eval.NAME=value`` are then set in them. ``evaluate(model, config, track)`` finds
-    them in ``config.eval``; it raises UserError for values that it cannot take.
+    ``--config.eval.NAME=value`` are then set in them, and found in ``config.eval`` by the others.
+    These raise UserError for values that they cannot take.
+
+    ``evaluate(model, config, track)`` tests a trained model. ``train(config, workdir, track)``
+    trains models of its own, by a config that has no checkpoint yet, and tests them. A suite has
+    one of them or both; without `train`, a config is trained as by train.py and then evaluated.
     """
 
     options: Callable[[ConfigDict], ConfigDict]
-    evaluate: Callable[[Any, ConfigDict, Track], Result]
+    evaluate: Callable[[Any, ConfigDict, Track], Result] | None = None
+    train: Callable[[ConfigDict, Path, Track], Result] | None = None
+    argument: str = ""
+    """The option that ``--suite NAME:ARGUMENT`` sets; empty: there is none."""
 
 
-def proportion(correct: int, asked: int) -> dict[str, Any]:
+def score(
+    name: str,
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    n: int,
+    *,
+    unit: str = "share",
+    better: str = "higher",
+) -> dict[str, Any]:
+    """One number with its 95% interval, as reports compare it.
+
+    Args:
+        name: the same in every run, such as ``"pairs=4"``.
+        n: the examples, documents or seeds that it rests on.
+        unit: ``"share"`` (0 to 1, shown in percent), else its name, such as ``"bits/byte"``.
+        better: ``"higher"`` or ``"lower"``.
+    """
+    found = {"name": name, "value": value, "low": low, "high": high, "n": n}
+    return {**found, "unit": unit, "better": better}
+
+
+def score_of(name: str, share: dict[str, Any]) -> dict[str, Any]:
+    """The `score` of a `proportion`."""
+    return score(name, share["accuracy"], share["low"], share["high"], share["asked"])
+
+
+def proportion(correct: float, asked: int) -> dict[str, Any]:
     """A share with its 95% Wilson interval, the answers taken as independent.
 
+    Answers may be right in part: ``correct`` is the sum of their shares then, and the interval,
+    which is that of answers right or wrong, is on the wide side.
     ``{"asked", "correct", "accuracy", "low", "high"}``; the last three are None if none is asked.
     """
     counts = {"asked": asked, "correct": correct}
     if asked == 0:
         return {**counts, "accuracy": None, "low": None, "high": None}
-    z = 1.959964
+    z = Z95
     share = correct / asked
     centre = share + z * z / (2 * asked)
     spread = z * math.sqrt(share * (1 - share) / asked + (z / (2 * asked)) ** 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nha_jax.evals.suite import percent, proportion
+from nha_jax.evals.suite import percent, proportion, score_of
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,12 @@ def test_wilson_interval(correct, asked, low, high):
 
 def test_nothing_asked():
     assert proportion(0, 0) == dict(asked=0, correct=0, accuracy=None, low=None, high=None)
+
+
+def test_score_of_a_share():
+    got = score_of("all", proportion(8, 10))
+    assert (got["name"], got["value"], got["n"], got["unit"]) == ("all", 0.8, 10, "share")
+    assert (got["low"], got["high"]) == pytest.approx((0.4902, 0.9433), abs=5e-5)
 
 
 def test_percent():
