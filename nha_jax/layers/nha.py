@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.layers.conv import ShortConv
 from nha_jax.layers.norm import RMSNorm
@@ -195,9 +194,10 @@ class NHA(nnx.Module):
         )
         stats = None
         if cache is None:
-            o, (lse_slot, lse_window) = nha_attention(
-                q, k, v, log_alpha, return_lse=True, **options
-            )
+            with jax.named_scope("attention_op"):
+                o, (lse_slot, lse_window) = nha_attention(
+                    q, k, v, log_alpha, return_lse=True, **options
+                )
             stats = self._stats(log_alpha, lse_slot, lse_window, segment_ids)
         else:
             if x.shape[1] == 1:
@@ -207,7 +207,6 @@ class NHA(nnx.Module):
                     q, k, v, log_alpha, initial_state=cache.attention, return_state=True, **options
                 )
             cache = LayerCache(state, tails)
-        o = checkpoint_name(o, "attention")
         if self.o_norm is not None:
             o = self.o_norm(jax.nn.silu(o))
         return jnp.einsum("bthd,hdc->btc", o, self.o[...].astype(dtype)), cache, stats

@@ -21,10 +21,25 @@ from nha_jax.layers import (
 from nha_jax.layers.params import fan_in_normal, param
 from nha_jax.models.config import ModelConfig
 
+# Primitives that run an attention kernel. What a backward kernel asks of the forward one is among
+# its results; those of the xla backend have the name "attention".
+KERNELS = (
+    *("triton_kernel_call", "pallas_call"),
+    *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
+)
+_NAMED = jax.checkpoint_policies.save_only_these_names("attention")
+
+
+def _save_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
+    return primitive.name in KERNELS or _NAMED(primitive, *avals, **params)
+
+
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _save_attention
+    ),
+    "save_attention": _save_attention,
 }
 
 Cache = tuple[LayerCache, ...]
@@ -202,7 +217,8 @@ class LanguageModel(nnx.Module):
             block = nnx.merge(graphdef, jax.tree.map(lambda a: a[i], params))
             return block(x, cache, window=window, **options)
 
-        in_loop = repeats > 1 or (self.config.scan_runs and cache is None)
+        unroll = self.config.unroll and cache is None
+        in_loop = (repeats > 1 and not unroll) or (self.config.scan_runs and cache is None)
         if self.config.remat != "none":
             # Within a scan the backward pass is a loop of its own, which nothing is shared with.
             run = jax.checkpoint(
@@ -226,7 +242,7 @@ class LanguageModel(nnx.Module):
                 return x, (None, jax.tree.map(lambda *a: jnp.stack(a), *stats))
             return x, (tuple(caches), None)
 
-        x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache))
+        x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache), unroll=unroll)
         stats = jax.tree.map(lambda a: a.reshape(-1), stats)
         return x, cache, stats
 
