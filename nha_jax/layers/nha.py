@@ -221,9 +221,7 @@ class NHA(nnx.Module):
             return None
         if self.f is None:
             return jnp.zeros((*x.shape[:2], self.kv_heads, 0), jnp.float32)
-        f = jnp.einsum(
-            "btc,chm->bthm", x, self.f[...].astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        f = _gate_logits(x, self.f[...].astype(x.dtype))
         return jax.nn.log_sigmoid(f) / self.gate_normalizer
 
     def _stats(
@@ -254,6 +252,25 @@ class NHA(nnx.Module):
             gate_min=stop(jnp.min(alpha, where=real[:, :, None, None], initial=1.0)),
             aux_loss=aux_loss,
         )
+
+
+@jax.custom_vjp
+def _gate_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x [B,T,C]`` times ``kernel [C,H,M]`` in float32; in the backward pass the factors of the
+    products have the dtype of x, as those of every other projection."""
+    return jnp.einsum("btc,chm->bthm", x, kernel, preferred_element_type=jnp.float32)
+
+
+def _gate_logits_backward(
+    factors: tuple[jax.Array, jax.Array], df: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = factors
+    df = df.astype(x.dtype)
+    dx = jnp.einsum("bthm,chm->btc", df, kernel)
+    return dx, jnp.einsum("btc,bthm->chm", x, df)
+
+
+_gate_logits.defvjp(lambda x, kernel: (_gate_logits(x, kernel), (x, kernel)), _gate_logits_backward)
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ config; they are compiled in processes of their own, side by side, and then time
 other. Tokens per step are batch_size x data.seq_len. docs/training_speed.md says what is counted.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -20,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -91,33 +89,34 @@ def measure(
     began = time.perf_counter()
     lowered = built.trace().lower()
     result.lower_s = time.perf_counter() - began
-    with holding(lock):
-        began = time.perf_counter()
-        try:
-            step = compile_step(lowered, config, mesh)
-            result.compile_s = time.perf_counter() - began
-            if memory := step.memory_analysis():
-                needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-                needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-                result.planned_gb = needed / 1e9
-            if compile_only:
-                return ""
-            with jax.set_mesh(mesh):
-                state = built.create(config.seed)
-                flags = jax.device_put(np.zeros(mesh.size, np.int32), built.flags)
-                batches = [
-                    put(
-                        random_batch(config.batch_size, length, model.vocab_size, seed),
-                        config.batch_size,
-                        built.batch,
-                    )
-                    for seed in (0, 1)
-                ]
-                return _timed(step, state, batches, flags, result, steps, warm, traces)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            result.error = "out of memory: " + str(error).splitlines()[0][:200]
+    if lock is not None:
+        hold(lock)
+    began = time.perf_counter()
+    try:
+        step = compile_step(lowered, config, mesh)
+        result.compile_s = time.perf_counter() - began
+        if memory := step.memory_analysis():
+            needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+            result.planned_gb = needed / 1e9
+        if compile_only:
+            return ""
+        with jax.set_mesh(mesh):
+            state = built.create(config.seed)
+            flags = jax.device_put(np.zeros(mesh.size, np.int32), built.flags)
+            batches = [
+                put(
+                    random_batch(config.batch_size, length, model.vocab_size, seed),
+                    config.batch_size,
+                    built.batch,
+                )
+                for seed in (0, 1)
+            ]
+            return _timed(step, state, batches, flags, result, steps, warm, traces)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        result.error = "out of memory: " + str(error).splitlines()[0][:200]
     return ""
 
 
@@ -160,15 +159,14 @@ def random_batch(batch: int, length: int, vocab: int, seed: int) -> dict[str, np
     return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
 
 
-@contextlib.contextmanager
-def holding(lock: Path | None) -> Iterator[None]:
-    """The lock is this process's until the end of the block."""
-    if lock is None:
-        yield
-        return
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def hold(lock: Path) -> None:
+    """Waits for the file's lock, which is then this process's as long as it lives."""
+    global _held
+    _held = open(lock, "w")  # noqa: SIM115
+    fcntl.flock(_held, fcntl.LOCK_EX)
+
+
+_held: IO[str] | None = None
 
 
 def markdown(results: list[Result]) -> str:
@@ -225,7 +223,8 @@ def in_processes(
         with open(folder / f"{i}.log", "a") as log:
             return subprocess.Popen(command, env=environment | variables, stdout=log, stderr=log)
 
-    waiting, running = list(range(len(settings) if args.jobs else 0)), []
+    waiting = list(range(len(settings) if args.jobs else 0))
+    running: list[subprocess.Popen] = []
     while waiting or running:
         while waiting and len(running) < args.jobs:
             i = waiting.pop(0)

@@ -19,7 +19,8 @@ CLASSES = (
     "collectives",
 )
 ATTENTION = re.compile(
-    r"sdpa|flash|fmha|^(state|scan|output|dq|dstate|dslot|dwindow)\w*_kernel", re.IGNORECASE
+    r"sdpa|flash|fmha|cudnn::fusion|^(state|scan|output|dq|dstate|dslot|dwindow)\w*_kernel",
+    re.IGNORECASE,
 )
 COLLECTIVE = re.compile(
     r"nccl|all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter|collective|all[-_]?to[-_]?all",
@@ -67,11 +68,14 @@ def read(directory: Path, hlo: str, steps: int) -> Breakdown:
     sources = op_names(hlo)
     runs: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for name, instruction, start, duration in _events(traces[-1]):
-        if instruction.split(".")[0] not in CONTAINERS:
-            runs[name, instruction].append((start, start + duration))
+        if instruction.split(".")[0] in CONTAINERS:
+            continue
+        if instruction.startswith("command_buffer"):
+            # Launched by a graph: the instruction is not known, but its name is often the kernel's.
+            instruction = ""
+        runs[name, instruction].append((start, start + duration))
     kernels = []
     for (name, instruction), intervals in runs.items():
-        # A kernel launched by a graph knows no instruction, but is named after it.
         found = instruction if instruction in sources else _plain(name)
         source = sources.get(found, "")
         ms = sum(end - start for start, end in intervals) / 1e6 / steps

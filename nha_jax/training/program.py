@@ -25,7 +25,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     # cuBLAS is as fast as what the compiler would find for such products, after minutes.
     "gpu": {"xla_gpu_enable_triton_gemm": False},
 }
-GPU_MEMORY = "0.92"  # share of it that JAX may take, in place of its own default of 0.75
+GPU_MEMORY = "0.95"  # share of it that JAX may take, in place of its own default of 0.75
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # of all processes together
 
