@@ -15,7 +15,6 @@ from nha_jax.errors import UserError, nearest
 from nha_jax.models import model_config
 from nha_jax.training import default_config
 
-
 VARIANTS = ("", "gpu")
 
 

@@ -1,10 +1,12 @@
 """The Native Hybrid Attention layer."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.layers.conv import ShortConv
 from nha_jax.layers.norm import RMSNorm
@@ -221,8 +223,7 @@ class NHA(nnx.Module):
             return None
         if self.f is None:
             return jnp.zeros((*x.shape[:2], self.kv_heads, 0), jnp.float32)
-        f = _gate_logits(x, self.f[...].astype(x.dtype))
-        return jax.nn.log_sigmoid(f) / self.gate_normalizer
+        return _log_gates(x, self.f[...].astype(x.dtype), self.gate_normalizer)
 
     def _stats(
         self,
@@ -254,23 +255,33 @@ class NHA(nnx.Module):
         )
 
 
-@jax.custom_vjp
-def _gate_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``x [B,T,C]`` times ``kernel [C,H,M]`` in float32; in the backward pass the factors of the
-    products have the dtype of x, as those of every other projection."""
-    return jnp.einsum("btc,chm->bthm", x, kernel, preferred_element_type=jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_gates(x: jax.Array, kernel: jax.Array, normalizer: float) -> jax.Array:
+    """``log_sigmoid(x kernel) / normalizer`` in float32, of ``x [B,T,C]`` and ``kernel [C,H,M]``.
+
+    In the backward pass the factors of the products have the dtype of x, as those of every other
+    projection, and the gates themselves are all that is kept besides.
+    """
+    f = jnp.einsum("btc,chm->bthm", x, kernel, preferred_element_type=jnp.float32)
+    return jax.nn.log_sigmoid(f) / normalizer
 
 
-def _gate_logits_backward(
-    factors: tuple[jax.Array, jax.Array], df: jax.Array
+def _log_gates_forward(x: jax.Array, kernel: jax.Array, normalizer: float) -> tuple:
+    gates = checkpoint_name(_log_gates(x, kernel, normalizer), "gates")
+    return gates, (x, kernel, gates)
+
+
+def _log_gates_backward(
+    normalizer: float, kept: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = factors
-    df = df.astype(x.dtype)
+    x, kernel, gates = kept
+    slope = -jnp.expm1(gates * normalizer)  # 1 - sigmoid(f)
+    df = (cotangent * slope / normalizer).astype(x.dtype)
     dx = jnp.einsum("bthm,chm->btc", df, kernel)
     return dx, jnp.einsum("btc,bthm->chm", x, df)
 
 
-_gate_logits.defvjp(lambda x, kernel: (_gate_logits(x, kernel), (x, kernel)), _gate_logits_backward)
+_log_gates.defvjp(_log_gates_forward, _log_gates_backward)
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.errors import UserError
 from nha_jax.layers import (
@@ -27,19 +28,27 @@ KERNELS = (
     *("triton_kernel_call", "pallas_call"),
     *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
 )
-_NAMED = jax.checkpoint_policies.save_only_these_names("attention")
 
 
-def _save_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
-    return primitive.name in KERNELS or _NAMED(primitive, *avals, **params)
+def _save(*names: str, dots: bool = False) -> Callable[..., bool]:
+    """A remat policy: keeps what kernels of attention give, values of these names and, with
+    ``dots``, products with a weight."""
+    named = jax.checkpoint_policies.save_only_these_names("attention", *names)
+    product = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+
+    def keeps(primitive: Any, *avals: Any, **params: Any) -> bool:
+        if primitive.name in KERNELS or named(primitive, *avals, **params):
+            return True
+        return dots and product(primitive, *avals, **params)
+
+    return keeps
 
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _save_attention
-    ),
-    "save_attention": _save_attention,
+    # Where the backward pass asks for a sum or a gate, that is kept in place of the product in it.
+    "dots": _save("residual", "gates", "norm", dots=True),
+    "save_attention": _save(),
 }
 
 Cache = tuple[LayerCache, ...]
@@ -99,7 +108,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, LayerStats | None]:
         """``[B,T,hidden]`` -> the same; options, cache and statistics as in `NHA`."""
         y, cache, stats = self.attention(self.attention_norm(x), cache=cache, **options)
-        x = x + y
+        x = checkpoint_name(x + y, "residual")
         return x + self.mlp(self.mlp_norm(x)), cache, stats
 
 

@@ -1,6 +1,6 @@
 """The loss curves of several runs, in one picture and one JSON file.
 
-python -m nha_jax.training.curves --run "speed, seed 0=runs/a" --run "plain, seed 0=runs/b" --out FILE
+python -m nha_jax.training.curves --run "fast, 0=runs/a" --run "plain, 0=runs/b" --out FILE
 """
 
 import json
