@@ -38,4 +38,5 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "gpu":  # docs/training_speed.md
         config.accumulate = 16  # 32,768 tokens at a time
         config.model.update(remat="dots", unroll=True)
+        config.optimizer.mu_dtype = "bfloat16"
     return config

@@ -49,6 +49,7 @@ class Result:
     length: int = 0
     lower_s: float | None = None
     compile_s: float | None = None
+    first_s: float | None = None  # creating the state, and the first step
     step_ms: list[float] | None = None  # of each timed step
     tokens_per_s: float | None = None  # by the median
     mfu: float | None = None
@@ -101,6 +102,7 @@ def measure(
             result.planned_gb = needed / 1e9
         if compile_only:
             return ""
+        began = time.perf_counter()
         with jax.set_mesh(mesh):
             state = built.create(config.seed)
             flags = jax.device_put(np.zeros(mesh.size, np.int32), built.flags)
@@ -112,6 +114,9 @@ def measure(
                 )
                 for seed in (0, 1)
             ]
+            state, _ = step(state, batches[0], flags)
+            jax.block_until_ready(state)
+            result.first_s = time.perf_counter() - began
             return _timed(step, state, batches, flags, result, steps, warm, traces)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -127,13 +132,15 @@ def _timed(
     """Steps as in the training loop: the metrics of one are read while the next one runs."""
     before: Any = None
     ends = []
-    for i in range(warm + steps + 1):
+    for i in range(warm + steps):
         state, metrics = step(state, batches[i % 2], flags)
         if before is not None:
-            result.loss = float(before["loss"])
+            jax.block_until_ready(before)
             ends.append(time.perf_counter())
         before = metrics
+    result.loss = float(before["loss"])
     jax.block_until_ready(state)
+    ends.append(time.perf_counter())
     times = [1e3 * (end - start) for start, end in itertools.pairwise(ends)][-steps:]
     result.step_ms = times
     result.tokens_per_s = 1e3 * result.tokens / statistics.median(times)
@@ -263,7 +270,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="PATH.py[:VARIANT]")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME: KEY=VALUE ...")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--warm", type=int, default=3, help="steps before them")
+    parser.add_argument("--warm", type=int, default=1, help="steps before them, at least 1")
     parser.add_argument(
         "--profile",
         action="append",
@@ -283,6 +290,8 @@ def main() -> int:
         parser.add_argument(name, help="of a setting's own process")
     parser.add_argument("--compile-only", action="store_true", help="of a setting's own process")
     args, overrides = parser.parse_known_args()
+    if args.steps < 1 or args.warm < 1:
+        raise UserError(f"--steps={args.steps} and --warm={args.warm} must be at least 1.")
     config = cli.load_config(args.config)
     cli.apply_overrides(config, overrides)
     if args.setting:

@@ -36,11 +36,10 @@ CONTAINERS = ("while", "call", "conditional")  # whose parts are events of their
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """All runs of one kernel for one instruction, in one step."""
+    """All runs of one kernel for one source, in one step."""
 
     name: str
-    instruction: str
-    source: str  # the instruction's op_name
+    source: str  # op_name of its HLO instruction
     kind: str  # one of CLASSES
     count: float
     ms: float
@@ -66,21 +65,20 @@ def read(directory: Path, hlo: str, steps: int) -> Breakdown:
     """The newest trace below ``directory``, of ``steps`` runs of the program with text ``hlo``."""
     traces = sorted(directory.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     sources = op_names(hlo)
-    runs: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    runs: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
     for name, instruction, start, duration in _events(traces[-1]):
         if instruction.split(".")[0] in CONTAINERS:
             continue
-        if instruction.startswith("command_buffer"):
-            # Launched by a graph: the instruction is not known, but its name is often the kernel's.
-            instruction = ""
-        runs[name, instruction].append((start, start + duration))
-    kernels = []
-    for (name, instruction), intervals in runs.items():
-        found = instruction if instruction in sources else _plain(name)
-        source = sources.get(found, "")
-        ms = sum(end - start for start, end in intervals) / 1e6 / steps
+        # Launched by a graph, its instruction is not told, but is often what it is named after.
+        source = sources.get(instruction, sources.get(_plain(name), ""))
         kind = classify(name, instruction, source)
-        kernels.append(Kernel(name, instruction, source, kind, len(intervals) / steps, ms))
+        # The same work of other layers has the same name but for a number.
+        kernel = re.sub(r"[._]\d+$", "", name), source, kind
+        runs[kernel].append((start, start + duration))
+    kernels = []
+    for (name, source, kind), intervals in runs.items():
+        ms = sum(end - start for start, end in intervals) / 1e6 / steps
+        kernels.append(Kernel(name, source, kind, len(intervals) / steps, ms))
     everything = sorted(x for intervals in runs.values() for x in intervals)
     busy, reached = 0.0, everything[0][0] if everything else 0.0
     for start, end in everything:
@@ -121,12 +119,9 @@ def op_names(hlo: str) -> dict[str, str]:
 
 def table(breakdown: Breakdown, rows: int = 40) -> str:
     """The longest kernels, a line each."""
-    lines = ["     ms  count  class               kernel | instruction | source"]
+    lines = ["     ms  count  class               kernel | source"]
     for k in breakdown.kernels[:rows]:
-        lines.append(
-            f"{k.ms:7.2f}  {k.count:5.0f}  {k.kind:18}  {k.name[:60]} | {k.instruction} | "
-            f"{k.source[-110:]}"
-        )
+        lines.append(f"{k.ms:7.2f}  {k.count:5.0f}  {k.kind:18}  {k.name[:60]} | {k.source[-120:]}")
     return "\n".join(lines)
 
 

@@ -22,10 +22,11 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     # Weights split over fsdp are gathered, beside other work, and then multiplied. The compiler's
     # own choice multiplies shard by shard, and moves every output once for each of them.
     "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
-    # cuBLAS is as fast as what the compiler would find for such products, after minutes.
-    "gpu": {"xla_gpu_enable_triton_gemm": False},
+    # cuBLAS is as fast as what the compiler would find for such products, after minutes. Kernels
+    # of a millisecond gain nothing from CUDA graphs, in which a profile cannot tell their sources.
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_command_buffer": ""},
 }
-GPU_MEMORY = "0.95"  # share of it that JAX may take, in place of its own default of 0.75
+GPU_MEMORY = "0.97"  # share of it that JAX may take, in place of its own default of 0.75
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # of all processes together
 

@@ -31,7 +31,7 @@ def test_settings_are_measured_in_processes_of_their_own(tmp_path):
     found = tmp_path / "results.json"
     command = [sys.executable, "-m", "nha_jax.training.bench", "--config", TINY]
     command += ["--setting", "big: batch_size=16", "--setting", "two: accumulate=2"]
-    command += ["--steps", "2", "--warm", "1", "--profile", "big", "--json", str(found)]
+    command += ["--steps", "2", "--profile", "big", "--json", str(found)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     big, two = json.loads(found.read_text())
