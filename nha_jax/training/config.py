@@ -100,9 +100,13 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_same(config: ConfigDict, saved: str, workdir: Any) -> None:
-    """Refuses to go on with the checkpoints of a run whose config differs in what matters."""
-    theirs = _flat(json.loads(saved))
+    """Refuses to go on with the checkpoints of a run whose config differs in what matters.
+
+    A value that the run's config did not have yet was the default.
+    """
     ours = _flat(json.loads(to_json(config)))
+    defaults = _flat(json.loads(to_json(default_config())))
+    theirs = {key: defaults.get(key) for key in ours} | _flat(json.loads(saved))
     for key in sorted(ours.keys() | theirs.keys()):
         harmless = any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
         if not harmless and ours.get(key) != theirs.get(key):
