@@ -103,21 +103,29 @@ def lower(name: str, options: list[str], config: ConfigDict) -> Setting:
     return Setting(config, model, mesh, built, lowered, result)
 
 
-def measure(setting: Setting, *, steps: int, warm: int, profile: bool, run: bool = True) -> Result:
-    """Compiles, and unless ``run`` is False creates the state and times ``steps`` steps. What the
-    device refuses, as for want of memory, is noted in the result."""
+def compiled(setting: Setting) -> Any:
+    """The step, or None where it does not compile, for want of memory say; the result tells why."""
+    result = setting.result
+    began = time.perf_counter()
+    try:
+        step = compile_step(setting.lowered, setting.config, setting.mesh)
+    except jax.errors.JaxRuntimeError as error:
+        _note(result, error)
+        return None
+    result.compile_s = time.perf_counter() - began
+    if memory := step.memory_analysis():
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        result.gb = needed / 1e9
+    return step
+
+
+def measure(setting: Setting, step: Any, *, steps: int, warm: int, profile: bool) -> None:
+    """Creates the state and times ``steps`` steps. What the device refuses is noted in the
+    result."""
     result, config, built = setting.result, setting.config, setting.built
     began = time.perf_counter()
     try:
-        step = compile_step(setting.lowered, config, setting.mesh)
-        result.compile_s = time.perf_counter() - began
-        if memory := step.memory_analysis():
-            needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-            needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-            result.gb = needed / 1e9
-        if not run:
-            return result
-        began = time.perf_counter()
         with jax.set_mesh(setting.mesh):
             state = built.create(config.seed)
             flags = jax.device_put(np.zeros(setting.mesh.size, np.int32), built.flags)
@@ -132,10 +140,13 @@ def measure(setting: Setting, *, steps: int, warm: int, profile: bool, run: bool
             if profile:
                 _take_apart(step, state, batches, flags, result)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        result.error = "out of memory" if "RESOURCE_EXHAUSTED" in reason else reason[:200]
-        print(f"{result.name}: {reason}", file=sys.stderr)
-    return result
+        _note(result, error)
+
+
+def _note(result: Result, error: Exception) -> None:
+    reason = str(error).splitlines()[0]
+    result.error = "out of memory" if "RESOURCE_EXHAUSTED" in reason else reason[:200]
+    print(f"{result.name}: {reason}", file=sys.stderr)
 
 
 def _timed(
@@ -282,12 +293,12 @@ def main() -> int:
     cache = os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "nha_bench_cache")
     )
-    compiled: list[Result] = []
+    before: list[Result] = []
     if len(settings) > 1 and args.jobs:
         command = [sys.executable, "-m", "nha_jax.training.bench", "--config", args.config]
-        compiled = compile_side_by_side(settings, [*command, *overrides], args.jobs)
+        before = compile_side_by_side(settings, [*command, *overrides], args.jobs)
         if args.compile_only:
-            print(f"compiled into {cache}\n\n{markdown(compiled)}")
+            print(f"compiled into {cache}\n\n{markdown(before)}")
             return 0
     claim_memory()
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -299,22 +310,15 @@ def main() -> int:
         ]
         for i in range(len(settings)):
             setting = jobs.pop(0).result()
-            profile = bool({"all", setting.result.name} & set(args.profile))
-            results.append(
-                measure(
-                    setting,
-                    steps=args.steps,
-                    warm=args.warm,
-                    profile=profile,
-                    run=not args.compile_only,
-                )
-            )
-            del setting
-            if compiled:  # the seconds without a cache
-                results[-1].lower_s, results[-1].compile_s = (
-                    compiled[i].lower_s,
-                    compiled[i].compile_s,
-                )
+            result = setting.result
+            step = compiled(setting)
+            if step is not None and not args.compile_only:
+                profile = bool({"all", result.name} & set(args.profile))
+                measure(setting, step, steps=args.steps, warm=args.warm, profile=profile)
+            del setting, step
+            if before:  # the seconds without a cache
+                result.lower_s, result.compile_s = before[i].lower_s, before[i].compile_s
+            results.append(result)
             if args.json:
                 found = [dataclasses.asdict(result) for result in results]
                 Path(args.json).write_text(json.dumps(found, indent=1))
