@@ -36,7 +36,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.every = 5000
     config.eval.examples = 1024
     if variant == "gpu":  # docs/training_speed.md
-        config.accumulate = 16  # 32,768 tokens at a time
+        config.accumulate = 32  # 16,384 tokens at a time
         config.model.update(remat="dots", unroll=True)
-        config.optimizer.mu_dtype = "bfloat16"
     return config

@@ -38,5 +38,4 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "gpu":  # docs/training_speed.md
         config.accumulate = 8  # 65,536 tokens at a time
         config.model.update(remat="dots", unroll=True)
-        config.optimizer.mu_dtype = "bfloat16"
     return config

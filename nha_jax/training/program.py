@@ -26,7 +26,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     # of a millisecond gain nothing from CUDA graphs, in which a profile cannot tell their sources.
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_command_buffer": ""},
 }
-GPU_MEMORY = "0.97"  # share of it that JAX may take, in place of its own default of 0.75
+GPU_MEMORY = "0.95"  # share of it that JAX may take, in place of its own default of 0.75
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # of all processes together
 
