@@ -15,7 +15,7 @@ def losses(workdir: Path) -> tuple[list[int], list[float]]:
     """Steps and training losses of a run. Raises ``UserError`` where it has none."""
     file = workdir / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    found = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    found = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     if not found:
         raise UserError(f"--run names {workdir}, which holds no losses; train there first.")
     return [step for step, _ in found], [loss for _, loss in found]
