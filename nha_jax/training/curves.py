@@ -22,17 +22,26 @@ def losses(workdir: Path) -> tuple[list[int], list[float]]:
 
 
 def picture(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> None:
-    """Runs of one name before the comma have one colour."""
+    """One line style for a name's part before the comma, one colour for what follows it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    groups = list(dict.fromkeys(name.split(",")[0] for name in curves))
-    for i, (name, (steps, values)) in enumerate(curves.items()):
-        group = groups.index(name.split(",")[0])
-        axis.plot(steps, values, color=f"C{group}", linestyle=("-", "--", ":")[i % 3], label=name)
+    names = [name.partition(",") for name in curves]
+    before, after = (list(dict.fromkeys(name[i] for name in names)) for i in (0, 2))
+    for (kind, _, variant), (steps, values) in zip(names, curves.values(), strict=True):
+        line = before.index(kind) % 4
+        axis.plot(
+            steps,
+            values,
+            color=f"C{after.index(variant)}",
+            linestyle=("-", "--", ":", "-.")[line],
+            linewidth=2.5 if line == 0 else 1,
+            alpha=0.5 if line == 0 else 1,
+            label=f"{kind},{variant}" if variant else kind,
+        )
     axis.set(xlabel="step", ylabel="training loss, nats per token")
     axis.legend()
     figure.savefig(path, dpi=120)
