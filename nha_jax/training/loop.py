@@ -23,7 +23,14 @@ from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import check_config, check_same, to_json
 from nha_jax.training.metrics import Log, Terminal, check_tensorboard
 from nha_jax.training.profile import Profile
-from nha_jax.training.program import abstract_batch, check_rows, compile_step, program, put
+from nha_jax.training.program import (
+    abstract_batch,
+    check_rows,
+    claim_memory,
+    compile_step,
+    program,
+    put,
+)
 from nha_jax.training.step import batch_sharding
 
 
@@ -39,6 +46,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     check_config(config)
     check_workdir(workdir)
     model = ModelConfig.from_config(config.model)
+    claim_memory()
     mesh = parallel.make_mesh(config.mesh)
     check_rows(config, mesh)
     data.ready(config.data, workdir)
@@ -87,7 +95,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        step_fn = compile_step(lowered, mesh)
+        step_fn = compile_step(lowered, config, mesh)
         work = flops.train_flops_per_token(model, example["inputs"].shape[1])
         steps = range(start + 1, config.steps + 1)
         with (
