@@ -191,7 +191,7 @@ class _Trial:
         assert run is not None
         return {
             "state_bytes": generator.state_bytes(1, context),
-            "tokens_per_second": run(3),
+            "tokens_per_second": run(3, context),
         }
 
     def _model(self, windows: str) -> Any:
