@@ -3,7 +3,7 @@
   python eval.py --checkpoint runs/mqar --suite mqar
   python eval.py --checkpoint runs/mqar --suite mqar --windows full
   python eval.py --checkpoint runs/mqar --suite mqar --config.eval.num_kv_pairs=2,4,8
-  python eval.py --checkpoint runs/stdlib --suite perplexity,mqar
+  python eval.py --checkpoint runs/stdlib --suite perplexity,ruler:vt+fwe --config.eval.lengths=1024
   python eval.py --config configs/mqar.py --suite mqar         trains as train.py would, then tests
 
 --checkpoint is the workdir of a training run (or its checkpoints folder, or one checkpoint in
@@ -11,7 +11,8 @@ that). --suite is one suite or several, joined by commas; some take an argument,
 --windows W is short for --config.model.windows=W.
 --config.model.KEY=VALUE changes the model where its weights allow, --config.eval.KEY=VALUE an
 option of every suite that has it. Tables are shown; JSON and pictures go to the folder eval in the
-workdir. python -m nha_jax.evals.report compares them. Bad input is exit code 2.
+workdir. python -m nha_jax.evals.report compares them; docs/evaluation.md describes the suites. Bad
+input is exit code 2.
 """
 
 import sys

@@ -1,5 +1,6 @@
 """Prompts in text, greedy answers in text: what the suites of questions share."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,14 @@ def read_jsonl(
                 shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
                 raise UserError(f"{where}: {name} is {shown}; a line has {describe}.")
         yield row
+
+
+def content_hash(*paths: Path) -> str:
+    """Tells files of other contents apart."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def is_text(value: Any) -> bool:

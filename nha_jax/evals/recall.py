@@ -136,7 +136,8 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
         )
     tokenizer = tokenizer_of(config, asked.tokenizer)
     cells = [(name, context) for context in contexts for name in tasks]
-    files = {cell: read(*cell, asked.texts) for cell in cells}
+    paths = {cell: file_of(*cell, asked.texts) for cell in cells}
+    files = {(name, context): read(name, path) for (name, context), path in paths.items()}
 
     rows: list[dict[str, Any]] = []
     records = []
@@ -187,7 +188,12 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
         for context in contexts
     ]
     whole = average(rows)
-    values = {"all": whole, "by_context": by_context, "by_task_and_context": rows}
+    values = {
+        "data": answering.content_hash(*sorted(set(paths.values()))),
+        "all": whole,
+        "by_context": by_context,
+        "by_task_and_context": rows,
+    }
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots"
     made_up = " (made-up samples, no benchmark)" if asked.texts == SAMPLES else ""
@@ -213,22 +219,27 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     )
 
 
-def read(name: str, context: int, texts: str) -> list[Row]:
-    """The lines of a task's file. Raises UserError if it is missing or a line is not right."""
+def file_of(name: str, context: int, texts: str) -> Path:
+    """The file of a task's texts. Raises UserError if there is none."""
     if not texts:
         raise UserError(
             "config.eval.texts is empty: give the folder of the tasks' JSONL files (see "
             f"docs/evaluation.md), or {SAMPLES!r} for the small samples of this package."
         )
     folder = Path(__file__).parent / SAMPLES / "recall" if texts == SAMPLES else Path(texts)
-    file = folder / f"{name}_{context}.jsonl"
-    if not file.is_file():
-        file = folder / f"{name}.jsonl"
-    if not file.is_file():
+    cut_before, plain = folder / f"{name}_{context}.jsonl", folder / f"{name}.jsonl"
+    if cut_before.is_file():
+        return cut_before
+    if not plain.is_file():
         raise UserError(
             f"config.eval.texts={texts} has no {name}.jsonl; put it there, or leave {name} out of "
             "config.eval.tasks."
         )
+    return plain
+
+
+def read(name: str, file: Path) -> list[Row]:
+    """The lines of a task's file. Raises UserError if one is not right."""
     task = TASKS[name]
     told = ", ".join(
         f'"{field}" ({"a list of texts" if test is is_texts else "a text"})'

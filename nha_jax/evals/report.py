@@ -53,14 +53,15 @@ class Evaluation:
         return json.dumps([*who, self.values["config"]["model"]], sort_keys=True)
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {k: v for k, v in self.values["config"]["eval"].items() if k not in WHERE}
+    def asked(self) -> dict[str, Any]:
+        """The options that matter, and what tells the data asked about from others."""
+        options = {k: v for k, v in self.values["config"]["eval"].items() if k not in WHERE}
+        return {**options, "data": self.values.get("data")}
 
     @property
     def section(self) -> str:
         """Evaluations with the same one can be compared."""
-        asked = [self.values["suite"], self.values["argument"], self.options]
-        return json.dumps(asked, sort_keys=True)
+        return json.dumps([self.values["suite"], self.asked], sort_keys=True)
 
 
 @dataclass
@@ -188,7 +189,7 @@ def _section_names(evaluations: Sequence[Evaluation], sections: Sequence[str]) -
     names = {}
     for section, one in first.items():
         same = [e for e in first.values() if e.values["suite"] == one.values["suite"]]
-        told = differences([e.options for e in same])
+        told = differences([e.asked for e in same])
         place = [e.section for e in same].index(section)
         options = [f"{key} {values[place]}" for key, values in told.items()]
         names[section] = ", ".join([one.values["suite"], *options])
@@ -237,7 +238,7 @@ def _text(value: Any) -> str:
 
 def _name(value: Any) -> str:
     """Text that may be broken behind the parts of a name."""
-    return re.sub(r"([._/](?=\w)|,(?=[a-z]))", r"\1<wbr>", _text(value))
+    return re.sub(r"([._/+](?=\w)|,(?=[a-z]))", r"\1<wbr>", _text(value))
 
 
 def _dot(i: int) -> str:
@@ -280,7 +281,7 @@ def _summary(columns: Sequence[Column], sections: Sequence[str], names: Mapping[
         unit = _text(_unit(first) + (", lower is better" if first["better"] == "lower" else ""))
         best = _best(scores)
         cells = "".join(_cell(score, j in best) for j, score in enumerate(scores))
-        link = f'<a href="#s{i}">{_text(names[section])}</a>'
+        link = f'<a href="#s{i}">{_name(names[section])}</a>'
         rows.append(f'<tr><th scope="row">{link}<small>{unit}</small></th>{cells}</tr>')
     table = _table(_head(columns, "suite"), rows)
     return (
@@ -331,8 +332,10 @@ def _section(number: int, name: str, section: str, columns: Sequence[Column]) ->
     for i in has:
         one = columns[i].evaluations[section]
         label = _text(columns[i].label)
+        place = (one.values["checkpoint"] or {}).get("path")
+        source = "" if place is None else f"checkpoint {_name(place)}; "
         facts.append(
-            f"<li>{_dot(i)}{label}: {_text(one.values['title'])}; "
+            f"<li>{_dot(i)}{label}: {_text(one.values['title'])}; {source}"
             f"{one.values['seconds']:,.1f} s on {_text(one.values['device'])}</li>"
         )
         picture = one.path.with_suffix(".png")
@@ -345,16 +348,16 @@ def _section(number: int, name: str, section: str, columns: Sequence[Column]) ->
             )
     legend = " ".join(f"<span>{_dot(i)}{_text(columns[i].label)}</span>" for i in has)
     notes = _text(columns[has[0]].evaluations[section].values.get("notes", ""))
-    options = columns[has[0]].evaluations[section].values["config"]["eval"]
-    asked = ", ".join(f"{key}={value}" for key, value in _flat(options).items() if key not in WHERE)
+    options = _flat(columns[has[0]].evaluations[section].asked)
+    asked = ", ".join(f"{key}={value}" for key, value in options.items())
     head = _head(columns, "score")
     return (
-        f'<section id="s{number}"><h2>{_text(name)}</h2><p class="legend">{legend}</p>'
+        f'<section id="s{number}"><h2>{_name(name)}</h2><p class="legend">{legend}</p>'
         f'<div class="lanes">{_axis(scores)}{lanes}</div>'
         f"<details><summary>Numbers</summary>{_table(head, rows)}</details>"
         + (f"<details><summary>Pictures</summary>{''.join(pictures)}</details>" if pictures else "")
         + f"<details><summary>How it was asked</summary><ul>{''.join(facts)}</ul>"
-        f"<p>{_text(asked)}</p><p>{notes}</p></details></section>"
+        f"<p>{_name(asked)}</p><p>{notes}</p></details></section>"
     )
 
 

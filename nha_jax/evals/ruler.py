@@ -8,7 +8,6 @@ after; those of the tasks that need a download are put there by hand. docs/evalu
 files' format.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,6 +62,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     """Asks for every sample of the tasks and lengths that ``config.eval`` names."""
     asked = config.eval
     tasks = answering.chosen(asked.tasks, list(NEW_TOKENS), "tasks")
+    tasks = list(dict.fromkeys(task.removeprefix("ruler_") for task in tasks))
     for task in tasks:
         if task not in NEW_TOKENS:
             raise UserError(f"config.eval.tasks: {task!r} is no task.{nearest(task, NEW_TOKENS)}")
@@ -76,12 +76,15 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     tokenizer = tokenizer_of(config, asked.tokenizer)
 
     cells = [(task, length) for length in reversed(lengths) for task in tasks]
-    for cell in cells:  # all of them there before the first answer
-        samples_of(*cell, config, tokenizer, track)
+    # All of them there before the first answer, and what must be there before what is made.
+    files = [
+        samples_of(*cell, config, tokenizer, track)[0]
+        for cell in sorted(cells, key=lambda cell: cell[0] in ruler_samples.MAKERS)
+    ]
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     records = []
     for task, length in cells:
-        path, samples = samples_of(task, length, config, tokenizer, track)
+        _, samples = samples_of(task, length, config, tokenizer, track)
         answers = answering.answers(
             model,
             tokenizer,
@@ -100,8 +103,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
             "task": task,
             "length": length,
             "metric": metric.__name__,
-            "samples": content_hash(path),
-            "tokens": [sample.get("length") for sample in samples],
+            "longest": max((sample.get("length", 0) for sample in samples), default=0) or None,
             **proportion(sum(shares), len(shares)),
         }
         records += [
@@ -120,7 +122,12 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
         {"length": length, **average(rows[task, length] for task in tasks)} for length in lengths
     ]
     whole = average(ordered)
-    values = {"all": whole, "by_length": by_length, "by_task_and_length": ordered}
+    values = {
+        "data": answering.content_hash(*sorted(files)),
+        "all": whole,
+        "by_length": by_length,
+        "by_task_and_length": ordered,
+    }
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots"
     return Result(
@@ -205,10 +212,6 @@ def string_match_part(answer: str, references: list[str]) -> float:
 
 def is_part(task: str, qa_metric: str) -> bool:
     return task.startswith("qa_") and qa_metric == "part"
-
-
-def content_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def average(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -34,6 +34,10 @@ def write(folder, name, *rows):
     return path
 
 
+def shipped(name):
+    return recall.read(name, recall.file_of(name, 0, "samples"))
+
+
 @pytest.mark.parametrize(
     ("task", "row", "prompt"),
     [
@@ -79,7 +83,7 @@ def test_shipped_samples_and_known_speakers(monkeypatch):
     calls = []
     answers = {}
     for name, task in recall.TASKS.items():
-        for row in recall.read(name, 0, "samples"):
+        for row in shipped(name):
             answers[task.prompt(row)] = task.labels(row)
             held = row[task.context].lower()
             assert any(label.lower() in held for label in task.labels(row))
@@ -104,7 +108,7 @@ def test_shipped_samples_and_known_speakers(monkeypatch):
     result = speak(lambda prompt: "." * 47 + answers[prompt][0])
     assert result.values["all"]["correct"] == 0
     # One task right, of two: the mean is over tasks, not over questions.
-    fda = {recall.TASKS["fda"].prompt(row) for row in recall.read("fda", 0, "samples")}
+    fda = {recall.TASKS["fda"].prompt(row) for row in shipped("fda")}
     result = speak(lambda p: answers[p][0] if p in fda else "", tasks="nq+fda")
     assert result.values["all"]["accuracy"] == 0.5
     result = speak(lambda p: "", tasks="nq", contexts=(100, 512), num_samples=3)
@@ -131,7 +135,7 @@ def test_a_model_answers():
     config = configuration(tasks="squad", num_samples=2, new_tokens=3, contexts=(150,))
     result = recall.evaluate(model, config, track)
     (first, _) = result.records
-    row = recall.cut(recall.read("squad", 150, "samples")[0], recall.TASKS["squad"], BYTES, 100)
+    row = recall.cut(shipped("squad")[0], recall.TASKS["squad"], BYTES, 100)
     tokens = [256, *row["text"].strip().encode()]
     expected = []
 
@@ -182,11 +186,11 @@ def test_bad_options(options, words):
 def test_bad_lines_are_named(tmp_path, row, words):
     path = write(tmp_path, "fda", {"text": "a", "key": "b", "value": "c"}, row)
     with pytest.raises(UserError) as raised:
-        recall.evaluate(None, configuration(texts=str(tmp_path)), track)
+        recall.evaluate(None, configuration(texts=str(tmp_path), tasks="fda"), track)
     told = str(raised.value)
     assert told.startswith(f"{path}, line 2")
     assert words in told
     assert told.endswith('a line has "text" (a text), "key" (a text), "value" (a text).')
     path.write_text("\n")
     with pytest.raises(UserError, match="has no lines"):
-        recall.evaluate(None, configuration(texts=str(tmp_path)), track)
+        recall.evaluate(None, configuration(texts=str(tmp_path), tasks="fda"), track)

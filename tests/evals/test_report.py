@@ -125,9 +125,12 @@ def test_only_what_was_asked_alike_is_compared(tmp_path):
     first = report.read(str(write(tmp_path, "a", seed=0)))
     again = report.read(str(write(tmp_path, "b", seed=0, right=70)))  # another path, newer
     other = report.read(str(write(tmp_path, "c", seed=1, right=60)))
-    page = report.render([*first, *again, *other])
+    moved = report.read(str(write(tmp_path, "d", seed=1, right=50)))
+    moved[0].values["data"] = "other texts"
+    page = report.render([*first, *again, *other, *moved])
     assert [row[0][:4] for row in cells(page, "mqar, seed 0")] == ["70.0"]
-    assert [row[0][:4] for row in cells(page, "mqar, seed 1")] == ["60.0"]
+    assert [row[0][:4] for row in cells(page, "mqar, seed 1")] == ["60.0", "50.0"]
+    assert len(cells(page, "mqar, seed 1, data other texts")) == 1
 
 
 def test_names_given_and_taken(tmp_path):

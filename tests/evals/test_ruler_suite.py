@@ -192,6 +192,8 @@ def test_perfect_wrong_and_partial_speakers(tmp_path, monkeypatch):
     limits = {known[prompt]["gen_prefix"][:40]: limit for prompt, limit in calls}
     assert set(limits.values()) == {30, 50, 120, 128}
     assert max(len(prompt) + 1 + limit for prompt, limit in calls) <= 10_000
+    rows = result.values["by_task_and_length"]
+    assert all(row["length"] - 2500 < row["longest"] <= row["length"] for row in rows)
     json.dumps(result.values)
 
     result = speak(lambda prompt: "I do not know.")
@@ -216,7 +218,7 @@ def test_tasks_from_local_files(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(answering, "Generator", oracle(lambda prompt: "ann", calls))
     for metric, share in [("part", 1 / 2), ("all", 1 / 4)]:
-        config = configuration(tmp_path, tasks="qa_squad", qa_metric=metric)
+        config = configuration(tmp_path, tasks="ruler_qa_squad", qa_metric=metric)
         result = ruler.evaluate(None, config, track)
         assert result.values["all"]["accuracy"] == share
         assert result.values["all"]["asked"] == 2
@@ -228,7 +230,7 @@ def test_tasks_from_local_files(tmp_path, monkeypatch):
     [
         ({"tasks": "vt+nia_single_1"}, "Did you mean 'niah_single_1'?"),
         ({"tasks": ""}, "config.eval.tasks is empty"),
-        ({"tasks": "niah_single_2"}, "niah_single_2-4096.jsonl, which does not exist"),
+        ({"tasks": "vt+niah_single_2"}, "niah_single_2-4096.jsonl, which does not exist"),
         ({"num_samples": 0}, "config.eval.num_samples=0 must be at least 1"),
         ({"lengths": ()}, "config.eval.lengths must hold"),
         ({"qa_metric": "any"}, "config.eval.qa_metric='any' is unknown. Known: all, part."),
