@@ -205,6 +205,7 @@ def _figure(report: dict[str, Any]) -> Any:
 
     rows = report["rows"]
     batches = sorted({row["batch"] for row in rows})
+    contexts = sorted({row["context"] for row in rows})
     figure = Figure(figsize=(5 * (len(batches) + 1) - 2, 4.4), dpi=150)
     panels = figure.subplots(1, len(batches) + 1)
     names = list(dict.fromkeys(row["windows"] for row in rows))
@@ -219,6 +220,7 @@ def _figure(report: dict[str, Any]) -> Any:
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_xticks(contexts, [f"{c // 1024}K" if c % 1024 == 0 else f"{c}" for c in contexts])
         axes.set_xlabel("context, tokens")
         axes.grid(alpha=0.3, which="both")
 
@@ -230,7 +232,7 @@ def _figure(report: dict[str, Any]) -> Any:
     panels[0].legend()
     model = report["model"]
     figure.suptitle(
-        f"Decoding on {report['device']}: {model['parameters'] / 1e6:,.0f}M parameters, "
+        f"Decoding on {report['device']}, {report['clock']}: {model['parameters'] / 1e6:,.0f}M parameters, "
         f"{model['layers']} layers, {model['slots']} slots, {model['dtype']}"
     )
     figure.tight_layout()
