@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import jax
 
+    from nha_jax.generation import state_bytes
     from nha_jax.models import ModelConfig, model_config
 
     contexts, batches = _integers("--contexts", args.contexts), _integers("--batches", args.batches)
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = [_generator(config) for config in configs]
     points = [(m, b, c) for m in models for b in batches for c in contexts]
     # States without full layers have one size, whatever the context.
-    sizes = {(m, b, m.room(c + SPARE)): (m, b, c) for m, b, c in points}
+    sizes = {(m, b, _room(m, c)): (m, b, c) for m, b, c in points}
     with ThreadPoolExecutor() as pool:  # compiling is most of the time
         checks = [pool.submit(_check, model) for model in models]
         works = {
@@ -98,9 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for model, batch, context in points:
-        run = runs[model, batch, model.room(context + SPARE)]
+        run = runs[model, batch, _room(model, context)]
         row = {"windows": model.config.windows, "batch": batch, "context": context}
-        row["state_bytes"] = model.state_bytes(batch, context + SPARE)
+        row["state_bytes"] = state_bytes(model.model, batch, _room(model, context))
         row["tokens_per_second"] = speed = None if run is None else run(args.repeats, context)
         rows.append(row)
         print(
@@ -150,6 +151,11 @@ def _check(generator: Any) -> float:
     return off
 
 
+def _room(generator: Any, context: int) -> int | None:
+    """Tokens that full layers hold; None without such."""
+    return context + SPARE if None in generator.config.window_pattern else None
+
+
 def prepare(generator: Any, batch: int, context: int, memory: float) -> Callable | None:
     """What measures tokens/s, compiled, with room for ``context`` tokens; None if that needs more
     memory. It is called with the number of blocks and of the tokens before.
@@ -157,16 +163,17 @@ def prepare(generator: Any, batch: int, context: int, memory: float) -> Callable
     import jax
     import jax.numpy as jnp
 
-    from nha_jax.generation import BLOCK, Common, Sampling, State, decode
+    from nha_jax.generation import BLOCK, Common, Sampling, State, decode, state_bytes
     from nha_jax.models.language_model import by_layer
 
     weights = sum(x.nbytes for x in jax.tree.leaves(generator.parts[1]))
-    if generator.state_bytes(batch, context + SPARE) + weights > memory:
+    room = _room(generator, context)
+    if state_bytes(generator.model, batch, room) + weights > memory:
         return None
     graph, params = generator.parts
 
     def make(tokens: jax.Array) -> Any:
-        cache = by_layer(generator.model.init_cache(batch, context + SPARE))
+        cache = by_layer(generator.model.init_cache(batch, room))
         seen = jnp.full((1, batch), tokens, jnp.int32)
 
         def advanced(layer: Any) -> Any:
@@ -232,8 +239,9 @@ def _figure(report: dict[str, Any]) -> Any:
     panels[0].legend()
     model = report["model"]
     figure.suptitle(
-        f"Decoding on {report['device']}, {report['clock']}: {model['parameters'] / 1e6:,.0f}M parameters, "
-        f"{model['layers']} layers, {model['slots']} slots, {model['dtype']}"
+        f"Decoding on {report['device']}, {report['clock']}: "
+        f"{model['parameters'] / 1e6:,.0f}M parameters, {model['layers']} layers, "
+        f"{model['slots']} slots, {model['dtype']}"
     )
     figure.tight_layout()
     return figure

@@ -184,13 +184,13 @@ class _Trial:
     def cost(self, windows: str, context: int) -> dict[str, Any]:
         """Bytes of state and tokens/s of decoding one row."""
         from nha_jax.decode_bench import prepare
-        from nha_jax.generation import Generator
+        from nha_jax.generation import Generator, state_bytes
 
         generator = Generator(self._model(windows))
         run = prepare(generator, 1, context, float("inf"))
         assert run is not None
         return {
-            "state_bytes": generator.state_bytes(1, context),
+            "state_bytes": state_bytes(generator.model, 1, context),
             "tokens_per_second": run(3, context),
         }
 
