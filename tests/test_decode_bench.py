@@ -35,10 +35,9 @@ def test_what_needs_too_much_memory_is_not_run(tmp_path):
 
 def test_a_model_that_decodes_wrongly_is_not_timed(monkeypatch):
     generator = decode_bench._generator(_config())
+    other = decode_bench._generator(_config(4)).model
     monkeypatch.setattr(decode_bench, "CHECKED", 8)
-    monkeypatch.setattr(
-        type(generator), "model", property(lambda self: decode_bench._generator(_config(4)).model)
-    )
+    monkeypatch.setattr(type(generator), "model", property(lambda self: other))
     with pytest.raises(UserError, match="decode steps are off by"):
         decode_bench._check(generator)
 
