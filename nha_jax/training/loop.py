@@ -23,7 +23,14 @@ from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import check_config, check_same, to_json
 from nha_jax.training.metrics import Log, Terminal, check_tensorboard
 from nha_jax.training.profile import Profile
-from nha_jax.training.program import abstract_batch, check_rows, compile_step, program, put
+from nha_jax.training.program import (
+    abstract_batch,
+    check_batch,
+    check_rows,
+    compile_steps,
+    program,
+    put,
+)
 from nha_jax.training.step import batch_sharding
 
 
@@ -62,6 +69,9 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         process_count=count,
     )
     batches, example = iter(source()), next(iter(source()))
+    length = example["inputs"].shape[1]
+    for other in data.lengths(config.data):
+        check_batch(config, model, mesh, other)
     built = program(config, model, mesh, abstract_batch(example, config.batch_size))
     if config.compilation_cache:
         keep_compiled_programs(workdir / "compilation_cache")
@@ -87,8 +97,8 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        step_fn = compile_step(lowered, mesh)
-        work = flops.train_flops_per_token(model, example["inputs"].shape[1])
+        step_fn = compile_steps(built, lowered, length)
+        work = flops.train_flops_per_token(model, length)
         steps = range(start + 1, config.steps + 1)
         with (
             Log(workdir, steps, config.log, terminal, mfu_scale(work)) as log,
