@@ -1,10 +1,13 @@
-"""Evaluation suites: one checkpoint in, a table, a JSON file and a picture out."""
+"""Evaluation suites: a checkpoint or a config in; tables, JSON files and pictures out."""
 
+import dataclasses
+import hashlib
 import json
-import os
 import re
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,81 +17,244 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 
-from nha_jax import cli
+from nha_jax import cli, parallel
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals import mqar, perplexity
 from nha_jax.evals.checkpoint import Checkpoint
-from nha_jax.evals.suite import Result, Suite
+from nha_jax.evals.suite import Result, Suite, Track
 from nha_jax.models import ModelConfig
 
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
 SUITES: dict[str, Suite] = {"mqar": mqar.SUITE, "perplexity": perplexity.SUITE}
+NAME_LENGTH = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One suite of a request, such as ``mqar`` or ``lm_eval:piqa+arc_easy``."""
+
+    name: str
+    argument: str = ""
+
+    @property
+    def suite(self) -> Suite:
+        return SUITES[self.name]
+
+    def options(self, config: ConfigDict) -> ConfigDict:
+        """The suite's defaults for this run, the argument set in them."""
+        options = self.suite.options(config)
+        if self.argument:
+            options[self.suite.argument] = self.argument
+        return options
+
+
+def parse(suites: str) -> list[Asked]:
+    """``"mqar,lm_eval:piqa+arc_easy"`` as a list. Raises UserError for what is none."""
+    asked = []
+    for item in suites.split(","):
+        name, colon, argument = item.strip().partition(":")
+        if name not in SUITES:
+            raise UserError(f"suite {name!r} is unknown.{nearest(name, SUITES)}")
+        if colon and not SUITES[name].argument:
+            raise UserError(f"suite {name!r} takes no argument; write --suite {name}.")
+        if colon and not argument:
+            raise UserError(
+                f"suite {item.strip()!r} has no argument behind the colon; write --suite {name}, "
+                f"or give {SUITES[name].argument} joined by +."
+            )
+        asked.append(Asked(name, argument))
+        if asked.count(asked[-1]) > 1:
+            raise UserError(f"suite {item.strip()!r} is named twice; name it once.")
+    return asked
+
+
+def configure(
+    asked: Sequence[Asked],
+    config: ConfigDict,
+    overrides: Sequence[str],
+    *,
+    groups: Sequence[str] = ("model",),
+) -> list[ConfigDict]:
+    """The config for each suite, its options in ``config.eval``.
+
+    Args:
+        overrides: ``--config.KEY=VALUE`` arguments; those of ``config.eval`` go to every suite
+            that has such an option.
+        groups: fields of ``config`` that can be overridden, besides ``eval``.
+
+    Raises:
+        UserError: an override that cannot be, such as an option that no suite has.
+    """
+    options = [one.options(config) for one in asked]
+    everyones = {key: value for each in options for key, value in each.items()}
+    configs = []
+    for own in options:
+        one = config.copy_and_resolve_references().unlock()
+        # Options of another suite only are taken too, and then left out.
+        one.eval = ConfigDict({**everyones, **own})
+        changed = ConfigDict({name: one[name] for name in (*groups, "eval")})
+        cli.apply_overrides(changed, overrides)
+        for name in groups:
+            one[name] = changed[name]
+        one.eval = ConfigDict({key: changed.eval[key] for key in own})
+        ModelConfig.from_config(one.model)
+        configs.append(one.lock())
+    return configs
 
 
 def run(
-    suite: str,
+    suites: str,
     checkpoint: Path,
     overrides: Sequence[str] = (),
     *,
     step: int | None = None,
     out: Path | None = None,
-) -> Path:
-    """Evaluates a checkpoint, shows the table, writes ``NAME.json`` and ``NAME.png``.
+) -> list[Path]:
+    """Evaluates a checkpoint: each suite shows its table and writes its files when it is done.
 
-    NAME tells suite, step and overrides, so that evaluations of one run lie side by side.
+    These are ``NAME.json``, ``NAME.png`` and, of suites with records, ``NAME.jsonl``. NAME tells
+    suite, step and overrides, so that evaluations of one run lie side by side.
 
     Args:
-        suite: a name in `SUITES`.
+        suites: names in `SUITES`, separated by commas; ``NAME:ARGUMENT`` where one takes it.
         checkpoint: the run's workdir, its checkpoints folder, or one checkpoint in that.
         overrides: ``--config.model.KEY=VALUE`` and ``--config.eval.KEY=VALUE`` arguments, the
-            latter for the suite's options.
+            latter for the suites' options.
         step: of the checkpoint; the newest unless given.
         out: folder of the files; ``eval`` in the workdir unless given.
 
     Returns:
-        The path of the JSON file.
+        The paths of the JSON files.
 
     Raises:
-        UserError: bad input; nothing has been written then.
+        UserError: bad input; nothing has been written then but by suites before.
     """
-    if suite not in SUITES:
-        raise UserError(f"suite {suite!r} is unknown.{nearest(suite, SUITES)}")
+    asked = parse(suites)
+    for one in asked:
+        if one.suite.evaluate is None:
+            raise UserError(
+                f"suite {one.name!r} trains models of its own: give --config PATH in place of "
+                "--checkpoint."
+            )
     found = Checkpoint(checkpoint, step)
-    config = found.config
-    if "path" in config.data:
-        config.data.path = config.data.path.replace("{workdir}", str(found.workdir))
-    config.eval = SUITES[suite].options(config)
-    # Only what an evaluation depends on can be overridden.
-    cli.apply_overrides(ConfigDict({"model": config.model, "eval": config.eval}), overrides)
-    config.lock()
-    model = found.model(ModelConfig.from_config(config.model))
+    return _evaluate(asked, found, overrides, out or found.workdir / "eval")
 
+
+def train_and_run(
+    suites: str,
+    config: ConfigDict,
+    workdir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    out: Path | None = None,
+) -> list[Path]:
+    """The same by a config alone: suites that train models of their own do so in ``workdir``.
+
+    For the other suites the config is trained there as by train.py, going on from what is there,
+    and evaluated. ``overrides`` can be of the whole config, ``config.eval`` being the suites'.
+
+    Raises:
+        SystemExit: a signal ended the training, with its exit code.
+    """
+    from nha_jax import training
+
+    asked = parse(suites)
+    out = out or workdir / "eval"
+    groups = [name for name in config if name != "eval"]
+    configs = configure(asked, config, overrides, groups=groups)
+    if rest := [one for one in asked if one.suite.train is None]:
+        plain = configs[0].copy_and_resolve_references().unlock()
+        plain.eval = config.eval
+        if code := training.run(plain, workdir):
+            sys.exit(code)
+        written = _evaluate(rest, Checkpoint(workdir), overrides, out, groups)
+    else:
+        written = []
+    for one, settings in zip(asked, configs, strict=True):
+        if (train := one.suite.train) is not None:
+            place = _place(settings, workdir)
+            work = partial(train, place, workdir)
+            written.append(_report(one, place, None, overrides, out, work))
+    return written
+
+
+def _evaluate(
+    asked: Sequence[Asked],
+    found: Checkpoint,
+    overrides: Sequence[str],
+    out: Path,
+    groups: Sequence[str] = ("model",),
+) -> list[Path]:
+    configs = [
+        _place(config, found.workdir)
+        for config in configure(asked, found.config, overrides, groups=groups)
+    ]
+    model = found.model(ModelConfig.from_config(configs[0].model))
+    written = []
+    for one, config in zip(asked, configs, strict=True):
+        assert one.suite.evaluate is not None
+        work = partial(one.suite.evaluate, model, config)
+        written.append(_report(one, config, found, overrides, out, work))
+    return written
+
+
+def _place(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """``config`` with the workdir in the place of ``{workdir}``."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for section in (config.data, config.eval):
+            for key, value in section.items():
+                if isinstance(value, str):
+                    section[key] = value.replace("{workdir}", str(workdir))
+    return config.lock()
+
+
+def _report(
+    asked: Asked,
+    config: ConfigDict,
+    found: Checkpoint | None,
+    overrides: Sequence[str],
+    out: Path,
+    work: Callable[[Track], Result],
+) -> Path:
+    """Runs ``work``, shows its table and writes its files; the path of the JSON file."""
     screen, progress = Console(), Console(stderr=True)
     started = time.perf_counter()
-    result = SUITES[suite].evaluate(model, config, lambda *work: _track(progress, *work))
+    result = work(lambda *items: _track(progress, *items))
     seconds = time.perf_counter() - started
-
-    out = found.workdir / "eval" if out is None else out
+    step = "" if found is None else f"step{found.step}"
+    report = out / f"{_file_name(asked, step, overrides)}.json"
+    if not parallel.is_first():
+        return report
     out.mkdir(parents=True, exist_ok=True)
-    name = "-".join([f"{suite}-step{found.step}", *(_file_name(o) for o in overrides)])
-    report = out / f"{name}.json"
-    _write(
-        report,
-        {
-            "suite": suite,
-            "checkpoint": {"path": os.path.relpath(found.path, out), "step": found.step},
-            "config": config.to_dict(),
-            "device": jax.devices()[0].device_kind,
-            "seconds": round(seconds, 3),
-            **result.values,
-        },
-    )
+    values = {
+        "suite": asked.name,
+        "argument": asked.argument,
+        "checkpoint": None if found is None else found.identity(out),
+        "config": config.to_dict(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "seconds": round(seconds, 3),
+        "title": result.title,
+        "notes": result.notes,
+        "scores": list(result.scores),
+    }
+    if clash := values.keys() & result.values.keys():
+        raise ValueError(
+            f"suite {asked.name}: values named {sorted(clash)}, as the common ones are"
+        )
+    _write(report, json.dumps({**values, **result.values}, indent=2) + "\n")
     _show(screen, result)
     written = [report]
     if result.figure is not None:
         written.append(report.with_suffix(".png"))
         result.figure.savefig(written[-1])
-    screen.print(f"step {found.step}, {seconds:.1f} s; written:", *written, soft_wrap=True)
+    if result.records:
+        written.append(report.with_suffix(".jsonl"))
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result.records]
+        _write(written[-1], "".join(lines))
+    told = f"{step.replace('step', 'step ')}, " if step else ""
+    screen.print(f"{told}{seconds:.1f} s; written:", *written, soft_wrap=True)
     return report
 
 
@@ -109,12 +275,18 @@ def _show(screen: Console, result: Result) -> None:
         screen.print(result.notes, soft_wrap=True, highlight=False)
 
 
-def _file_name(override: str) -> str:
-    """``--config.model.windows=4,full`` -> ``model.windows=4,full``, safe in a file's name."""
-    return re.sub(r"[^\w.=,+-]+", "_", re.sub(r"^--?(no)?config\.", r"\1", override))
+def _file_name(asked: Asked, step: str, overrides: Sequence[str]) -> str:
+    """``mqar-step5-model.windows=4,full``, safe as a file's name, and not too long for one."""
+    told = [re.sub(r"^--?(no)?config\.", r"\1", override) for override in overrides]
+    parts = [part for part in (asked.name, asked.argument, step, *told) if part]
+    name = "-".join(re.sub(r"[^\w.=,+-]+", "_", part) for part in parts)
+    if len(name) > NAME_LENGTH:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: NAME_LENGTH - 9]}-{digest}"
+    return name
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+def _write(path: Path, text: str) -> None:
+    partial_file = path.with_name(f"{path.name}.partial")
+    partial_file.write_text(text, encoding="utf-8")
+    partial_file.replace(path)

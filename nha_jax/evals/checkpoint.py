@@ -1,13 +1,15 @@
 """Reading a training run's checkpoints for evaluation; nothing is written there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from nha_jax.data import data_config
+from nha_jax.data import data_config, text
+from nha_jax.data.tokenizer import BYTES, Tokenizer
 from nha_jax.errors import UserError
 from nha_jax.models import LanguageModel, ModelConfig
 from nha_jax.training.checkpoint import Checkpoints
@@ -49,11 +51,22 @@ class Checkpoint:
         try:
             meta = json.loads((self.path / "meta" / "metadata").read_text())
             self.config = _typed(json.loads(meta["config"]))
+            self._weights = int(meta["checksums"]["params"])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"checkpoint {self.path} is damaged: its config cannot be read ({error})."
             ) from error
         self._trained = ModelConfig.from_config(self.config.model)
+
+    def identity(self, out: Path) -> dict[str, Any]:
+        """What tells this checkpoint from others: ``path`` from the folder ``out``, ``step``,
+        ``weights`` (checksum of the parameters, hexadecimal) and ``parameters``, their number."""
+        return {
+            "path": os.path.relpath(self.path, out),
+            "step": self.step,
+            "weights": f"{self._weights:08x}",
+            "parameters": self._trained.num_params(),
+        }
 
     def model(self, config: ModelConfig) -> LanguageModel:
         """The weights in a model of this config, on the first device.
@@ -77,6 +90,45 @@ class Checkpoint:
         )
         fields, _ = self._store.read(self.step, {"params": abstract})
         return description(fields["params"])
+
+
+def tokenizer_of(
+    config: ConfigDict, given: str = "", field: str = "config.eval.tokenizer"
+) -> Tokenizer:
+    """The tokenizer that the run's data were prepared with.
+
+    Args:
+        config: of the run, ``{workdir}`` in its paths replaced.
+        given: ``"bytes"`` or the path of a tokenizer.json, in place of the prepared set's own.
+        field: where ``given`` comes from, for messages.
+
+    Raises:
+        UserError: there is none, it is not the one trained with, or it does not fit the model.
+    """
+    path = config.data.get("path", "")
+    if given:
+        tokenizer, source = Tokenizer(given), f"{field}={given}"
+    elif path:
+        prepared = text.open_sets(path, None)[0][0]
+        tokenizer, source = prepared.tokenizer(), f"the tokenizer of {prepared.directory}"
+    else:
+        raise UserError(
+            f"{field} is empty, and the model was not trained on text that names its tokenizer: "
+            f"give {BYTES!r} or the path of a tokenizer.json."
+        )
+    trained = config.data.get("tokenizer", "")
+    if trained and tokenizer.hash != trained:
+        raise UserError(
+            f"{source} is another tokenizer ({tokenizer.hash}) than the model was trained with "
+            f"({trained}): give that one as {field}."
+        )
+    vocabulary = ModelConfig.from_config(config.model).vocab_size
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"{source} has ids up to {tokenizer.vocab_size - 1}, outside the model's vocabulary "
+            f"of {vocabulary}: give the one it was trained with as {field}."
+        )
+    return tokenizer
 
 
 def _typed(values: dict[str, Any]) -> ConfigDict:

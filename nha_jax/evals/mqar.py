@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nha_jax.data import mqar
 from nha_jax.errors import UserError
-from nha_jax.evals.suite import Result, Suite, Track, percent, proportion
+from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score_of
 from nha_jax.models import LanguageModel, ModelConfig
 
 Predict = Callable[[np.ndarray, np.ndarray], Any]
@@ -72,6 +72,10 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
         values={"window": reach, **values},
         title=f"MQAR, queries answered right in %: {setting}",
         table=_table(values),
+        scores=[
+            score_of("all", values["all"]),
+            *(score_of(f"pairs={row['num_kv_pairs']}", row) for row in values["by_pairs"]),
+        ],
         notes="columns: tokens from the pair's value to its query; in brackets: 95% interval",
         figure=_figure(values, f"MQAR, queries answered right\n{setting}", reach),
     )

@@ -21,10 +21,8 @@ from rich.table import Table
 from nha_jax.data import text
 from nha_jax.data.prepared import Prepared
 from nha_jax.errors import UserError
-from nha_jax.evals.suite import Result, Suite, Track
+from nha_jax.evals.suite import Z95, Result, Suite, Track, score
 from nha_jax.models import LanguageModel, ModelConfig
-
-Z = 1.959964
 
 
 def options(config: ConfigDict) -> ConfigDict:
@@ -79,7 +77,8 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
     ]
     longest = max(len(bins) for bins, _ in found)
     padded = [np.pad(bins, ((0, longest - len(bins)), (0, 0))) for bins, _ in found]
-    values = {"all": whole, "by_set": rows, "by_position": _by_position(np.sum(padded, axis=0))}
+    by_position = _by_position(np.sum(padded, axis=0))
+    values = {"all": whole, "by_set": rows, "by_position": by_position}
     windows = shape.window_pattern
     reach = None if None in windows else max(w for w in windows if w is not None)
     setting = f"windows {shape.windows}, {shape.slots} slots"
@@ -91,6 +90,11 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
         values={"window": reach, **values},
         title=title,
         table=_table(values),
+        scores=[
+            _score("all", whole),
+            *(_score(row["set"], row) for row in rows if len(rows) > 1),
+            *(_score(f"position {_range(row)}", row) for row in by_position),
+        ],
         notes="position: of the token in its document; in brackets: 95% interval over documents",
         figure=_figure(values, setting, reach),
     )
@@ -201,8 +205,15 @@ def _summary(per_document: np.ndarray) -> dict[str, Any]:
     middle = scores["bits_per_byte"]
     interval = {"low": None, "high": None}
     if middle is not None and number > 1:
-        interval = {"low": middle - Z * error, "high": middle + Z * error}
+        interval = {"low": middle - Z95 * error, "high": middle + Z95 * error}
     return {"documents": number, **scores, **interval}
+
+
+def _score(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Bits per byte with the interval over documents, where there is one."""
+    n = row.get("documents", row["tokens"])
+    low, high = row.get("low"), row.get("high")
+    return score(name, row["bits_per_byte"], low, high, n, unit="bits/byte", better="lower")
 
 
 def _by_position(bins: np.ndarray) -> list[dict[str, Any]]:

@@ -2,40 +2,108 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.table import Table
 
 Item = TypeVar("Item")
+Z95 = 1.959964
 Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 """``track(items, what, count)`` yields the items and shows how far they are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a suite found: ``values`` are JSON-able, the rest is for people."""
+    """What a suite found: ``values``, ``scores`` and ``records`` are JSON-able, the rest is for
+    people."""
 
     values: dict[str, Any]
+    """The suite's own, in any form."""
     title: str
     table: Table
+    scores: Sequence[dict[str, Any]] = ()
+    """What is compared between runs, made by `score`, the most telling one first."""
     notes: str = ""
     figure: Figure | None = None
+    records: Sequence[dict[str, Any]] = ()
+    """One per example, such as what the model answered."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A suite by two functions of the run's config.
+    """A suite by functions of the run's config.
 
     ``options(config)`` gives the suite's options with their defaults for this run; the user's
-    ``--config.eval.NAME=value`` are then set in them. ``evaluate(model, config, track)`` finds
-    them in ``config.eval``; it raises UserError for values that it cannot take.
+    ``--config.eval.NAME=value`` are then set in them, and found in ``config.eval`` by the others.
+    These raise UserError for values that they cannot take.
+
+    ``evaluate(model, config, track)`` tests a trained model. ``train(config, workdir, track)``
+    trains models of its own, by a config that has no checkpoint yet, and tests them. A suite has
+    one of them or both; without `train`, a config is trained as by train.py and then evaluated.
     """
 
     options: Callable[[ConfigDict], ConfigDict]
-    evaluate: Callable[[Any, ConfigDict, Track], Result]
+    evaluate: Callable[[Any, ConfigDict, Track], Result] | None = None
+    train: Callable[[ConfigDict, Path, Track], Result] | None = None
+    argument: str = ""
+    """The option that ``--suite NAME:ARGUMENT`` sets; empty: there is none."""
+
+
+def score(
+    name: str,
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    n: int,
+    *,
+    unit: str = "share",
+    better: str = "higher",
+) -> dict[str, Any]:
+    """One number with its 95% interval, as reports compare it.
+
+    Args:
+        name: the same in every run, such as ``"pairs=4"``.
+        n: the examples, documents or seeds that it rests on.
+        unit: ``"share"`` (0 to 1, shown in percent), else its name, such as ``"bits/byte"``.
+        better: ``"higher"`` or ``"lower"``.
+    """
+    found = {"name": name, "value": value, "low": low, "high": high, "n": n}
+    return {**found, "unit": unit, "better": better}
+
+
+def score_of(name: str, share: dict[str, Any]) -> dict[str, Any]:
+    """The `score` of a `proportion`."""
+    return score(name, share["accuracy"], share["low"], share["high"], share["asked"])
+
+
+# Student's t, two-sided 95%, by degrees of freedom from 1 on.
+T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
+)
+
+
+def mean(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """The mean of independent values with its 95% interval: ``{"mean", "low", "high", "n"}``.
+
+    By Student's t; the normal value from 30 values on. None where there are too few values.
+    """
+    numbers = np.asarray(values, np.float64)
+    n = len(numbers)
+    if n == 0:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    middle = float(numbers.mean())
+    if n == 1:
+        return {"mean": middle, "low": None, "high": None, "n": 1}
+    t = T95[n - 2] if n - 2 < len(T95) else Z95
+    error = t * float(numbers.std(ddof=1)) / math.sqrt(n)
+    return {"mean": middle, "low": middle - error, "high": middle + error, "n": n}
 
 
 def proportion(correct: int, asked: int) -> dict[str, Any]:
@@ -46,7 +114,7 @@ def proportion(correct: int, asked: int) -> dict[str, Any]:
     counts = {"asked": asked, "correct": correct}
     if asked == 0:
         return {**counts, "accuracy": None, "low": None, "high": None}
-    z = 1.959964
+    z = Z95
     share = correct / asked
     centre = share + z * z / (2 * asked)
     spread = z * math.sqrt(share * (1 - share) / asked + (z / (2 * asked)) ** 2)

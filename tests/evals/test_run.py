@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
+from rich.table import Table
 
 from nha_jax import cli, evals
+from nha_jax.evals.suite import Result, Suite, score
 from nha_jax.models import ModelConfig
 from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import default_config, to_json
@@ -70,6 +73,36 @@ def call(monkeypatch, capfd):
     return call
 
 
+@pytest.fixture(autouse=True)
+def suites(monkeypatch):
+    """Two more suites: one that hears words as its argument, one that trains for itself."""
+
+    def listen(model, config, track):
+        words = list(track(config.eval.words.split("+"), "listen", 1))
+        return result(words=words, place=config.eval.place)
+
+    def apart(config, workdir, track):
+        return result(steps=config.steps, workdir=str(workdir), seed=config.eval.seed)
+
+    monkeypatch.setitem(
+        evals.SUITES,
+        "listen",
+        Suite(
+            options=lambda config: ConfigDict({"words": "none", "place": "{workdir}/x"}),
+            evaluate=listen,
+            argument="words",
+        ),
+    )
+    monkeypatch.setitem(
+        evals.SUITES, "apart", Suite(options=lambda config: ConfigDict({"seed": 1}), train=apart)
+    )
+
+
+def result(**values):
+    scores = [score("all", 0.5, 0.4, 0.6, 10)]
+    return Result(values, "Title", Table("a"), scores, records=[{"answer": "ä"}])
+
+
 def everything_in(directory):
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
 
@@ -84,10 +117,19 @@ def test_table_json_and_picture(workdir, call):
     assert picture.read_bytes().startswith(b"\x89PNG")
     values = json.loads(report.read_text())
     assert values["suite"] == "mqar"
-    assert values["checkpoint"] == {"path": "../checkpoints/5", "step": 5}
+    weights, parameters = values["checkpoint"].pop("weights"), values["checkpoint"]["parameters"]
+    assert values["checkpoint"] == {
+        "path": "../checkpoints/5", "step": 5, "parameters": parameters
+    }  # fmt: skip
+    older = evals.Checkpoint(workdir, step=0).identity(workdir)
+    assert older["parameters"] == parameters == 6224
+    assert older["weights"] != weights
     assert values["config"]["model"]["windows"] == "4"
     assert values["config"]["eval"]["num_examples"] == 20
     assert [row["num_kv_pairs"] for row in values["by_pairs"]] == [1, 4]
+    assert [score["name"] for score in values["scores"]] == ["all", "pairs=1", "pairs=4"]
+    assert values["scores"][0]["value"] == values["all"]["accuracy"]
+    assert (values["scores"][0]["n"], values["scores"][0]["unit"]) == (100, "share")
     assert [row["asked"] for row in values["by_pairs"]] == [20, 80]
     assert values["all"]["low"] <= values["all"]["accuracy"] <= values["all"]["high"]
     assert shown.isascii()
@@ -122,6 +164,15 @@ def test_weights_are_those_of_the_checkpoint(trained):
     ("arguments", "words"),
     [
         (["--suite", "mqarr"], "Did you mean 'mqar'?"),
+        (["--suite", "mqar,perplexty"], "Did you mean 'perplexity'?"),
+        (["--suite", "mqar,mqar"], "named twice"),
+        (["--suite", "mqar:4"], "takes no argument"),
+        (["--suite", "listen:"], "no argument behind the colon"),
+        (["--suite", "apart"], "trains models of its own: give --config"),
+        (["--suite", "mqar,listen", "--config.eval.wrds=b"], "Did you mean 'words'?"),
+        (["--suite", "mqar", "--config.eval.words=b"], "unknown config key config.eval.words"),
+        (["--suite", "mqar", "--workdir", "x"], "--workdir goes with --config"),
+        (["--suite", "mqar", "--config", "configs/mqar.py"], "not allowed with"),
         (["--suite", "mqar", "--config.model.windw=4"], "Did you mean 'windows'?"),
         (["--suite", "mqar", "--config.eval.num_exmples=4"], "Did you mean 'num_examples'?"),
         (["--suite", "mqar", "--config.steps=4"], "config has no 'steps'"),
@@ -144,6 +195,69 @@ def test_bad_arguments(trained, call, arguments, words):
     assert words in told
     assert told.count("\n") == 1
     assert everything_in(trained) == before
+
+
+def test_several_suites_in_one_call(workdir, call):
+    arguments = ("--suite", "mqar,listen:b+c", *QUICK, "--config.eval.seed=3")
+    assert call("--checkpoint", workdir, *arguments)[0] == 0
+    names = sorted(path.name.split("-step5-")[0] for path in workdir.glob("eval/*.json"))
+    assert names == ["listen-b+c", "mqar"]
+    heard = json.loads(next(workdir.glob("eval/listen*.json")).read_text())
+    assert heard["words"] == ["b", "c"]
+    assert heard["place"] == f"{workdir}/x"
+    assert heard["config"]["eval"] == {"words": "b+c", "place": f"{workdir}/x"}
+    assert (heard["argument"], heard["title"], heard["scores"][0]["n"]) == ("b+c", "Title", 10)
+    (records,) = workdir.glob("eval/*.jsonl")
+    assert records.read_text(encoding="utf-8") == '{"answer": "ä"}\n'
+
+
+CONFIG = """
+from nha_jax.training import default_config
+
+def get_config():
+    config = default_config()
+    config.steps = 1
+    config.batch_size = 2
+    config.compilation_cache = False
+    config.optimizer.warmup_steps = 0
+    config.data.update(vocab_size=64, seq_len=16, num_kv_pairs=2)
+    config.model.update(vocab_size=64, hidden=16, layers=1, heads=1, ffn=16, slots=4)
+    config.model.update(windows="4", dtype="float32")
+    return config
+"""
+
+
+def test_a_config_alone_is_trained_and_tested(tmp_path, call):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    workdir = tmp_path / "run"
+    arguments = ("--config", tmp_path / "tiny.py", "--workdir", workdir)
+    changes = ("--config.steps=2", "--config.eval.num_examples=4")
+    code, shown, told = call(*arguments, "--suite", "mqar,apart", *changes)
+    assert code == 0, told
+    assert "MQAR" in shown
+    tested = json.loads(next(workdir.glob("eval/mqar*.json")).read_text())
+    assert tested["checkpoint"]["step"] == tested["config"]["steps"] == 2
+    assert tested["scores"][0]["n"] == 4 * (1 + 2 + 4)
+    apart = json.loads(next(workdir.glob("eval/apart*.json")).read_text())
+    assert (apart["steps"], apart["workdir"], apart["checkpoint"]) == (2, str(workdir), None)
+    assert apart["seed"] == apart["config"]["eval"]["seed"] == 1
+    # Trained already, so only tested; and refused where a checkpoint's own config would be.
+    code, shown, _ = call(*arguments, "--suite", "mqar", *changes, "--config.eval.seed=5")
+    assert (code, len(list(workdir.glob("eval/mqar*.json")))) == (0, 2)
+    assert "is done" in shown
+    code, _, told = call(*arguments, "--suite", "mqar", "--config.optimzer.b1=1")
+    assert (code, told.count("\n")) == (2, 1)
+
+
+def test_names_of_files_stay_short(workdir, call):
+    changes = [f"--config.eval.num_kv_pairs={','.join(['1'] * 200)}", "--config.eval.seed=3"]
+    out = workdir / "eval"
+    for seed in (3, 4):
+        changes[-1] = f"--config.eval.seed={seed}"
+        arguments = ("--suite", "mqar", "--config.eval.num_examples=2", *changes)
+        assert call("--checkpoint", workdir, *arguments)[0] == 0
+    assert len(list(out.glob("*.json"))) == 2
+    assert all(len(path.name) < 200 for path in out.iterdir())
 
 
 def test_bad_checkpoint_directories(tmp_path, call):
