@@ -1,7 +1,7 @@
 """The language model: embedding, blocks scanned over the window pattern, output."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -160,6 +160,14 @@ class LanguageModel(nnx.Module):
         """``[hidden, vocab_size]`` in the dtype of the computation."""
         kernel = self.embedding[...].T if self.output is None else self.output[...]
         return kernel.astype(self.config.dtype)
+
+    def layers(self) -> Iterator[tuple[int | None, Block]]:
+        """Each layer's window and block, in order."""
+        graphdef, params = nnx.split(self.blocks)
+        windows = self.config.window_pattern
+        for i in range(self.config.layers):
+            one = jax.tree.map(lambda a, i=i: a[i], params)
+            yield windows[i % len(windows)], nnx.merge(graphdef, one)
 
     def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """The cache before any token, for this config's windows.
