@@ -54,8 +54,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log.every = 50
     config.eval.examples = 1280
     if size == "short":
-        config.steps = 8 * 702
+        config.steps = 8 * 390
         config.data.order = "shuffled"
+        config.data.mixture = "64:4*20000,128:8*20000,256:16*20000,256:32*20000,256:64*20000"
+        config.checkpoint.every = 1000
     if size == "small":
         config.steps = 1500
         config.batch_size = 64

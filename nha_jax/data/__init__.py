@@ -9,7 +9,7 @@ import jax
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from nha_jax.data import mqar, mqar_zoology, stdlib, text
+from nha_jax.data import mad, mqar, mqar_zoology, stdlib, text
 from nha_jax.errors import UserError, nearest
 
 # A data set is a module with config(), its fields and their defaults, and batches(split, seed,
@@ -17,7 +17,7 @@ from nha_jax.errors import UserError, nearest
 # process `index` of `count`. It may have ready(fields, workdir), which makes what is missing on
 # the machine and gives the fields that only the data themselves tell. Where batches differ in
 # length, it has lengths(fields), all that there are.
-DATASETS = {"mqar": mqar, "mqar_zoology": mqar_zoology, "stdlib": stdlib, "text": text}
+DATASETS = {"mad": mad, "mqar": mqar, "mqar_zoology": mqar_zoology, "stdlib": stdlib, "text": text}
 SPLITS = ("train", "eval")
 
 

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from nha_jax import cli, parallel
 from nha_jax.errors import UserError, nearest
-from nha_jax.evals import capacity, mqar, perplexity
+from nha_jax.evals import capacity, mad, mqar, perplexity
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track
 from nha_jax.models import ModelConfig
@@ -27,6 +27,7 @@ from nha_jax.models import ModelConfig
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
 SUITES: dict[str, Suite] = {
     "capacity": capacity.SUITE,
+    "mad": mad.SUITE,
     "mqar": mqar.SUITE,
     "perplexity": perplexity.SUITE,
 }

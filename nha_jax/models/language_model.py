@@ -14,6 +14,7 @@ from nha_jax.layers import (
     LayerCache,
     LayerStats,
     RMSNorm,
+    SequenceDecoder,
     SwiGLU,
     document_positions,
     rope_tables,
@@ -110,6 +111,11 @@ class LanguageModel(nnx.Module):
 
         self.blocks = blocks(rngs)
         self.norm = RMSNorm((hidden,), ("norm",), eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        self.decoder = None
+        if config.autoencoder:
+            self.decoder = SequenceDecoder(
+                hidden, norm_eps=config.norm_eps, param_dtype=dtype, rngs=rngs
+            )
         tied = config.tied_embeddings
         self.output = (
             None if tied else param(rngs, init, (hidden, vocab), ("embed", "vocab"), dtype)
@@ -136,6 +142,11 @@ class LanguageModel(nnx.Module):
           UserError: what the attention op refuses.
         """
         config = self.config
+        if config.autoencoder and (cache is not None or segment_ids is not None):
+            raise UserError(
+                "model.autoencoder is true, which reads one whole document at a time: it takes no "
+                "cache and no segment_ids; set it to false."
+            )
         if positions is None:
             before = length = None
             if cache is not None:
@@ -148,6 +159,8 @@ class LanguageModel(nnx.Module):
         if stats is not None:
             summary = {name: value for name, value in stats._asdict().items() if name != "aux_loss"}
             summary["aux_loss"] = jnp.sum(stats.aux_loss)
+        if self.decoder is not None:
+            x = self.decoder(x[:, -1], x.shape[1])
         return ModelOutput(self.norm(x), cache, summary)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
