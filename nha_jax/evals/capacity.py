@@ -27,8 +27,8 @@ from nha_jax.training.config import default_config
 from nha_jax.training.loop import run as train_run
 
 MEASURES = (
-    *("survival", "own", "others", "separate", "key_cosine", "value_cosine", "asked"),
-    "used",  # asked, times the slots' share of the attention
+    *("survival", "own", "others", "separate", "key_cosine", "value_cosine", "queried"),
+    "used",  # queried, times the slots' share of the attention
 )
 CAUSES = ("overwritten", "collision", "not_asked")
 KEPT = 0.5
@@ -65,7 +65,7 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
         notes=(
             "share: the slots' part of that head's attention; left: the pair's write that later "
             "ones left; own, others: shares of the pair and of all else in what its own key reads; "
-            "asked: share of the pair in what the query reads; missed: overwritten / collision / "
+            "queried: share of the pair in what the query reads; missed: overwritten / collision / "
             "not asked for (docs/recall.md)"
         ),
         figure=_figure(values, setting),
@@ -178,7 +178,7 @@ class Seen:
         share = join([one.share for one in layers])
         readings = [one.reading._asdict() for one in layers]
         measures = {name: join([r[name] for r in readings]) for name in MEASURES[:-1]}
-        measures["used"] = share * measures["asked"]
+        measures["used"] = share * measures["queried"]
         return cls(right, where, heads, share, join([r["stored"] for r in readings]), measures)
 
     @classmethod
@@ -277,13 +277,13 @@ def _row_names(rows: list[dict[str, Any]]) -> list[str]:
 
 def _table(values: dict[str, Any]) -> Table:
     table = Table()
-    headers = ("pairs", "right, %", "share", "left", "own", "others", "asked", "missed")
+    headers = ("pairs", "right, %", "share", "left", "own", "others", "queried", "missed")
     for name in headers:
         table.add_column(name, justify="right", no_wrap=True)
     rows = values["by_pairs"]
     for name, row in zip(_row_names(rows), rows, strict=True):
         interval = f" \\[{percent(row['low'])}, {percent(row['high'])}]"
-        keys = ("slot_share", "survival", "own", "others", "asked")
+        keys = ("slot_share", "survival", "own", "others", "queried")
         table.add_row(
             name,
             percent(row["accuracy"]) + interval,

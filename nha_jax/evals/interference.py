@@ -38,7 +38,7 @@ class Reading(NamedTuple):
     """Between phi(k[j]) and the slots' keys, weighted as its own key reads."""
     value_cosine: jax.Array
     """Between v[j] and what its own key reads."""
-    asked: jax.Array
+    queried: jax.Array
     """Share of j in what the query reads."""
 
 
@@ -92,7 +92,7 @@ def read_back(
         separate=shares[token] > rivals,
         key_cosine=_cosine(p @ slot_k, k[token]),
         value_cosine=_cosine(p @ slot_v, v[token]),
-        asked=w[token] @ jax.nn.softmax(scale * slot_k @ query),
+        queried=w[token] @ jax.nn.softmax(scale * slot_k @ query),
     )
 
 
