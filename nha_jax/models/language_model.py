@@ -111,11 +111,8 @@ class LanguageModel(nnx.Module):
 
         self.blocks = blocks(rngs)
         self.norm = RMSNorm((hidden,), ("norm",), eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
-        self.decoder = None
-        if config.autoencoder:
-            self.decoder = SequenceDecoder(
-                hidden, norm_eps=config.norm_eps, param_dtype=dtype, rngs=rngs
-            )
+        made: dict[str, Any] = dict(norm_eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        self.decoder = SequenceDecoder(hidden, **made) if config.autoencoder else None
         tied = config.tied_embeddings
         self.output = (
             None if tied else param(rngs, init, (hidden, vocab), ("embed", "vocab"), dtype)
