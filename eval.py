@@ -1,16 +1,18 @@
 """Evaluate a trained model, or train one and evaluate it.
 
   python eval.py --checkpoint runs/mqar --suite mqar
-  python eval.py --checkpoint runs/mqar --suite mqar --config.model.windows=full
+  python eval.py --checkpoint runs/mqar --suite mqar --windows full
   python eval.py --checkpoint runs/mqar --suite mqar --config.eval.num_kv_pairs=2,4,8
-  python eval.py --checkpoint runs/stdlib --suite perplexity,mqar
+  python eval.py --checkpoint runs/stdlib --suite perplexity,ruler:vt+fwe --config.eval.lengths=1024
   python eval.py --config configs/mqar.py --suite mqar         trains as train.py would, then tests
 
 --checkpoint is the workdir of a training run (or its checkpoints folder, or one checkpoint in
 that). --suite is one suite or several, joined by commas; some take an argument, NAME:ARGUMENT.
+--windows W is short for --config.model.windows=W.
 --config.model.KEY=VALUE changes the model where its weights allow, --config.eval.KEY=VALUE an
 option of every suite that has it. Tables are shown; JSON and pictures go to the folder eval in the
-workdir. python -m nha_jax.evals.report compares them. Bad input is exit code 2.
+workdir. python -m nha_jax.evals.report compares them; docs/evaluation.md describes the suites. Bad
+input is exit code 2.
 """
 
 import sys
@@ -30,7 +32,9 @@ def main() -> int:
         "--workdir", type=Path, metavar="DIR", help="of --config; default: runs/NAME, as train.py"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: eval in the workdir")
+    cli.add_windows(parser)
     args, overrides = parser.parse_known_args()
+    overrides = cli.windows_override(args, overrides)
     if args.config and args.step is not None:
         parser.error("--step goes with --checkpoint")
     if args.checkpoint and args.workdir:

@@ -41,6 +41,20 @@ def run(main: Callable[[], int]) -> int:
         return 2 if isinstance(error, UserError) else 1
 
 
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """``--windows``, short for ``--config.model.windows``."""
+    parser.add_argument("--windows", metavar="W", help='such as 64, full or "64*7,full"')
+
+
+def windows_override(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    """The overrides with that of ``--windows``."""
+    if args.windows is None:
+        return list(overrides)
+    if any(re.match(r"--?config\.model\.windows\b", override) for override in overrides):
+        raise UserError("--windows and --config.model.windows say the same thing; give one.")
+    return [f"--config.model.windows={args.windows}", *overrides]
+
+
 def load_config(location: str) -> ConfigDict:
     """The locked config of ``PATH.py`` or ``PATH.py:ARGUMENT``."""
     path, *argument = location.split(":", 1)

@@ -5,6 +5,7 @@ no row's state. What follows is a jitted loop of decode steps that owns its stat
 runs a block of tokens per dispatch, and is one block ahead of the host.
 """
 
+import codecs
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from flax import nnx
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError
 from nha_jax.models import LanguageModel
-from nha_jax.models.language_model import Cache
+from nha_jax.models.language_model import Cache, by_layer
 
 BLOCK = 16  # tokens per dispatch, once it is known that a row is not done after the first few
 LEAST_PIECE = 16
@@ -28,6 +29,8 @@ CAST = {"embedding", "output", "q", "k", "v", "f", "o", "gate", "up", "down"}
 
 OnToken = Callable[[int, int], None]
 """``on_token(row, token)``, in each row's order."""
+OnDone = Callable[[int, "Completion"], None]
+"""``on_done(row, completion)``."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class Generator:
         stop: Callable[[list[int]], bool] | None = None,
         seed: int | Sequence[int] = 0,
         on_token: OnToken | None = None,
+        on_done: OnDone | None = None,
         return_logits: bool = False,
     ) -> list[Completion]:
         """New tokens of each prompt, in the prompts' order.
@@ -136,16 +140,15 @@ class Generator:
             seed: of the samples. Row i is drawn with ``seed + i``, or with its own entry of a
                 sequence; what else is in the batch does not matter.
             on_token: told of each token as it comes, a block at a time.
+            on_done: told of each row as it ends.
             return_logits: keep each step's logits in the completions.
 
         Raises:
             UserError: an empty prompt, an id outside the vocabulary, more tokens than
                 ``max_length`` where there are full layers, or a wrong number of anything.
         """
-        limits = _per_row("max_new_tokens", max_new_tokens, len(prompts), lambda i, n: n)
+        limits = self.check(prompts, max_new_tokens)
         seeds = _per_row("seed", seed, len(prompts), lambda i, n: n + i)
-        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            self._check(row, prompt, limit)
         for token in stop_tokens:
             self._check_id("stop_tokens", token)
         done: list[Completion | None] = [None] * len(prompts)
@@ -153,11 +156,29 @@ class Generator:
         for rows in (
             order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)
         ):
-            batch = _Batch(rows, prompts, limits, stop, on_token)
+            batch = _Batch(rows, prompts, limits, stop, on_token, on_done)
             self._run(batch, seeds, sampling, sorted(set(stop_tokens)), return_logits)
-            for row, completion in zip(rows, batch.completions(), strict=True):
+            for row, completion in zip(rows, batch.completions, strict=True):
                 done[row] = completion
         return [completion for completion in done if completion is not None]
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """The model's graph, and its weights as they are used."""
+        return self._graph, self._params
+
+    @property
+    def model(self) -> LanguageModel:
+        return nnx.merge(self._graph, self._params)
+
+    def check(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+    ) -> list[int]:
+        """New tokens that each prompt may have. Raises UserError for what `generate` refuses."""
+        limits = _per_row("max_new_tokens", max_new_tokens, len(prompts), lambda i, n: n)
+        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            self._check(row, prompt, limit)
+        return limits
 
     def read(self, prompts: Sequence[Sequence[int]], new_tokens: int = 0) -> Cache:
         """The cache after the prompts, one row each; an empty one leaves its row as at the start.
@@ -165,7 +186,7 @@ class Generator:
         ``new_tokens``: room for so many more in the cache of full layers.
         """
         longest = max((len(prompt) for prompt in prompts), default=0)
-        cache = _init(self._graph, self._params, len(prompts), self._capacity(longest + new_tokens))
+        cache = _init(self._graph, self._params, len(prompts), self.room(longest + new_tokens))
         tokens = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
@@ -181,7 +202,7 @@ class Generator:
 
     def state_bytes(self, batch: int, tokens: int) -> int:
         """Size of the decode state of ``batch`` rows of up to ``tokens`` tokens each."""
-        return state_bytes(nnx.merge(self._graph, self._params), batch, self._capacity(tokens))
+        return state_bytes(self.model, batch, self.room(tokens))
 
     def _run(
         self,
@@ -199,27 +220,27 @@ class Generator:
         row_seeds = [seeds[row] % 2**32 for row in batch.rows] + [0] * idle
         seen = None
         if sampling.repetition_penalty != 1:
-            seen = np.zeros((rows, self.config.vocab_size), bool)
+            held = np.zeros((rows, self.config.vocab_size), bool)
             for row, prompt in enumerate(batch.prompts):
-                seen[row, np.asarray(prompt)] = True
-            seen = jnp.asarray(seen)
-        state = _State(
-            cache=self.read(before, 1 + max(batch.limits)),
+                held[row, np.asarray(prompt)] = True
+            seen = jnp.asarray(held)
+        state = State(
+            cache=_by_layer(self.read(before, 1 + max(batch.limits))),
             token=jnp.asarray(tokens, jnp.int32),
-            count=jnp.zeros(rows, jnp.int32),
+            new=jnp.zeros(rows, jnp.int32),
             done=jnp.asarray(limits == 0),
             seen=seen,
         )
         # As many as a power of two, so that few numbers of them are compiled; -1 is no token.
         width = 1 << (len(stop_tokens) - 1).bit_length() if stop_tokens else 0
         stops = np.array([*stop_tokens, *[-1] * (width - len(stop_tokens))], np.int32)
-        given = _Given(jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(limits), jnp.asarray(stops))
+        common = Common(jnp.asarray(row_seeds, jnp.uint32), jnp.asarray(limits), jnp.asarray(stops))
 
         size, pending = 1, None
         while not batch.done:
             stopped = np.pad(batch.stopped, (0, idle), constant_values=True)
-            state, block = _decode(
-                self._graph, self._params, state, given, stopped, size,
+            state, block = decode(
+                self._graph, self._params, state, common, stopped, size,
                 sampling=sampling, keep_logits=keep_logits,
             )  # fmt: skip
             if pending is not None:
@@ -254,8 +275,9 @@ class Generator:
         """Rows of a batch: powers of two up to the batch size, so that few are compiled."""
         return min(1 << (rows - 1).bit_length(), max(self.batch_size, rows))
 
-    def _capacity(self, tokens: int) -> int | None:
-        """Tokens of the full layers' caches: the maximum, or in steps of up to a quarter."""
+    def room(self, tokens: int) -> int | None:
+        """Tokens that the caches of full layers are made for where a row needs ``tokens``: the
+        maximum if given, else some more, in steps; None where there are no full layers."""
         if None not in self.config.window_pattern:
             return None
         if self.max_length is not None:
@@ -292,23 +314,57 @@ class StopStrings:
 
     def __call__(self, tokens: Sequence[int]) -> bool:
         """Whether the last token completes a stop string."""
-        tail = self._bytes(tokens[-1:])
+        tail = self.spell(tokens[-1:])
         size = len(tail) + self._longest - 1
         for token in reversed(tokens[:-1]):
             if len(tail) >= size:
                 break
-            tail = self._bytes([token]) + tail
-        return any(string in tail for string in self._strings)
+            tail = self.spell([token]) + tail
+        return self.find(tail) >= 0
 
     def text(self, tokens: Sequence[int]) -> str:
         """The tokens' text before its first stop string."""
-        whole = self._bytes(tokens)
-        ends = [at for string in self._strings if (at := whole.find(string)) >= 0]
-        return whole[: min(ends, default=len(whole))].decode(errors="replace")
+        whole = self.spell(tokens)
+        at = self.find(whole)
+        return (whole if at < 0 else whole[:at]).decode(errors="replace")
 
-    def _bytes(self, tokens: Sequence[int]) -> bytes:
-        # A model's vocabulary may be wider than the tokenizer's.
+    def spell(self, tokens: Sequence[int]) -> bytes:
+        """The tokens' bytes; none for ids that only the model's vocabulary has."""
         return b"".join(self._spelt[token] for token in tokens if token < len(self._spelt))
+
+    def find(self, text: bytes) -> int:
+        """Where the first stop string begins, -1 if there is none."""
+        return min((at for s in self._strings if (at := text.find(s)) >= 0), default=-1)
+
+    def begun(self, text: bytes) -> int:
+        """How many bytes at the end of the text a stop string may begin with."""
+        sizes = range(min(len(text), self._longest - 1), 0, -1)
+        return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self._strings)), 0)
+
+
+class TextStream:
+    """Text of one row as its tokens come: whole characters, and nothing of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Collection[str] = ()):
+        self._stops = StopStrings(tokenizer, stops)
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = b""
+        self._ended = False
+
+    def feed(self, token: int) -> str:
+        """The text that is certain with this token; empty behind a stop string."""
+        if self._ended:
+            return ""
+        self._held += self._stops.spell([token])
+        at = self._stops.find(self._held)
+        self._ended = at >= 0
+        size = at if self._ended else len(self._held) - self._stops.begun(self._held)
+        text, self._held = self._held[:size], b"" if self._ended else self._held[size:]
+        return self._characters.decode(text, final=self._ended)
+
+    def close(self) -> str:
+        """What was held back, at the end of the row."""
+        return "" if self._ended else self._characters.decode(self._held, final=True)
 
 
 class _Batch:
@@ -321,21 +377,25 @@ class _Batch:
         limits: Sequence[int],
         stop: Callable[[list[int]], bool] | None,
         on_token: OnToken | None,
+        on_done: OnDone | None,
     ):
         self.rows = rows
         self.prompts = [prompts[row] for row in rows]
         self.limits = [limits[row] for row in rows]
-        self.stopped = np.array([limit == 0 for limit in self.limits])
-        self._reasons = ["length"] * len(rows)
+        self.stopped = np.zeros(len(rows), bool)
+        self.completions: list[Completion | None] = [None] * len(rows)
         self._tokens: list[list[int]] = [[] for _ in rows]
         self._logits: list[list[np.ndarray]] = [[] for _ in rows]
-        self._stop, self._on_token = stop, on_token
+        self._stop, self._on_token, self._on_done = stop, on_token, on_done
+        for i, limit in enumerate(self.limits):
+            if limit == 0:
+                self._end(i, "length")
 
     @property
     def done(self) -> bool:
         return bool(self.stopped.all())
 
-    def take(self, block: "_Block") -> None:
+    def take(self, block: "Block") -> None:
         """Adds a block's tokens; waits for it."""
         tokens, ended = np.asarray(block.tokens), np.asarray(block.ended)
         logits = None if block.logits is None else np.asarray(block.logits)
@@ -345,7 +405,7 @@ class _Batch:
                 if token < 0 or self.stopped[i]:
                     continue
                 if ended[step, i]:
-                    self.stopped[i], self._reasons[i] = True, "stop_token"
+                    self._end(i, "stop_token")
                     continue
                 new = self._tokens[i]
                 new.append(token)
@@ -354,30 +414,29 @@ class _Batch:
                 if self._on_token is not None:
                     self._on_token(row, token)
                 if self._stop is not None and self._stop(new):
-                    self.stopped[i], self._reasons[i] = True, "stop"
+                    self._end(i, "stop")
                 elif len(new) == self.limits[i]:
-                    self.stopped[i] = True
+                    self._end(i, "length")
 
-    def completions(self) -> list[Completion]:
-        return [
-            Completion(tokens, reason, np.stack(logits) if logits else None)
-            for tokens, reason, logits in zip(
-                self._tokens, self._reasons, self._logits, strict=True
-            )
-        ]
+    def _end(self, i: int, reason: str) -> None:
+        logits = np.stack(self._logits[i]) if self._logits[i] else None
+        completion = Completion(self._tokens[i], reason, logits)
+        self.stopped[i], self.completions[i] = True, completion
+        if self._on_done is not None:
+            self._on_done(self.rows[i], completion)
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What a step changes; donated from block to block."""
 
     cache: Cache
     token: jax.Array  # [B] int32, the last one, which the cache does not hold yet
-    count: jax.Array  # [B] int32, new tokens
+    new: jax.Array  # [B] int32, number of new tokens
     done: jax.Array  # [B] bool
     seen: jax.Array | None  # [B,vocab] bool, tokens that the row holds
 
 
-class _Given(NamedTuple):
+class Common(NamedTuple):
     """What a batch's steps have in common."""
 
     seed: jax.Array  # [B] uint32
@@ -385,7 +444,7 @@ class _Given(NamedTuple):
     stop_tokens: jax.Array  # [S] int32
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     tokens: jax.Array  # [BLOCK,B] int32, -1 where there is none
     ended: jax.Array  # [BLOCK,B] bool, the token is a stop token
     logits: jax.Array | None  # [BLOCK,B,vocab] float32
@@ -396,6 +455,9 @@ def _init(graph: Any, params: Any, batch: int, max_length: int | None) -> Cache:
     return nnx.merge(graph, params).init_cache(batch, max_length)
 
 
+_by_layer = jax.jit(by_layer)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(graph: Any, params: Any, cache: Cache, tokens: jax.Array, ids: jax.Array) -> Any:
     return nnx.merge(graph, params)(tokens, segment_ids=ids, cache=cache).cache
@@ -404,22 +466,22 @@ def _read(graph: Any, params: Any, cache: Cache, tokens: jax.Array, ids: jax.Arr
 @functools.partial(
     jax.jit, static_argnums=0, static_argnames=("sampling", "keep_logits"), donate_argnums=2
 )
-def _decode(
+def decode(
     graph: Any,
     params: Any,
-    state: _State,
-    given: _Given,
+    state: State,
+    common: Common,
     stopped: jax.Array,
     size: jax.Array,
     *,
     sampling: Sampling,
     keep_logits: bool,
-) -> tuple[_State, _Block]:
+) -> tuple[State, Block]:
     """Up to ``size`` steps, fewer where every row is done; rows that ``stopped`` are."""
     model: LanguageModel = nnx.merge(graph, params)
     rows = len(state.token)
     state = state._replace(done=state.done | stopped)
-    block = _Block(
+    block = Block(
         jnp.full((BLOCK, rows), -1, jnp.int32),
         jnp.zeros((BLOCK, rows), bool),
         jnp.zeros((BLOCK, rows, model.config.vocab_size), jnp.float32) if keep_logits else None,
@@ -428,18 +490,19 @@ def _decode(
     def step(carry: tuple) -> tuple:
         i, state, block = carry
         real = ~state.done
-        out = model(
-            state.token[:, None], segment_ids=real[:, None].astype(jnp.int32), cache=state.cache
-        )
+        # Rows that are done go on, for nothing: that costs less than to keep their state.
+        out = model(state.token[:, None], cache=state.cache)
         logits = model.logits(out.hidden[:, 0])  # [B,vocab]
-        token = choose(logits, sampling, given.seed, state.count, state.seen)
-        ended = real & jnp.isin(token, given.stop_tokens)
-        count = state.count + real
+        token = choose(logits, sampling, common.seed, state.new, state.seen)
+        ended = real & jnp.isin(token, common.stop_tokens)
+        new = state.new + real
         seen = state.seen
         if seen is not None:
             seen = seen.at[jnp.arange(rows), token].max(real)
-        after = _State(out.cache, token, count, ~real | ended | (count >= given.limit), seen)
-        block = _Block(
+        done = ~real | ended | (new >= common.limit)
+        assert out.cache is not None
+        after = State(out.cache, token, new, done, seen)
+        block = Block(
             block.tokens.at[i].set(jnp.where(real, token, -1)),
             block.ended.at[i].set(ended),
             None if block.logits is None else block.logits.at[i].set(logits),
@@ -470,6 +533,7 @@ def choose(
         seen: ``[B,vocab]`` bool, needed with a repetition penalty.
     """
     if sampling.repetition_penalty != 1:
+        assert seen is not None
         penalty = jnp.where(
             logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty
         )

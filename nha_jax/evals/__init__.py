@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from nha_jax import cli, parallel
 from nha_jax.errors import UserError, nearest
-from nha_jax.evals import capacity, mad, mqar, perplexity
+from nha_jax.evals import capacity, lm_eval, mad, mqar, perplexity, recall, ruler
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track
 from nha_jax.models import ModelConfig
@@ -27,9 +27,12 @@ from nha_jax.models import ModelConfig
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
 SUITES: dict[str, Suite] = {
     "capacity": capacity.SUITE,
+    "lm_eval": lm_eval.SUITE,
     "mad": mad.SUITE,
     "mqar": mqar.SUITE,
     "perplexity": perplexity.SUITE,
+    "recall": recall.SUITE,
+    "ruler": ruler.SUITE,
 }
 NAME_LENGTH = 160
 
@@ -177,7 +180,7 @@ def train_and_run(
         written = []
     for one, settings in zip(asked, configs, strict=True):
         if (train := one.suite.train) is not None:
-            place = _place(settings, workdir)
+            place = in_workdir(settings, workdir)
             work = partial(train, place, workdir)
             written.append(_report(one, place, None, overrides, out, work))
     return written
@@ -191,7 +194,7 @@ def _evaluate(
     groups: Sequence[str] = ("model",),
 ) -> list[Path]:
     configs = [
-        _place(config, found.workdir)
+        in_workdir(config, found.workdir)
         for config in configure(asked, found.config, overrides, groups=groups)
     ]
     model = found.model(ModelConfig.from_config(configs[0].model))
@@ -203,7 +206,7 @@ def _evaluate(
     return written
 
 
-def _place(config: ConfigDict, workdir: Path) -> ConfigDict:
+def in_workdir(config: ConfigDict, workdir: Path) -> ConfigDict:
     """``config`` with the workdir in the place of ``{workdir}``."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -228,7 +231,7 @@ def _report(
     result = work(lambda *items: _track(progress, *items))
     seconds = time.perf_counter() - started
     step = "" if found is None else f"step{found.step}"
-    report = out / f"{_file_name(asked, step, overrides)}.json"
+    report = out / f"{_file_name(asked, step, overrides, config.eval)}.json"
     if not parallel.is_first():
         return report
     out.mkdir(parents=True, exist_ok=True)
@@ -281,9 +284,15 @@ def _show(screen: Console, result: Result) -> None:
         screen.print(result.notes, soft_wrap=True, highlight=False)
 
 
-def _file_name(asked: Asked, step: str, overrides: Sequence[str]) -> str:
+def _file_name(asked: Asked, step: str, overrides: Sequence[str], options: ConfigDict) -> str:
     """``mqar-step5-model.windows=4,full``, safe as a file's name, and not too long for one."""
-    told = [re.sub(r"^--?(no)?config\.", r"\1", override) for override in overrides]
+    told: list[str] = []
+    ours = True
+    for override in overrides:
+        if match := re.match(r"--?(?:no)?config\.(?:eval\.)?([^=]*)", override):
+            ours = ".eval." not in override.partition("=")[0] or match[1] in options
+        if ours:  # or the value of an override of ours, given apart from it
+            told.append(re.sub(r"^--?(no)?config\.", r"\1", override))
     parts = [part for part in (asked.name, asked.argument, step, *told) if part]
     name = "-".join(re.sub(r"[^\w.=,+-]+", "_", part) for part in parts)
     if len(name) > NAME_LENGTH:

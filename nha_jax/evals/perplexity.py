@@ -78,7 +78,8 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
     longest = max(len(bins) for bins, _ in found)
     padded = [np.pad(bins, ((0, longest - len(bins)), (0, 0))) for bins, _ in found]
     by_position = _by_position(np.sum(padded, axis=0))
-    values = {"all": whole, "by_set": rows, "by_position": by_position}
+    data = ",".join(prepared.fingerprint for prepared in sets)
+    values = {"data": data, "all": whole, "by_set": rows, "by_position": by_position}
     windows = shape.window_pattern
     reach = None if None in windows else max(w for w in windows if w is not None)
     setting = f"windows {shape.windows}, {shape.slots} slots"

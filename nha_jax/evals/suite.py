@@ -106,9 +106,11 @@ def mean(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     return {"mean": middle, "low": middle - error, "high": middle + error, "n": n}
 
 
-def proportion(correct: int, asked: int) -> dict[str, Any]:
+def proportion(correct: float, asked: int) -> dict[str, Any]:
     """A share with its 95% Wilson interval, the answers taken as independent.
 
+    Answers may be right in part: ``correct`` is the sum of their shares then, and the interval,
+    which is that of answers right or wrong, is on the wide side.
     ``{"asked", "correct", "accuracy", "low", "high"}``; the last three are None if none is asked.
     """
     counts = {"asked": asked, "correct": correct}

@@ -29,7 +29,16 @@ REMAT = {
 }
 
 Cache = tuple[LayerCache, ...]
-"""One `LayerCache` per position of the window pattern, its arrays ``[repeats, batch, ...]``."""
+"""One `LayerCache` per position of the window pattern, its arrays ``[repeats, batch, ...]``; or
+`by_layer`: one per layer, its arrays ``[1, batch, ...]``."""
+
+
+def by_layer(cache: Cache) -> Cache:
+    """The cache with an entry for each layer: to decode with. A cache takes either form."""
+    repeats = len(jax.tree.leaves(cache)[0])
+    return tuple(
+        jax.tree.map(lambda a, i=i: a[i : i + 1], entry) for i in range(repeats) for entry in cache
+    )
 
 
 class ModelOutput(NamedTuple):
@@ -208,8 +217,11 @@ class LanguageModel(nnx.Module):
     def _run_blocks(
         self, x: jax.Array, cache: Cache | None, **options: Any
     ) -> tuple[jax.Array, Cache | None, LayerStats | None]:
-        """Scans over the repeats of the window pattern; within one, blocks follow each other."""
+        """Scans over the repeats of the window pattern; within one, blocks follow each other. With
+        a cache by layer there is no loop, and each layer's donated arrays change in place."""
         windows = self.config.window_pattern
+        if cache is not None:
+            windows *= len(cache) // len(windows)
         repeats = self.config.layers // len(windows)
         graphdef, params = nnx.split(self.blocks)
         params = jax.tree.map(lambda a: a.reshape(repeats, len(windows), *a.shape[1:]), params)

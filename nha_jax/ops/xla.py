@@ -429,21 +429,26 @@ def step(
         row = (position - spec.slot_lag) % p
         ring = (state.k, state.v, state.log_alpha)
         leaving = [jnp.take_along_axis(x, row[:, None, None, None], axis=2)[:, :, 0] for x in ring]
-    at = (real & (position >= spec.slot_lag))[:, None, None, None]
+    leaves = (real & (position >= spec.slot_lag))[:, None, None, None]
     leaving_k, leaving_v = leaving[0].astype(acc), leaving[1].astype(acc)
     decay = jnp.exp(leaving[2].astype(acc))[..., None]
     share = -jnp.expm1(leaving[2].astype(acc))[..., None]
     phi = FEATURE_MAPS[spec.feature_map]
-    slot_k = jnp.where(at, decay * slot_k + share * phi(leaving_k)[:, :, None], slot_k)
-    slot_v = jnp.where(at, decay * slot_v + share * leaving_v[:, :, None], slot_v)
+    slot_k = jnp.where(leaves, decay * slot_k + share * phi(leaving_k)[:, :, None], slot_k)
+    slot_v = jnp.where(leaves, decay * slot_v + share * leaving_v[:, :, None], slot_v)
 
-    # This token takes its row; a new document starts with an empty ring.
-    put = (jnp.arange(p) == (position % max(p, 1))[:, None]) & real[:, None]  # [B,P]
+    # This token takes its row; a new document starts with an empty ring. Without segment_ids
+    # there is neither that nor an idle row, and no other row of a donated ring is touched.
+    at = position % max(p, 1)  # [B]
 
     def place(x: jax.Array, old: jax.Array, empty: float = 0.0) -> jax.Array:
         x = jnp.expand_dims(x, -2).astype(old.dtype)
-        keep, at = ((y.reshape(b, *(1,) * (old.ndim - 3), -1, 1)) for y in (goes_on, put))
-        return jnp.where(at, x, jnp.where(keep, old, jnp.asarray(empty, old.dtype)))
+        if segment_ids is None and p:
+            update = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+            return jax.vmap(update)(old, x, at)
+        put = (jnp.arange(p) == at[:, None]) & real[:, None]  # [B,P]
+        keep, here = ((y.reshape(b, *(1,) * (old.ndim - 3), -1, 1)) for y in (goes_on, put))
+        return jnp.where(here, x, jnp.where(keep, old, jnp.asarray(empty, old.dtype)))
 
     ring_k, ring_v = place(new[0], state.k), place(new[1], state.v)
     ring_g = place(gate, state.log_alpha)
@@ -454,11 +459,11 @@ def step(
     see = real & ((token.written > 0) if spec.empty_slots == "masked" else True)
     age = (position[:, None] - jnp.arange(p)) % max(p, 1)  # [B,P] tokens since
     held = (age < spec.window) & (age <= position[:, None]) & real[:, None]
-    window_k, q_window = ring_k.astype(acc), group
-    if rope is not None:
-        window_k = rotate(window_k, ring_cos[:, None], ring_sin[:, None])
+    if rope is None:
+        l_window = einsum("bhgd,bhpd->bhgp", group, ring_k.astype(acc)) * spec.scale
+    else:
         q_window = rotate(group, cos[:, None, None], sin[:, None, None])
-    l_window = einsum("bhgd,bhpd->bhgp", q_window, window_k) * spec.scale
+        l_window = _rotated(q_window, ring_k, ring_cos, ring_sin) * spec.scale
     seen = jnp.concatenate(
         [jnp.broadcast_to(see[:, None], (b, m)), held], axis=-1
     )[:, None, None]  # fmt: skip
@@ -467,7 +472,7 @@ def step(
     total = weights.sum(-1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)
     o = einsum("bhgm,bhmv->bhgv", weights[..., :m], slot_v)
-    o += einsum("bhgp,bhpv->bhgv", weights[..., m:], ring_v.astype(acc))
+    o += jnp.sum(weights[..., m:, None] * ring_v[:, :, None].astype(acc), axis=-2)
     after = NHAState(
         slot_k=jnp.where(real[:, None, None, None], slot_k, state.slot_k).astype(
             state.slot_k.dtype
@@ -483,3 +488,12 @@ def step(
         **token.counters(state),
     )
     return o.reshape(b, 1, hq, -1).astype(v.dtype), after
+
+
+def _rotated(q: jax.Array, k: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """``q . rope(k)`` ``[B,H,G,P]`` of q ``[B,H,G,D]``, k ``[B,H,P,D]``, tables ``[B,P,D/2]``, as
+    a sum that reads the keys once: no rotated or widened copy of them is made."""
+    q1, q2 = jnp.split(q[:, :, :, None], 2, axis=-1)
+    k1, k2 = jnp.split(k[:, :, None].astype(q.dtype), 2, axis=-1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    return jnp.sum(q1 * (k1 * cos - k2 * sin) + q2 * (k2 * cos + k1 * sin), axis=-1)
