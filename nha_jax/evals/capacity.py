@@ -147,7 +147,7 @@ def measure(
     found: dict[mqar.Cell, list[Seen]] = {cell: [] for cell in cells}
     for cell, batch in track(work, "capacity", steps * len(cells)):
         size = len(batch.inputs)
-        padded = [
+        padded: Any = [
             np.pad(x, ((0, batch_size - size), (0, 0)))
             for x in (batch.inputs, batch.places, batch.value_at)
         ]

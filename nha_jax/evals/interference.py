@@ -10,7 +10,7 @@ what it gets is ``sum_m p[m] w[j,m]``. The shares of all tokens sum to at most 1
 the slots still hold of their empty start.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,7 @@ def look_inside(
     for layer, (window, block) in enumerate(model.layers()):
         attention = block.attention
         if window is not None and attention.slots:
+            log_alpha: Any
             q, k, v, log_alpha, _ = attention.attention_inputs(
                 block.attention_norm(x), window=window
             )

@@ -6,9 +6,11 @@ learning rates and weight decays reaches; an accuracy is the mean over symbols, 
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
@@ -19,7 +21,7 @@ from nha_jax.data import data_config, mad
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score
-from nha_jax.models import ModelConfig
+from nha_jax.models import LanguageModel, ModelConfig
 from nha_jax.training.config import check_config, default_config
 from nha_jax.training.loop import run as train_run
 
@@ -49,6 +51,11 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
     goes on from there."""
     asked = config.eval
     planned = plan(config)
+
+    @nnx.jit
+    def answer(model: LanguageModel, tokens: jax.Array) -> jax.Array:
+        return model.logits(model(tokens).hidden).argmax(-1)
+
     by_task: dict[str, list[dict[str, Any]]] = {}
     for task, fields, runs in planned:
         tried = []
@@ -57,10 +64,9 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
             if code := train_run(one, place):
                 raise SystemExit(code)
             model = Checkpoint(place).model(ModelConfig.from_config(one.model))
-            answer = nnx.jit(lambda model, tokens: model.logits(model(tokens).hidden).argmax(-1))
             found = test(
-                lambda tokens, model=model, answer=answer: answer(model, tokens),
-                dict(one.data), _seed(one), asked.num_test_examples, asked.batch_size, track,
+                partial(answer, model), dict(one.data), _seed(one),
+                asked.num_test_examples, asked.batch_size, track,
             )  # fmt: skip
             rates = {name: one.optimizer[name] for name in ("learning_rate", "weight_decay")}
             tried.append({**rates, **found})
@@ -74,7 +80,10 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
         }
         for task, all_ in by_task.items()
     ]
-    values = {"mean": float(np.mean([task["score"] for task in tasks])), "tasks": tasks}
+    values: dict[str, Any] = {
+        "mean": float(np.mean([task["score"] for task in tasks])),
+        "tasks": tasks,
+    }
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots, width {shape.hidden}"
     return Result(
@@ -173,7 +182,8 @@ def test(
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, number, batch_size):
             rows = [source[i] for i in range(start, min(start + batch_size, number))]
-            yield tuple(np.stack([row[name] for row in rows]) for name in ("inputs", "labels"))
+            inputs, labels = (np.stack([row[n] for row in rows]) for n in ("inputs", "labels"))
+            yield inputs, labels
 
     for inputs, labels in track(batches(), fields["task"], -(-number // batch_size)):
         padding = ((0, batch_size - len(inputs)), (0, 0))
