@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
             tried.append({**rates, **found})
         best = max(tried, key=lambda run: run["score"])
         by_task.setdefault(task, []).append({"setting": fields, "best": best, "runs": tried})
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {
             "task": task,
             "score": float(np.mean([s["best"]["score"] for s in all_])),
