@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from rich.table import Table
 
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError
-from nha_jax.evals.suite import Track
+from nha_jax.evals.suite import Track, percent, proportion
 from nha_jax.generation import Generator, StopStrings
+
+Row = tuple[str, Sequence[dict[str, Any]]]
+"""A task's name, and its shares as of `proportion`."""
 
 
 def options() -> dict[str, Any]:
@@ -93,6 +97,37 @@ def answers(
         for i, completion in zip(group, completions, strict=True):
             found[i] = stops.text(completion.tokens)
     return found
+
+
+def mean_over_tasks(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of several tasks' `proportion`, each counted alike, as one of all their questions.
+
+    Tasks that asked nothing are left out.
+    """
+    found = [row for row in rows if row["asked"]]
+    asked = sum(row["asked"] for row in found)
+    share = sum(row["accuracy"] for row in found) / max(len(found), 1)
+    return proportion(asked * share, asked)
+
+
+def table(columns: Sequence[str], rows: Sequence[Row], count: str) -> Table:
+    """The shares of tasks in percent with their intervals, the last row set apart.
+
+    Args:
+        columns: names of a row's shares.
+        rows: (task, its shares).
+        count: what the questions are called.
+    """
+    made = Table()
+    made.add_column("task", no_wrap=True)
+    for name in (*columns, count):
+        made.add_column(name, justify="right", no_wrap=True)
+    for i, (name, cells) in enumerate(rows, start=2):
+        shown = [
+            f"{percent(c['accuracy'])} \\[{percent(c['low'])}, {percent(c['high'])}]" for c in cells
+        ]
+        made.add_row(name, *shown, f"{cells[-1]['asked']:,}", end_section=i == len(rows))
+    return made
 
 
 def read_jsonl(

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals import answering
 from nha_jax.evals.answering import encode, is_text, is_texts
 from nha_jax.evals.checkpoint import tokenizer_of
-from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score_of
+from nha_jax.evals.suite import Result, Suite, Track, proportion, score_of
 from nha_jax.models import ModelConfig
 
 SAMPLES = "samples"
@@ -184,23 +183,29 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
             )
         ]
     by_context: list[dict[str, Any]] = [
-        {"context": context, **average([row for row in rows if row["context"] == context])}
+        {
+            "context": context,
+            **answering.mean_over_tasks(row for row in rows if row["context"] == context),
+        }
         for context in contexts
     ]
-    whole = average(rows)
+    whole = answering.mean_over_tasks(rows)
     values = {
         "data": answering.content_hash(*sorted(set(paths.values()))),
         "all": whole,
         "by_context": by_context,
         "by_task_and_context": rows,
     }
+    grid = [(name, [row for row in rows if row["task"] == name]) for name in tasks]
+    grid.append(("all", by_context))
+    columns = [_name(context) for context in contexts]
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots"
     made_up = " (made-up samples, no benchmark)" if asked.texts == SAMPLES else ""
     return Result(
         values=values,
         title=f"Recall from texts, answers contained in %{made_up}: {setting}",
-        table=_table(values, tasks, contexts),
+        table=answering.table(columns, grid, "questions"),
         scores=[
             score_of("all", whole),
             *(
@@ -214,7 +219,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
             "columns: tokens that a text is cut to; all: mean over the tasks; in brackets: 95% "
             "interval"
         ),
-        figure=_figure(values, tasks, contexts, f"Recall from texts{made_up}\n{setting}"),
+        figure=_figure(columns, grid, f"Recall from texts{made_up}\n{setting}"),
         records=records,
     )
 
@@ -286,52 +291,21 @@ def contains(text: str, labels: Sequence[str]) -> bool:
     return any(re.search(re.escape(label), text, re.IGNORECASE) for label in labels)
 
 
-def average(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of several tasks' shares, as one share of all their questions."""
-    rows = [row for row in rows if row["asked"]]
-    asked = sum(row["asked"] for row in rows)
-    share = sum(row["accuracy"] for row in rows) / max(len(rows), 1)
-    return proportion(asked * share, asked)
-
-
 def _name(context: int) -> str:
     return str(context) if context else "uncut"
 
 
-def _grid(
-    values: dict[str, Any], tasks: list[str], contexts: list[int]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(task, its cells by context), the mean over tasks last."""
-    cells = {(row["task"], row["context"]): row for row in values["by_task_and_context"]}
-    rows = [(task, [cells[task, context] for context in contexts]) for task in tasks]
-    return [*rows, ("all", values["by_context"])]
-
-
-def _table(values: dict[str, Any], tasks: list[str], contexts: list[int]) -> Table:
-    table = Table()
-    table.add_column("task", no_wrap=True)
-    for name in (*map(_name, contexts), "questions"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, cells in _grid(values, tasks, contexts):
-        shown = [
-            f"{percent(c['accuracy'])} \\[{percent(c['low'])}, {percent(c['high'])}]" for c in cells
-        ]
-        table.add_row(name, *shown, f"{cells[-1]['asked']:,}", end_section=name == tasks[-1])
-    return table
-
-
-def _figure(values: dict[str, Any], tasks: list[str], contexts: list[int], title: str) -> Figure:
-    rows = _grid(values, tasks, contexts)
+def _figure(columns: Sequence[str], rows: Sequence[answering.Row], title: str) -> Figure:
     figure = Figure(figsize=(7.2, 4.2), dpi=150)
     axes = figure.add_subplot()
-    width = 0.8 / len(contexts)
-    for j, context in enumerate(contexts):
+    width = 0.8 / len(columns)
+    for j, column in enumerate(columns):
         cells = [cells[j] for _, cells in rows]
         share = np.array([100 * (cell["accuracy"] or 0) for cell in cells])
         low = np.array([100 * (cell["low"] or 0) for cell in cells])
         high = np.array([100 * (cell["high"] or 0) for cell in cells])
-        place = np.arange(len(rows)) + (j - (len(contexts) - 1) / 2) * width
-        axes.bar(place, share, width, label=_name(context))
+        place = np.arange(len(rows)) + (j - (len(columns) - 1) / 2) * width
+        axes.bar(place, share, width, label=column)
         error = np.clip([share - low, high - share], 0, None)
         axes.errorbar(place, share, error, fmt="none", ecolor="0.3", elinewidth=1, capsize=2)
     axes.set_xticks(range(len(rows)), [name for name, _ in rows])

@@ -9,14 +9,13 @@ files' format.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError, nearest
@@ -119,21 +118,25 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
         ]
     ordered = [rows[task, length] for length in lengths for task in tasks]
     by_length: list[dict[str, Any]] = [
-        {"length": length, **average(rows[task, length] for task in tasks)} for length in lengths
+        {"length": length, **answering.mean_over_tasks(rows[task, length] for task in tasks)}
+        for length in lengths
     ]
-    whole = average(ordered)
+    whole = answering.mean_over_tasks(ordered)
     values = {
         "data": answering.content_hash(*sorted(files)),
         "all": whole,
         "by_length": by_length,
         "by_task_and_length": ordered,
     }
+    grid = [(task, [rows[task, length] for length in lengths]) for task in tasks]
+    grid.append(("all", by_length))
+    columns = [f"{length:,}" for length in lengths]
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots"
     return Result(
         values=values,
         title=f"RULER, references found in %: {setting}",
-        table=_table(values, tasks, lengths),
+        table=answering.table(columns, grid, "samples"),
         scores=[
             score_of("all", whole),
             *(score_of(f"all/{row['length']}", row) for row in by_length if len(lengths) > 1),
@@ -143,7 +146,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
             "columns: tokens of prompt and answer; all: mean over the tasks; in brackets: 95% "
             "interval"
         ),
-        figure=_figure(values, tasks, lengths, f"RULER, references found\n{setting}"),
+        figure=_figure(columns, grid, f"RULER, references found\n{setting}"),
         records=records,
     )
 
@@ -214,49 +217,19 @@ def is_part(task: str, qa_metric: str) -> bool:
     return task.startswith("qa_") and qa_metric == "part"
 
 
-def average(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of several tasks' shares, as one share of all their samples."""
-    rows = list(rows)
-    asked = sum(row["asked"] for row in rows)
-    return proportion(asked * sum(row["accuracy"] for row in rows) / len(rows), asked)
-
-
-def _grid(
-    values: dict[str, Any], tasks: list[str], lengths: list[int]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(task, its cells by length), the mean over tasks last."""
-    cells = {(row["task"], row["length"]): row for row in values["by_task_and_length"]}
-    rows = [(task, [cells[task, length] for length in lengths]) for task in tasks]
-    return [*rows, ("all", values["by_length"])]
-
-
-def _table(values: dict[str, Any], tasks: list[str], lengths: list[int]) -> Table:
-    table = Table()
-    table.add_column("task", no_wrap=True)
-    for name in (*(f"{length:,}" for length in lengths), "samples"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, cells in _grid(values, tasks, lengths):
-        shown = [
-            f"{percent(c['accuracy'])} \\[{percent(c['low'])}, {percent(c['high'])}]" for c in cells
-        ]
-        table.add_row(name, *shown, f"{cells[-1]['asked']:,}", end_section=name == tasks[-1])
-    return table
-
-
-def _figure(values: dict[str, Any], tasks: list[str], lengths: list[int], title: str) -> Figure:
-    rows = _grid(values, tasks, lengths)
+def _figure(columns: Sequence[str], rows: Sequence[answering.Row], title: str) -> Figure:
     shares = np.array([[100 * cell["accuracy"] for cell in cells] for _, cells in rows])
-    figure = Figure(figsize=(3.4 + 0.9 * len(lengths), 1.8 + 0.42 * len(rows)), dpi=150)
+    figure = Figure(figsize=(3.4 + 0.9 * len(columns), 1.8 + 0.42 * len(rows)), dpi=150)
     axes = figure.add_subplot()
     axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
         colour = "black" if share > 60 else "white"
         shown = percent(rows[i][1][j]["accuracy"])
         axes.text(j, i, shown, ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xlabel("tokens of prompt and answer")
-    axes.axhline(len(tasks) - 0.5, color="white", linewidth=4)
+    axes.axhline(len(rows) - 1.5, color="white", linewidth=4)
     axes.set_title(title)
     figure.tight_layout()
     return figure
