@@ -59,11 +59,16 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.mixture = "64:4*20000,128:8*20000,256:16*20000,256:32*20000,256:64*20000"
         config.checkpoint.every = 1000
     if size == "small":
-        config.steps = 1500
+        config.steps = 900
         config.batch_size = 64
-        config.data.update(vocab_size=256, order="shuffled", random_non_queries=False)
-        config.data.mixture = "32:4*6400,64:8*6400,64:16*6400"
-        config.model.update(vocab_size=256, hidden=64, slots=16 if model == "nha" else 0)
-        config.checkpoint.every = 500
+        config.data.update(vocab_size=64, order="shuffled", random_non_queries=False)
+        config.data.mixture = "32:4*6400,32:8*6400,64:16*6400"
+        config.model.update(vocab_size=64, hidden=64, layers=1, ffn=128)
+        config.model.windows = {"8": "4"}.get(config.model.windows, config.model.windows)
+        config.model.slots = min(config.model.slots, 32)
+        config.optimizer.learning_rate = 6e-3
+        config.optimizer.warmup_steps = 50
+        config.optimizer.final_fraction = 0.1
+        config.checkpoint.every = 300
         config.eval.examples = 960
     return config

@@ -98,7 +98,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         )
         workdir.mkdir(parents=True, exist_ok=True)
         step_fn = compile_steps(built, lowered, length)
-        work = flops.train_flops_per_token(model, length)
+        work = flops.train_flops_per_token(model, length)  # where they differ: the first
         steps = range(start + 1, config.steps + 1)
         with (
             Log(workdir, steps, config.log, terminal, mfu_scale(work)) as log,
