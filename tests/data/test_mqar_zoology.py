@@ -2,13 +2,15 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nha_jax import data
+from nha_jax import cli, data
 from nha_jax.data import build, data_config, mqar, mqar_zoology
 from nha_jax.errors import UserError
+from nha_jax.models import ModelConfig
 
 TASK = {"vocab_size": 64, "mixture": "16:2*12,32:4*8,32:8*9"}
 
@@ -105,3 +107,27 @@ def test_held_out_batches_take_the_parts_in_turn():
 def test_bad_mixtures(change, words):
     with pytest.raises(UserError, match=words):
         build({"name": "mqar_zoology", **TASK, **change}, 4)
+
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "mqar_zoology.py")
+
+
+def test_config():
+    published = cli.load_config(CONFIG)
+    assert published.data.mixture == mqar_zoology.PUBLISHED
+    assert (published.data.seed, published.batch_size) == (123, 256)
+    parts = mqar_zoology.parse(published.data.mixture)
+    assert published.steps == 32 * sum(part.num_examples // 256 for part in parts)
+    models = {}
+    for variant in ("nha", "full", "window"):
+        for size in ("", "-short", "-small"):
+            one = cli.load_config(f"{CONFIG}:{variant}{size}")
+            shape = ModelConfig.from_config(one.model)
+            models[variant, size] = (shape.slots > 0, shape.windows)
+            assert one.data.vocab_size == shape.vocab_size
+            build(one.data, one.batch_size)
+    assert models["full", "-small"] == (False, "full")
+    assert models["window", "-small"] == (False, "4")
+    assert models["nha", ""] == (True, "8")
+    with pytest.raises(UserError, match="Did you mean 'nha-small'"):
+        cli.load_config(f"{CONFIG}:nha-smal")
