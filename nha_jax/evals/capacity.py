@@ -3,6 +3,7 @@
 See docs/recall.md for the measures, `nha_jax.evals.interference` for the formulas.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,9 +86,9 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
     for number in numbers:
         one = config.copy_and_resolve_references().unlock()
         one.model.slots = number
-        shape = ModelConfig.from_config(one.model)  # all are checked before the first is trained
+        shape = ModelConfig.from_config(one.model)
+        check(shape, config.eval)  # all of them before the first is trained
         runs.append((one, shape))
-    mqar.cells(config.eval)
     by_slots = []
     for one, shape in runs:
         place = workdir / "capacity" / f"slots={shape.slots}"
@@ -119,17 +120,8 @@ def measure(
     ``by_pairs`` and ``by_pairs_and_distance`` have recall (``asked``, ``correct``, ...) and the
     readings of the head that reads most (``reader``); ``heads`` has all heads' by pairs.
     """
+    check(shape, options)
     windows = shape.window_pattern
-    if shape.slots == 0 or all(window is None for window in windows):
-        raise UserError(
-            f"the model has no layer with slots (windows {shape.windows}, {shape.slots} slots), so "
-            "there is nothing to look into: use the mqar suite."
-        )
-    if options.vocab_size > shape.vocab_size:
-        raise UserError(
-            f"config.eval.vocab_size={options.vocab_size} is more than the model's "
-            f"vocab_size={shape.vocab_size}: lower it."
-        )
     cells = mqar.cells(options)
     longest = max(cell.seq_len for cell in cells)
     reach = None if None in windows else max(w for w in windows if w is not None)
@@ -157,16 +149,31 @@ def measure(
     return summary(cells, edges, [Seen.join(found[cell]) for cell in cells])
 
 
+def check(shape: ModelConfig, options: ConfigDict) -> None:
+    """Raises UserError unless the model has slots to look into and can be asked."""
+    if shape.slots == 0 or set(shape.window_pattern) == {None}:
+        raise UserError(
+            f"the model has no layer with slots (windows {shape.windows}, {shape.slots} slots), so "
+            "there is nothing to look into: use the mqar suite."
+        )
+    if options.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"config.eval.vocab_size={options.vocab_size} is more than the model's "
+            f"vocab_size={shape.vocab_size}: lower it."
+        )
+    mqar.cells(options)
+
+
+@dataclasses.dataclass(frozen=True)
 class Seen:
-    """What was seen at the queries of a cell; N examples, P pairs, R heads of all slot layers.
+    """What was seen at the queries of a cell: N examples, P pairs, R heads of all slot layers."""
 
-    ``right [N,P]`` bool, ``where [N,P]`` bin of the distance, ``heads`` (layer, head) of each of
-    the R, ``share [N,P,R]``, ``stored [N,P,R]`` bool, ``measures`` by name ``[N,P,R]``.
-    """
-
-    def __init__(self, right, where, heads, share, stored, measures):
-        self.right, self.where, self.heads = right, where, heads
-        self.share, self.stored, self.measures = share, stored, measures
+    right: np.ndarray  # [N,P] bool
+    where: np.ndarray  # [N,P] bin of the distance
+    heads: list[tuple[int, int]]  # (layer, head) of each of the R
+    share: np.ndarray  # [N,P,R] the slots' share of the attention
+    stored: np.ndarray  # [N,P,R] bool, the pair has left the window
+    measures: dict[str, np.ndarray]  # by name, [N,P,R]
 
     @classmethod
     def of(cls, right: np.ndarray, where: np.ndarray, layers: Sequence[Any], size: int) -> "Seen":

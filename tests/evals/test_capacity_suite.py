@@ -225,6 +225,11 @@ def test_train_one_model_for_each_number_of_slots(tmp_path, monkeypatch):
         run.eval.slots = (0, 4)
     with pytest.raises(UserError, match="a model without slots"):
         capacity.train(run, tmp_path, quiet)
+    with run.unlocked():
+        run.eval.slots, run.model.windows = (4,), "full"
+    with pytest.raises(UserError, match="no layer with slots"):
+        capacity.train(run, tmp_path, quiet)
+    assert len(trained) == 2
 
 
 def test_state_of_the_op_agrees():
