@@ -326,8 +326,8 @@ def _section(number: int, name: str, section: str, columns: Sequence[Column]) ->
     scores = [_scores(column, section) for column in columns]
     keys = list(dict.fromkeys(key for one in scores for key in one))
     rows = [_row(key, [one.get(key) for one in scores]) for key in keys]
-    has = [i for i, one in enumerate(scores) if one]
-    lanes = "".join(_lanes(key, [one.get(key) for one in scores], _range(scores)) for key in keys)
+    has = [i for i, column in enumerate(columns) if section in column.evaluations]
+    lanes = "".join(_chart(unit, scores) for unit in _units(scores))
     pictures, facts = [], []
     for i in has:
         one = columns[i].evaluations[section]
@@ -353,7 +353,7 @@ def _section(number: int, name: str, section: str, columns: Sequence[Column]) ->
     head = _head(columns, "score")
     return (
         f'<section id="s{number}"><h2>{_name(name)}</h2><p class="legend">{legend}</p>'
-        f'<div class="lanes">{_axis(scores)}{lanes}</div>'
+        f'<div class="lanes">{lanes}</div>'
         f"<details><summary>Numbers</summary>{_table(head, rows)}</details>"
         + (f"<details><summary>Pictures</summary>{''.join(pictures)}</details>" if pictures else "")
         + f"<details><summary>How it was asked</summary><ul>{''.join(facts)}</ul>"
@@ -361,32 +361,41 @@ def _section(number: int, name: str, section: str, columns: Sequence[Column]) ->
     )
 
 
-def _range(scores: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[float, float]:
-    """The ends of a section's axis: 0 and 1 for shares, else what holds every interval."""
+Scores = Sequence[Mapping[str, Mapping[str, Any]]]
+"""Of each column: its scores by name."""
+
+
+def _units(scores: Scores) -> list[str]:
+    return list(dict.fromkeys(score["unit"] for one in scores for score in one.values()))
+
+
+def _chart(unit: str, scores: Scores) -> str:
+    """The scores of one unit on a common axis."""
+    some = [{k: s for k, s in one.items() if s["unit"] == unit} for one in scores]
+    ends = _range(some)
+    keys = dict.fromkeys(key for one in some for key in one)
+    lanes = "".join(_lanes(key, [one.get(key) for one in some], ends) for key in keys)
+    return _axis(some, ends) + lanes
+
+
+def _range(scores: Scores) -> tuple[float, float]:
+    """The ends of an axis: 0 and 1 for shares, else what holds every interval."""
     everything = [score for one in scores for score in one.values()]
-    if all(score["unit"] == "share" for score in everything):
+    if everything[0]["unit"] == "share":
         return 0.0, 1.0
-    ends = [
-        score[key]
-        for score in everything
-        for key in ("value", "low", "high")
-        if score[key] is not None and score["unit"] != "share"
-    ]
-    if not ends:
-        return 0.0, 1.0
-    low, high = min(ends), max(ends)
+    ends = [s[key] for s in everything for key in ("value", "low", "high") if s[key] is not None]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
     room = 0.05 * (high - low) or abs(high) or 1.0
     return low - room, high + room
 
 
-def _axis(scores: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    low, high = _range(scores)
+def _axis(scores: Scores, ends: tuple[float, float]) -> str:
     first = next(score for one in scores for score in one.values())
-    ends = [{**first, "value": low}, {**first, "value": high}]
+    low, high = ({**first, "value": end} for end in ends)
     unit = _unit(first) + (", lower is better" if first["better"] == "lower" else "")
     return (
-        f'<div class="axis"><span></span><span><i>{shown(ends[0])}</i><i>{_text(unit)}</i>'
-        f"<i>{shown(ends[1])}</i></span></div>"
+        f'<div class="axis"><span></span><span><i>{shown(low)}</i><i>{_text(unit)}</i>'
+        f"<i>{shown(high)}</i></span></div>"
     )
 
 
@@ -473,7 +482,7 @@ td small { white-space: nowrap; }
 .lane { display: flex; align-items: center; gap: 8px; height: 18px; }
 .lane span { width: 50px; text-align: right; font-variant-numeric: tabular-nums;
   font-size: .8rem; }
-.legend span { margin-right: 14px; display: inline-block; }
+.legend > span { margin-right: 14px; display: inline-block; }
 .track { position: relative; flex: 1; height: 100%; border-right: 1px solid var(--line); background:
   linear-gradient(90deg, var(--line) 1px, transparent 1px) 0 0 / 25% 100%; }
 .track i { position: absolute; top: 6px; height: 6px; border-radius: 3px; background: var(--c);

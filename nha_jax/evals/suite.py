@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -23,7 +22,7 @@ class Result:
     people."""
 
     values: dict[str, Any]
-    """The suite's own, in any form."""
+    """The suite's own, in any form; ``data``, if there, tells the data asked about from others."""
     title: str
     table: Table
     scores: Sequence[dict[str, Any]] = ()
@@ -79,31 +78,6 @@ def score(
 def score_of(name: str, share: dict[str, Any]) -> dict[str, Any]:
     """The `score` of a `proportion`."""
     return score(name, share["accuracy"], share["low"], share["high"], share["asked"])
-
-
-# Student's t, two-sided 95%, by degrees of freedom from 1 on.
-T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
-)
-
-
-def mean(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """The mean of independent values with its 95% interval: ``{"mean", "low", "high", "n"}``.
-
-    By Student's t; the normal value from 30 values on. None where there are too few values.
-    """
-    numbers = np.asarray(values, np.float64)
-    n = len(numbers)
-    if n == 0:
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    middle = float(numbers.mean())
-    if n == 1:
-        return {"mean": middle, "low": None, "high": None, "n": 1}
-    t = T95[n - 2] if n - 2 < len(T95) else Z95
-    error = t * float(numbers.std(ddof=1)) / math.sqrt(n)
-    return {"mean": middle, "low": middle - error, "high": middle + error, "n": n}
 
 
 def proportion(correct: float, asked: int) -> dict[str, Any]:

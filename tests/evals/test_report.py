@@ -107,6 +107,21 @@ def test_lower_is_better_where_it_is(tmp_path):
     assert "lower is better" in page
 
 
+def test_units_have_axes_of_their_own(tmp_path):
+    path = write(tmp_path, "a")
+    values = json.loads(path.read_text())
+    values["scores"].append(score("loss", 3.0, 2.0, 4.0, 9, unit="nats", better="lower"))
+    path.write_text(json.dumps(values))
+    page = report.render(report.read(str(path)))
+    assert page.count('class="axis"') == 2
+    assert "nats, lower is better" in page
+    assert "left:50.0%" in page  # 3.0 between 1.9 and 4.1
+    Page(page)
+    values["scores"] = []
+    path.write_text(json.dumps(values))
+    Page(report.render(report.read(str(path))))
+
+
 def test_one_run_with_several_windows_and_steps(tmp_path):
     write(tmp_path / "run/eval", "a", windows="4")
     write(tmp_path / "run/eval", "b", windows="full")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nha_jax.evals.suite import mean, percent, proportion, score_of
+from nha_jax.evals.suite import percent, proportion, score_of
 
 
 @pytest.mark.parametrize(
@@ -20,17 +20,6 @@ def test_wilson_interval(correct, asked, low, high):
 
 def test_nothing_asked():
     assert proportion(0, 0) == dict(asked=0, correct=0, accuracy=None, low=None, high=None)
-
-
-def test_mean_and_its_interval():
-    # R: t.test(c(1, 2, 3, 4)) and, from 30 values on, the normal interval.
-    got = mean([1, 2, 3, 4])
-    assert got["mean"] == 2.5
-    assert (got["low"], got["high"]) == pytest.approx((0.4457397, 4.5542603), abs=1e-3)
-    many = mean([0.0, 1.0] * 50)
-    assert many["high"] - 0.5 == pytest.approx(1.959964 * 0.5025189 / 10, abs=1e-6)
-    assert mean([]) == {"mean": None, "low": None, "high": None, "n": 0}
-    assert mean([3.0]) == {"mean": 3.0, "low": None, "high": None, "n": 1}
 
 
 def test_score_of_a_share():
