@@ -5,10 +5,12 @@ python train.py --config configs/mqar_zoology.py:full          full attention
 python train.py --config configs/mqar_zoology.py:window        the same window without slots
 python train.py --config configs/mqar_zoology.py:nha-short     shuffled, fewer epochs; also full-,
 python train.py --config configs/mqar_zoology.py:nha-small     and window-; small is for a CPU
-python eval.py --checkpoint runs/mqar_zoology-nha-short --suite mqar,capacity
+python eval.py --checkpoint runs/mqar_zoology-nha-small --suite mqar,capacity
 
 Published: 180,000 examples, batches of 256, 32 epochs, AdamW with weight decay 0.1 and a learning
-rate of 1e-3 to 3.2e-2. The window is 8 tokens, so that answers come from the slots.
+rate of 1e-3 to 3.2e-2; not run yet at this size. The window is 8 tokens, so that answers come from
+the slots. Small (docs/recall.md), of 16 pairs in 64 tokens: NHA and full attention 100.0% right,
+window only 3.3%, in 4 to 14 minutes each on 2 busy CPU cores.
 """
 
 from ml_collections import ConfigDict
