@@ -9,14 +9,15 @@ import jax
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from nha_jax.data import mqar, stdlib, text
+from nha_jax.data import mad, mqar, mqar_zoology, stdlib, text
 from nha_jax.errors import UserError, nearest
 
 # A data set is a module with config(), its fields and their defaults, and batches(split, seed,
 # batch_size, index, count, workdir, **fields), an endless grain.MapDataset of the batches of
 # process `index` of `count`. It may have ready(fields, workdir), which makes what is missing on
-# the machine and gives the fields that only the data themselves tell.
-DATASETS = {"mqar": mqar, "stdlib": stdlib, "text": text}
+# the machine and gives the fields that only the data themselves tell. Where batches differ in
+# length, it has lengths(fields), all that there are.
+DATASETS = {"mad": mad, "mqar": mqar, "mqar_zoology": mqar_zoology, "stdlib": stdlib, "text": text}
 SPLITS = ("train", "eval")
 
 
@@ -96,6 +97,12 @@ def ready(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     if prepare := getattr(_dataset(config.name), "ready", None):
         config.update(prepare(dict(config.items()), workdir))
+
+
+def lengths(config: ml_collections.ConfigDict) -> list[int]:
+    """The lengths of batches where they differ, else nothing."""
+    tell = getattr(_dataset(config.name), "lengths", None)
+    return tell(dict(config.items())) if tell else []
 
 
 def _dataset(name: Any) -> Any:

@@ -19,14 +19,16 @@ from rich.progress import Progress
 
 from nha_jax import cli, parallel
 from nha_jax.errors import UserError, nearest
-from nha_jax.evals import lm_eval, mqar, perplexity, recall, ruler
+from nha_jax.evals import capacity, lm_eval, mad, mqar, perplexity, recall, ruler
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track
 from nha_jax.models import ModelConfig
 
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
 SUITES: dict[str, Suite] = {
+    "capacity": capacity.SUITE,
     "lm_eval": lm_eval.SUITE,
+    "mad": mad.SUITE,
     "mqar": mqar.SUITE,
     "perplexity": perplexity.SUITE,
     "recall": recall.SUITE,
@@ -276,6 +278,7 @@ def _show(screen: Console, result: Result) -> None:
     else:  # plain characters, and no line broken for a width that is a guess
         result.table.box = box.ASCII
         width = screen.measure(result.table, options=screen.options.update(width=1000)).maximum
+        screen.width = max(screen.width, width)
         screen.print(result.table, width=width, crop=False)
     if result.notes:
         screen.print(result.notes, soft_wrap=True, highlight=False)

@@ -1,9 +1,10 @@
 """MQAR: queries answered right, by number of pairs and by distance from pair to query."""
 
 import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +14,114 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from nha_jax.data import mqar
+from nha_jax.data import mqar, mqar_zoology
 from nha_jax.errors import UserError
 from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score_of
 from nha_jax.models import LanguageModel, ModelConfig
+
+FILLING = ("power_a", "random_non_queries")
+TRAINING_PARTS = len(mqar_zoology.parse(mqar_zoology.PUBLISHED))
 
 Predict = Callable[[np.ndarray, np.ndarray], Any]
 """(tokens [B,T], places [B,P]) -> the symbols [B,P] that the model puts there."""
 
 
+class Cell(NamedTuple):
+    """Examples of one length, number of pairs and seed."""
+
+    seq_len: int
+    num_kv_pairs: int
+    seed: int
+
+
 def options(config: ConfigDict) -> ConfigDict:
-    """The task of the training data, on 1, 2, 4, ... pairs and on the number trained on.
+    """The task of the training data, on 1, 2, 4, ... pairs and on the number trained on; for
+    ``mqar_zoology`` the published test grid (or what was trained on, if the symbols are too few
+    for that).
 
     ``seed`` is the data's own plus one; with it, and with `random_non_queries` off, the examples
-    are the very ones of Zoology's generator for that seed.
+    are the very ones of Zoology's generator for that seed. The cells of a ``grid`` have the seeds
+    that Zoology draws for its test sets from the data's seed.
     """
+    data_seed = config.data.get("seed")
+    data_seed = config.get("seed", 0) if data_seed is None else data_seed
+    rest = {"num_examples": 1000, "batch_size": 100}  # examples of each cell
+    if config.data.get("name") == "mqar_zoology":
+        task = mqar_zoology.config() | {"grid": mqar_zoology.PUBLISHED_TEST}
+        task.update({name: config.data.get(name, value) for name, value in task.items()})
+        most = max(part.num_kv_pairs for part in mqar_zoology.parse(task["grid"], 1))
+        if task["vocab_size"] // 2 - 1 < most:
+            task["grid"] = re.sub(r"\s*\*\s*\d+", "", config.data.mixture)
+        task = {name: task[name] for name in ("grid", "vocab_size", *FILLING)}
+        return ConfigDict({**task, **rest, "seed": data_seed})
     task = mqar.config()
-    data_seed = None
     if config.data.get("name") == "mqar":
         task.update({name: config.data.get(name, value) for name, value in task.items()})
-        data_seed = config.data.get("seed")
     else:
         task["vocab_size"] = ModelConfig.from_config(config.model).vocab_size
+        data_seed = config.get("seed", 0)
     most = min(task["seq_len"] // 4, task["vocab_size"] // 2 - 1)
     pairs = {2**i for i in range(most.bit_length()) if 2**i <= most} | {task["num_kv_pairs"]}
-    return ConfigDict(
-        {
-            **task,
-            "num_kv_pairs": tuple(sorted(pairs)),
-            "num_examples": 1000,  # per number of pairs
-            "seed": (config.get("seed", 0) if data_seed is None else data_seed) + 1,
-            "batch_size": 100,
-        }
-    )
+    task["num_kv_pairs"] = tuple(sorted(pairs))
+    return ConfigDict({**task, **rest, "seed": data_seed + 1})
+
+
+def cells(options: ConfigDict) -> list[Cell]:
+    """What is asked, shorter ones and fewer pairs first. Raises UserError if it cannot be."""
+    for name in ("num_examples", "batch_size"):
+        if options[name] < 1:
+            raise UserError(f"config.eval.{name}={options[name]} must be at least 1.")
+    if "grid" in options:
+        parts = mqar_zoology.parse(options.grid, options.num_examples)
+        _, seeds = mqar_zoology.seeds(options.seed, TRAINING_PARTS, len(parts))
+        found = [Cell(p.seq_len, p.num_kv_pairs, s) for p, s in zip(parts, seeds, strict=True)]
+    else:
+        if not options.num_kv_pairs:
+            raise UserError("config.eval.num_kv_pairs is empty: give at least one number of pairs.")
+        found = [
+            Cell(options.seq_len, number, options.seed) for number in set(options.num_kv_pairs)
+        ]
+    for cell in found:  # before the first of them costs time
+        mqar.check(options.vocab_size, cell.seq_len, cell.num_kv_pairs, options.power_a)
+    return sorted(found)
+
+
+class Questions(NamedTuple):
+    """A batch of a cell's examples; P is its number of pairs."""
+
+    inputs: np.ndarray  # [B,T]
+    places: np.ndarray  # [B,P] of the queries
+    answers: np.ndarray  # [B,P] the values to give there
+    value_at: np.ndarray  # [B,P] place of each one's value
+
+    @property
+    def distance(self) -> np.ndarray:
+        """[B,P] tokens from the pair's value to its query; a window of W holds the value iff it
+        is below W."""
+        return self.places - self.value_at
+
+
+def questions(cell: Cell, options: ConfigDict) -> Iterator[Questions]:
+    """The cell's examples, ``batch_size`` at a time."""
+    task = {name: options[name] for name in ("vocab_size", "num_examples", *FILLING)}
+    inputs, labels = mqar.generate(**task, **cell._asdict())
+    pairs = cell.num_kv_pairs
+    for start in range(0, len(inputs), options.batch_size):
+        tokens, asked = (x[start : start + options.batch_size] for x in (inputs, labels))
+        places = np.nonzero(asked != mqar.IGNORE)[1].reshape(len(tokens), pairs)
+        keys = tokens[:, 0 : 2 * pairs : 2]
+        queries = np.take_along_axis(tokens, places, axis=1)
+        value_at = 2 * (queries[:, :, None] == keys[:, None, :]).argmax(-1) + 1
+        yield Questions(tokens, places, np.take_along_axis(asked, places, axis=1), value_at)
+
+
+def bin_edges(longest: int, window: int | None) -> list[int]:
+    """Ends of the bins of distances, which begin at powers of two, and at the window."""
+    edges = {2**i for i in range(longest.bit_length() + 1)}
+    edges = {edge for edge in edges if edge < longest} | {longest}
+    if window is not None and 1 < window < longest:
+        edges.add(window)
+    return sorted(edges)
 
 
 def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
@@ -67,14 +143,16 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
     reach = None if None in windows else max(w for w in windows if w is not None)
     counts = count(partial(answer, model), config.eval, reach, track)
     values = summary(*counts)
-    setting = f"windows {shape.windows}, {shape.slots} slots, length {config.eval.seq_len}"
+    lengths = sorted({cell.seq_len for cell in counts[0]})
+    length = "-".join(f"{n}" for n in dict.fromkeys((lengths[0], lengths[-1])))
+    setting = f"windows {shape.windows}, {shape.slots} slots, length {length}"
     return Result(
         values={"window": reach, **values},
         title=f"MQAR, queries answered right in %: {setting}",
         table=_table(values),
         scores=[
             score_of("all", values["all"]),
-            *(score_of(f"pairs={row['num_kv_pairs']}", row) for row in values["by_pairs"]),
+            *(score_of(score_name(row, len(lengths) > 1), row) for row in values["by_pairs"]),
         ],
         notes="columns: tokens from the pair's value to its query; in brackets: 95% interval",
         figure=_figure(values, f"MQAR, queries answered right\n{setting}", reach),
@@ -83,59 +161,34 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
 
 def count(
     predict: Predict, options: ConfigDict, window: int | None, track: Track
-) -> tuple[list[int], list[int], np.ndarray, np.ndarray]:
+) -> tuple[list[Cell], list[int], np.ndarray, np.ndarray]:
     """Counts answers, right where the most likely symbol of the whole vocabulary is the value.
 
-    Distance is the number of tokens from the pair's value to its query; a window of W holds the
-    value iff it is below W. Its bins begin at powers of two, and at the window.
-
     Returns:
-        (pairs, edges, asked, correct): numbers of pairs, bins' ends (one more than bins), and
-        the counts, int [pairs, bins].
+        (cells, edges, asked, correct): of `cells`, `bin_edges`, and the counts, int [cells, bins].
     """
-    pairs = sorted(set(options.num_kv_pairs))
-    if not pairs:
-        raise UserError("config.eval.num_kv_pairs is empty: give at least one number of pairs.")
-    for name in ("num_examples", "batch_size"):
-        if options[name] < 1:
-            raise UserError(f"config.eval.{name}={options[name]} must be at least 1.")
-    task = options.to_dict()
-    batch_size = min(task.pop("batch_size"), options.num_examples)
-    for number in pairs:  # before the first of them costs time
-        mqar.check(options.vocab_size, options.seq_len, number, options.power_a)
-    edges = {2**i for i in range(options.seq_len.bit_length() + 1)}
-    edges = {edge for edge in edges if edge < options.seq_len} | {options.seq_len}
-    if window is not None and 1 < window < options.seq_len:
-        edges.add(window)
-    bins = sorted(edges)
-    asked = np.zeros((len(pairs), len(bins) - 1), np.int64)
+    rows = cells(options)
+    edges = bin_edges(max(cell.seq_len for cell in rows), window)
+    asked = np.zeros((len(rows), len(edges) - 1), np.int64)
     correct = np.zeros_like(asked)
-
-    def batches(number: int) -> Any:
-        inputs, labels = mqar.generate(**{**task, "num_kv_pairs": number})
-        for start in range(0, len(inputs), batch_size):
-            yield inputs[start : start + batch_size], labels[start : start + batch_size]
-
+    most = {cell.seq_len: cell.num_kv_pairs for cell in rows}  # sorted: the last is the largest
+    batch_size = min(options.batch_size, options.num_examples)
     steps = -(-options.num_examples // batch_size)
-    work = ((row, batch) for row, number in enumerate(pairs) for batch in batches(number))
-    for row, (inputs, labels) in track(work, "mqar", steps * len(pairs)):
-        number, size = pairs[row], len(inputs)
-        places = np.nonzero(labels != mqar.IGNORE)[1].reshape(size, number)
-        # One shape for all batches, so that the model is compiled once.
-        padding = ((0, batch_size - size), (0, pairs[-1] - number))
-        got = predict(np.pad(inputs, (padding[0], (0, 0))), np.pad(places, padding))
-        right = np.asarray(got)[:size, :number] == np.take_along_axis(labels, places, axis=1)
-        keys = inputs[:, 0 : 2 * number : 2]
-        queries = np.take_along_axis(inputs, places, axis=1)
-        value_at = 2 * (queries[:, :, None] == keys[:, None, :]).argmax(-1) + 1
-        where = np.digitize(places - value_at, bins) - 1
+    work = ((row, batch) for row, cell in enumerate(rows) for batch in questions(cell, options))
+    for row, batch in track(work, "mqar", steps * len(rows)):
+        size, number = batch.places.shape
+        # One shape for all batches of a length, so that the model is compiled once for it.
+        padding = ((0, batch_size - size), (0, most[rows[row].seq_len] - number))
+        got = predict(np.pad(batch.inputs, (padding[0], (0, 0))), np.pad(batch.places, padding))
+        right = np.asarray(got)[:size, :number] == batch.answers
+        where = np.digitize(batch.distance, edges) - 1
         asked[row] += np.bincount(where.ravel(), minlength=asked.shape[1])
         correct[row] += np.bincount(where[right], minlength=asked.shape[1])
-    return pairs, bins, asked, correct
+    return rows, edges, asked, correct
 
 
 def summary(
-    pairs: list[int], edges: list[int], asked: np.ndarray, correct: np.ndarray
+    rows: list[Cell], edges: list[int], asked: np.ndarray, correct: np.ndarray
 ) -> dict[str, Any]:
     """The counts of `count` as shares with intervals: overall, each way, and both ways at once."""
 
@@ -143,7 +196,8 @@ def summary(
         return proportion(int(correct[rows, columns].sum()), int(asked[rows, columns].sum()))
 
     everything = slice(None)
-    by_pairs = [{"num_kv_pairs": n, **share(i, everything)} for i, n in enumerate(pairs)]
+    names = [{"seq_len": cell.seq_len, "num_kv_pairs": cell.num_kv_pairs} for cell in rows]
+    by_pairs = [{**name, **share(i, everything)} for i, name in enumerate(names)]
     bins = [
         {"distance_from": low, "distance_to": high - 1} for low, high in itertools.pairwise(edges)
     ]
@@ -152,17 +206,19 @@ def summary(
         "by_pairs": by_pairs,
         "by_distance": [{**b, **share(everything, j)} for j, b in enumerate(bins)],
         "by_pairs_and_distance": [
-            {"num_kv_pairs": n, **b, **share(i, j)}
-            for i, n in enumerate(pairs)
-            for j, b in enumerate(bins)
+            {**name, **b, **share(i, j)} for i, name in enumerate(names) for j, b in enumerate(bins)
         ],
     }
 
 
 def _grid(values: dict[str, Any]) -> tuple[list[str], list[str], list[list[dict[str, Any]]]]:
     """Names of rows and columns, and the cells, the totals last."""
-    columns = [_bin_name(b) for b in values["by_distance"]]
-    rows = [str(row["num_kv_pairs"]) for row in values["by_pairs"]]
+    columns = [bin_name(b) for b in values["by_distance"]]
+    several = len({row["seq_len"] for row in values["by_pairs"]}) > 1
+    rows = [
+        f"{row['num_kv_pairs']} in {row['seq_len']:,}" if several else str(row["num_kv_pairs"])
+        for row in values["by_pairs"]
+    ]
     cells = values["by_pairs_and_distance"]
     grid = [
         [*cells[i * len(columns) : (i + 1) * len(columns)], row]
@@ -172,7 +228,12 @@ def _grid(values: dict[str, Any]) -> tuple[list[str], list[str], list[list[dict[
     return [*rows, "all"], [*columns, "all"], grid
 
 
-def _bin_name(b: dict[str, Any]) -> str:
+def score_name(row: dict[str, Any], several_lengths: bool) -> str:
+    name = f"pairs={row['num_kv_pairs']}"
+    return f"{name}/{row['seq_len']}" if several_lengths else name
+
+
+def bin_name(b: dict[str, Any]) -> str:
     low, high = b["distance_from"], b["distance_to"]
     return str(low) if low == high else f"{low}-{high}"
 

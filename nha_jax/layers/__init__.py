@@ -1,6 +1,7 @@
 """The parts of a block: NHA layer, short convolution, MLP, norm, RoPE."""
 
 from nha_jax.layers.conv import ShortConv
+from nha_jax.layers.decoder import SequenceDecoder
 from nha_jax.layers.documents import document_numbers, document_positions
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.nha import NHA, LayerCache, LayerStats
@@ -13,6 +14,7 @@ __all__ = [
     "LayerStats",
     "RMSNorm",
     "RopeScaling",
+    "SequenceDecoder",
     "ShortConv",
     "SwiGLU",
     "document_numbers",

@@ -160,30 +160,9 @@ class NHA(nnx.Module):
           UserError: what `nha_attention` refuses.
         """
         dtype = x.dtype
-        q, k, v = (
-            self._project(x, *parts)
-            for parts in (
-                (self.q, self.q_bias),
-                (self.k, self.k_bias),
-                (self.v, self.v_bias),
-            )
+        q, k, v, log_alpha, tails = self.attention_inputs(
+            x, window=window, segment_ids=segment_ids, cache=cache
         )
-        tails = None
-        if self.q_conv is not None:
-            convs = (self.q_conv, self.k_conv, self.v_conv)
-            before = None if cache is None else cache.attention.segment_id
-            olds: Any = (None,) * 3 if cache is None else cache.conv
-            done = [
-                conv(y, segment_ids=segment_ids, tail=old, before=before)
-                for conv, y, old in zip(convs, (q, k, v), olds, strict=True)
-            ]
-            (q, k, v), tails = zip(*done, strict=True)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.value_activation == "silu":
-            v = jax.nn.silu(v)
-        log_alpha = self._log_alpha(x, window)
-
         options: dict[str, Any] = dict(
             window=window,
             slot_lag=self.slot_lag,
@@ -212,6 +191,41 @@ class NHA(nnx.Module):
         if self.o_norm is not None:
             o = self.o_norm(jax.nn.silu(o))
         return jnp.einsum("bthd,hdc->btc", o, self.o[...].astype(dtype)), cache, stats
+
+    def attention_inputs(
+        self,
+        x: jax.Array,
+        *,
+        window: int | None,
+        segment_ids: jax.Array | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Any]:
+        """What the attention op gets: q ``[B,T,HQ,D]``, k and v ``[B,T,H,D]``, log_alpha
+        ``[B,T,H,M]`` (None for a full layer); and the convolutions' tails after the piece.
+        Arguments as of the call."""
+        q, k, v = (
+            self._project(x, *parts)
+            for parts in (
+                (self.q, self.q_bias),
+                (self.k, self.k_bias),
+                (self.v, self.v_bias),
+            )
+        )
+        tails = None
+        if self.q_conv is not None:
+            convs = (self.q_conv, self.k_conv, self.v_conv)
+            before = None if cache is None else cache.attention.segment_id
+            olds: Any = (None,) * 3 if cache is None else cache.conv
+            done = [
+                conv(y, segment_ids=segment_ids, tail=old, before=before)
+                for conv, y, old in zip(convs, (q, k, v), olds, strict=True)
+            ]
+            (q, k, v), tails = zip(*done, strict=True)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.value_activation == "silu":
+            v = jax.nn.silu(v)
+        return q, k, v, self._log_alpha(x, window), tails
 
     def _project(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
         y = jnp.einsum("btc,chd->bthd", x, kernel[...].astype(x.dtype))

@@ -90,6 +90,9 @@ class ModelConfig:
     slot_share_target: float | None = None
     """Share of attention that the auxiliary loss pulls the slots towards. None: no such loss."""
     slot_share_coef: float = 0.01
+    autoencoder: bool = False
+    """Every place's output is decoded from the last token's alone (the compression task of MAD);
+    no language model then, and no cache."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -170,7 +173,8 @@ class ModelConfig:
         layer += (q + 2 * kv) * (self.qkv_bias + self.conv)
         layer += 2 * width * self.qk_norm + q * self.output_norm
         embeddings = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
-        return embeddings + self.layers * layer + hidden
+        decoder = 2 * (hidden * hidden + hidden) if self.autoencoder else 0
+        return embeddings + self.layers * layer + decoder + hidden
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelConfig":

@@ -1,7 +1,7 @@
 """The language model: embedding, blocks scanned over the window pattern, output."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from nha_jax.layers import (
     LayerCache,
     LayerStats,
     RMSNorm,
+    SequenceDecoder,
     SwiGLU,
     document_positions,
     rope_tables,
@@ -143,6 +144,8 @@ class LanguageModel(nnx.Module):
 
         self.blocks = blocks(rngs)
         self.norm = RMSNorm((hidden,), ("norm",), eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        made: dict[str, Any] = dict(norm_eps=config.norm_eps, param_dtype=dtype, rngs=rngs)
+        self.decoder = SequenceDecoder(hidden, **made) if config.autoencoder else None
         tied = config.tied_embeddings
         self.output = (
             None if tied else param(rngs, init, (hidden, vocab), ("embed", "vocab"), dtype)
@@ -169,6 +172,11 @@ class LanguageModel(nnx.Module):
           UserError: what the attention op refuses.
         """
         config = self.config
+        if config.autoencoder and (cache is not None or segment_ids is not None):
+            raise UserError(
+                "model.autoencoder is true, which reads one whole document at a time: it takes no "
+                "cache and no segment_ids; set it to false."
+            )
         if positions is None:
             before = length = None
             if cache is not None:
@@ -181,6 +189,8 @@ class LanguageModel(nnx.Module):
         if stats is not None:
             summary = {name: value for name, value in stats._asdict().items() if name != "aux_loss"}
             summary["aux_loss"] = jnp.sum(stats.aux_loss)
+        if self.decoder is not None:
+            x = self.decoder(x[:, -1], x.shape[1])
         return ModelOutput(self.norm(x), cache, summary)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -193,6 +203,14 @@ class LanguageModel(nnx.Module):
         """``[hidden, vocab_size]`` in the dtype of the computation."""
         kernel = self.embedding[...].T if self.output is None else self.output[...]
         return kernel.astype(self.config.dtype)
+
+    def layers(self) -> Iterator[tuple[int | None, Block]]:
+        """Each layer's window and block, in order."""
+        graphdef, params = nnx.split(self.blocks)
+        windows = self.config.window_pattern
+        for i in range(self.config.layers):
+            one = jax.tree.map(lambda a, i=i: a[i], params)
+            yield windows[i % len(windows)], nnx.merge(graphdef, one)
 
     def init_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """The cache before any token, for this config's windows.

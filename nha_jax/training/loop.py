@@ -25,9 +25,10 @@ from nha_jax.training.metrics import Log, Terminal, check_tensorboard
 from nha_jax.training.profile import Profile
 from nha_jax.training.program import (
     abstract_batch,
+    check_batch,
     check_rows,
     claim_memory,
-    compile_step,
+    compile_steps,
     program,
     put,
 )
@@ -70,6 +71,9 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         process_count=count,
     )
     batches, example = iter(source()), next(iter(source()))
+    length = example["inputs"].shape[1]
+    for other in data.lengths(config.data):
+        check_batch(config, model, mesh, other)
     built = program(config, model, mesh, abstract_batch(example, config.batch_size))
     if config.compilation_cache:
         keep_compiled_programs(workdir / "compilation_cache")
@@ -95,8 +99,8 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        step_fn = compile_step(lowered, config, mesh)
-        work = flops.train_flops_per_token(model, example["inputs"].shape[1])
+        step_fn = compile_steps(built, lowered, config, length)
+        work = flops.train_flops_per_token(model, length)  # where they differ: the first
         steps = range(start + 1, config.steps + 1)
         with (
             Log(workdir, steps, config.log, terminal, mfu_scale(work)) as log,

@@ -44,9 +44,9 @@ class Program:
     """Place of every array of a batch."""
     flags: NamedSharding
     """Place of the flags, one for each device, with which processes tell each other to stop."""
-    trace: Callable[[], Any]
+    trace: Callable[..., Any]
     """Of the step (state, batch, flags) -> (state, metrics), which takes the state's memory; its
-    ``lower()`` goes to `compile_step`."""
+    ``lower()`` goes to `compile_step`. An argument: a batch of another length than the first."""
     activations: Callable[[], int]
     """Bytes that a device keeps of the forward pass for the backward pass, an estimate."""
     evaluate: Callable[[Params, Batch], Metrics]
@@ -73,7 +73,7 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh, batch: AbstractB
         out_shardings=(places, None),
     )
 
-    def trace() -> Any:
+    def trace(batch: AbstractBatch = batch) -> Any:
         # The op takes its part of batch, heads and sequence from the current mesh.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step.trace(abstract, batch, jax.ShapeDtypeStruct((mesh.size,), np.int32))
@@ -127,6 +127,23 @@ def compile_step(
         raise UserError(
             f"config.xla_options={config.xla_options!r} is not what this compiler takes: {reason}."
         ) from error
+
+
+def compile_steps(
+    built: Program, lowered: jax.stages.Lowered, config: ConfigDict, length: int
+) -> Callable[..., Any]:
+    """The step for batches of any length: compiled from ``lowered`` for ``length``, and for every
+    other length when its first batch comes."""
+    compiled = {length: compile_step(lowered, config, built.mesh)}
+
+    def step(state: TrainState, batch: Batch, flags: jax.Array) -> tuple[TrainState, Metrics]:
+        length = batch["inputs"].shape[1]
+        if length not in compiled:
+            shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in batch.items()}
+            compiled[length] = compile_step(built.trace(shapes).lower(), config, built.mesh)
+        return compiled[length](state, batch, flags)
+
+    return step
 
 
 def abstract_batch(example: dict[str, np.ndarray], batch_size: int) -> AbstractBatch:

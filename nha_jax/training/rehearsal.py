@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nha_jax import parallel
+from nha_jax import data, parallel
 from nha_jax.errors import UserError
 from nha_jax.models import ModelConfig
 from nha_jax.training import hlo
@@ -61,7 +61,7 @@ def rehearse(config: ConfigDict, topology: str) -> int:
     check_rows(config, mesh)
     built = program(config, model, mesh, abstract_data(config))
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    length = config.data.seq_len
+    length = longest(config)
     print(
         f"{model.num_params():,} parameters on {topology} ({len(devices)} devices, {axes}), "
         f"{config.batch_size} x {length:,} = {config.batch_size * length:,} tokens per step",
@@ -128,8 +128,13 @@ def abstract_data(config: ConfigDict) -> AbstractBatch:
     names = ["inputs", "labels"]
     if config.data.name == "text":
         names += ["segment_ids", "positions"]
-    shape = config.batch_size, config.data.seq_len
+    shape = config.batch_size, longest(config)
     return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
+
+
+def longest(config: ConfigDict) -> int:
+    """Tokens of a row, of the longest where batches differ in length."""
+    return max(data.lengths(config.data) or [config.data.seq_len])
 
 
 def device_bytes(tree: Any) -> int:
@@ -213,7 +218,7 @@ def advice(config: ConfigDict, built: Program, vocab: int, limit: int) -> str:
     options = []
     if built.mesh.shape["data"] > 1 and state > limit / 4:
         options.append("move devices from --config.mesh.data to --config.mesh.fsdp")
-    tokens = min(config.loss.chunk_tokens, rows * config.data.seq_len)
+    tokens = min(config.loss.chunk_tokens, rows * longest(config))
     if tokens > 4096 and tokens * vocab * 8 > limit / 8:  # logits and their gradient
         options.append("--config.loss.chunk_tokens=4096")
     if config.model.remat != "full":

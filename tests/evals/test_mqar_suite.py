@@ -54,8 +54,8 @@ def perfect(tokens, places):
 
 
 def test_perfect_predictor():
-    pairs, _, asked, correct = suite.count(perfect, options(), None, quiet)
-    assert pairs == [1, 2, 8]
+    cells, _, asked, correct = suite.count(perfect, options(), None, quiet)
+    assert cells == [(32, 1, 3), (32, 2, 3), (32, 8, 3)]
     np.testing.assert_array_equal(asked.sum(1), [30, 60, 240])
     np.testing.assert_array_equal(correct, asked)
 
@@ -65,13 +65,13 @@ def test_predictor_that_sees_a_window():
         answers, distances = lookup(tokens, places)
         return np.where(distances < 6, answers, answers - 1)
 
-    pairs, edges, asked, correct = suite.count(windowed, options(), 6, quiet)
+    cells, edges, asked, correct = suite.count(windowed, options(), 6, quiet)
     assert edges == [1, 2, 4, 6, 8, 16, 32]
     np.testing.assert_array_equal(correct[:, :3], asked[:, :3])
     assert not correct[:, 3:].any()
     assert (asked[1, :3] > 0).all()
     assert (asked[:, 4] > 0).all()
-    values = suite.summary(pairs, edges, asked, correct)
+    values = suite.summary(cells, edges, asked, correct)
     assert [row["accuracy"] for row in values["by_distance"]] == [1, 1, 1, 0, 0, 0]
 
 
@@ -115,8 +115,9 @@ def test_hand_counted(monkeypatch):
     counts = suite.count(
         predict, options(seq_len=8, num_kv_pairs=(2, 1), num_examples=2), None, quiet
     )
-    pairs, edges, asked, correct = counts
-    assert (pairs, edges) == ([1, 2], [1, 2, 4, 8])
+    cells, edges, asked, correct = counts
+    assert [cell.num_kv_pairs for cell in cells] == [1, 2]
+    assert edges == [1, 2, 4, 8]
     np.testing.assert_array_equal(asked, [[1, 1, 0], [1, 1, 2]])
     np.testing.assert_array_equal(correct, [[0, 1, 0], [1, 1, 0]])
     values = suite.summary(*counts)
@@ -152,8 +153,9 @@ def test_examples_are_those_of_the_generator():
 def config(model=(), **data):
     tiny = dict(vocab_size=64, hidden=16, layers=1, heads=1, ffn=16, slots=4, windows="4", conv=4)
     settings = {**tiny, "dtype": "float32", **dict(model)}
+    name = data.pop("name", "mqar")
     return ml_collections.ConfigDict(
-        {"seed": 0, "model": model_config(**settings), "data": data_config(**data)}
+        {"seed": 0, "model": model_config(**settings), "data": data_config(name, **data)}
     )
 
 
@@ -166,6 +168,44 @@ def test_options_follow_the_training_data():
     other = config(model={"vocab_size": 100})
     other.data = ml_collections.ConfigDict({"name": "text"})
     assert suite.options(other).vocab_size == 100
+
+
+def test_published_grid_of_zoology():
+    run = config(name="mqar_zoology", seed=123)
+    got = suite.options(run)
+    cells = suite.cells(got)
+    grid = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
+    assert [cell[:2] for cell in cells] == grid
+    assert (got.num_examples, got.vocab_size, got.random_non_queries) == (1000, 8192, True)
+    # np.random.seed(123), five randint(0, 2**31), then these of randint(2**31, 2**32).
+    seeds = [2967327842, 2367878886, 3088727057, 3090095699, 4256823402, 3964712059, 3350193721]
+    assert [cell.seed for cell in cells] == seeds
+
+
+def test_a_grid_of_several_lengths():
+    run = config(name="mqar_zoology")
+    run.eval = suite.options(run)
+    run.eval.update(grid="32:4,16:2,16:4", vocab_size=64, num_examples=20, batch_size=8)
+    cells, edges, asked, correct = suite.count(perfect, run.eval, 4, quiet)
+    assert [cell[:2] for cell in cells] == [(16, 2), (16, 4), (32, 4)]
+    assert edges == [1, 2, 4, 8, 16, 32]
+    np.testing.assert_array_equal(asked.sum(1), [40, 80, 80])
+    np.testing.assert_array_equal(correct, asked)
+    shapes = set()
+
+    def predict(tokens, places):
+        shapes.add((tokens.shape, places.shape))
+        return places
+
+    assert not suite.count(predict, run.eval, 4, quiet)[3].any()
+    assert shapes == {((8, 16), (8, 4)), ((8, 32), (8, 4))}
+    result = suite.evaluate(Oracle(), run, quiet)
+    assert list(result.table.columns[0].cells) == ["2 in 16", "4 in 16", "4 in 32", "all"]
+    names = [score["name"] for score in result.scores]
+    assert names == ["all", "pairs=2/16", "pairs=4/16", "pairs=4/32"]
+    run.eval.grid = "16:2,16:4*"
+    with pytest.raises(UserError, match=r"holds '16:4\*'; write each part as LENGTH:PAIRS"):
+        suite.evaluate(Oracle(), run, quiet)
 
 
 class Oracle(nnx.Module):

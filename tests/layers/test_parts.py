@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from nha_jax.errors import UserError
-from nha_jax.layers import RMSNorm, RopeScaling, SwiGLU, rope_tables
+from nha_jax.layers import RMSNorm, RopeScaling, SequenceDecoder, SwiGLU, rope_tables
+from nha_jax.layers.decoder import sinusoids
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3)])
@@ -91,3 +92,24 @@ def test_parameters_name_their_axes():
     mlp = SwiGLU(4, 6, rngs=nnx.Rngs(0))
     spec = nnx.get_partition_spec(nnx.state(mlp))
     assert spec["down"].get_value() == jax.sharding.PartitionSpec("mlp", "embed")
+
+
+def test_sequence_decoder():
+    decoder = SequenceDecoder(6, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 6))
+    got = decoder(x, 5)
+    assert got.shape == (2, 5, 6)
+    table = sinusoids(5, 6)
+    np.testing.assert_allclose(table[0], [0, 0, 0, 1, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(table[3, [0, 3]], [np.sin(3), np.cos(3)], atol=1e-6)
+    np.testing.assert_allclose(table[3, [2, 5]], [3e-4, 1], atol=1e-6)
+    place = (x + table[3])[:, None]
+    np.testing.assert_allclose(decoder_by_hand(decoder, place)[:, 0], got[:, 3], atol=1e-5)
+    assert sinusoids(3, 5).shape == (3, 5)
+
+
+def decoder_by_hand(decoder, x):
+    for name in ("first", "second"):
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        x = jax.nn.gelu(x @ getattr(decoder, name)[...], approximate=False)
+    return x

@@ -179,6 +179,19 @@ def test_positions(everything):
     differs(spread, logits)
 
 
+def test_autoencoder_reads_the_last_token_only():
+    plain = drawn(dataclasses.replace(PLAIN, layers=1, autoencoder=True))
+    got = plain(TOKENS).hidden
+    block, norm = next(plain.layers())[1], plain.norm
+    rope = rope_tables(jnp.arange(12), 6, 10_000.0)
+    x, _, _ = block(plain.embedding[...][TOKENS], None, window=3, rope=rope)
+    np.testing.assert_allclose(norm(plain.decoder(x[:, -1], 12)), got, atol=1e-5)
+    with pytest.raises(UserError, match=r"model\.autoencoder is true"):
+        plain(TOKENS, segment_ids=np.ones_like(TOKENS))
+    with pytest.raises(UserError, match=r"takes no cache"):
+        plain(TOKENS, cache=plain.init_cache(4))
+
+
 def test_tied_embeddings():
     model = drawn(dataclasses.replace(PLAIN, tied_embeddings=True))
     assert model.output is None

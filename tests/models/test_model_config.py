@@ -67,6 +67,7 @@ def test_nha_1_3b_with_4_kv_heads():
         dict(tied_embeddings=True),
         dict(kv_heads=1, head_dim=10),
         dict(slots=0),
+        dict(autoencoder=True),
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -6,6 +6,7 @@ from jax.sharding import AbstractMesh
 from tiny import get_config
 
 from nha_jax import parallel
+from nha_jax.data import data_config
 from nha_jax.errors import RunFailed, UserError
 from nha_jax.models import ModelConfig
 from nha_jax.parallel import AXES
@@ -42,6 +43,36 @@ def test_profile_of_some_steps(tmp_path, capsys):
     assert trace.stat().st_size > 0
     assert f"xprof {tmp_path / 'profile'}" in capsys.readouterr().out
     assert Checkpoints(tmp_path, keep=1).steps() == [5, 4, 2]
+
+
+def test_batches_of_several_lengths(tmp_path):
+    """Each length is compiled when it first comes; a run that is ended in between goes on alike."""
+    config = get_config()
+    config.data = data_config("mqar_zoology", vocab_size=16, mixture="8:2*16,16:2*8")
+    config.steps, config.optimizer.schedule = 5, "constant"  # 2 + 1 batches an epoch
+    assert run(config, tmp_path / "straight") == 0
+    config.steps = 2
+    assert run(config, tmp_path / "resumed") == 0
+    config.steps = 5
+    assert run(config, tmp_path / "resumed") == 0
+    straight, resumed = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "resumed")
+    )
+    trained = [record for record in straight if "tokens" in record]
+    assert [r["tokens"] // 8 for r in trained] == [8, 8, 16, 8, 8]
+    losses = {record["step"]: record["loss"] for record in resumed if "loss" in record}
+    assert losses == {record["step"]: record["loss"] for record in trained}
+
+
+def test_a_later_length_is_checked_before_the_first_step(tmp_path, monkeypatch):
+    config = get_config()
+    config.data = data_config("mqar_zoology", vocab_size=16, mixture="8:2*24,12:2*16")
+    mesh = AbstractMesh((1, 1, 8, 1), AXES)
+    monkeypatch.setattr(parallel, "make_mesh", lambda _: mesh)
+    monkeypatch.setattr(parallel, "data_part", lambda *_: (0, 1))
+    with pytest.raises(UserError, match="context=8 does not divide the sequence length 12"):
+        run(config, tmp_path)
 
 
 def test_data_that_dies_is_told_in_one_sentence():

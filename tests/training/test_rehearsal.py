@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from nha_jax.data import data_config
 from nha_jax.errors import UserError
-from nha_jax.training import rehearse
+from nha_jax.training import default_config, rehearse
+from nha_jax.training.rehearsal import longest
 
 CONFIG = Path(__file__).parents[2] / "configs" / "nha_340m.py"
 
@@ -37,3 +39,11 @@ def test_what_fits_is_told_in_tables(config, capsys):
 def test_unknown_slice(config):
     with pytest.raises(UserError, match="that knows this slice"):
         rehearse(config, "v5e:3x77")
+
+
+def test_rows_of_several_lengths_count_as_the_longest():
+    config = default_config()
+    config.data = data_config("mqar_zoology")
+    assert longest(config) == 256
+    config.data = data_config("mqar", seq_len=64)
+    assert longest(config) == 64
