@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF059
+# ruff: noqa: E501, RUF059, SIM300
 # fmt: off
 """Triton kernels of Native Hybrid Attention: backward. Notation as in kernels.py, and
 
@@ -20,6 +20,7 @@ from pallas_kernels.gpu.kernels import (
     _chunk,
     _cumsum,
     _decayed,
+    _gate_sums,
     _gates,
     _key_tile,
     _level,
@@ -64,7 +65,7 @@ def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.c
                GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, rows, ok):
     """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level; returns the p that the rounded product means."""
     if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, ptr.dtype.element_ty)
         e0 = _stack(tl.exp2(g - _reference(g)), GB, C, MB)
     y = (p * e0).to(ptr.dtype.element_ty)
     _put(ptr, y, rows, ok, M, M, MB)
@@ -153,9 +154,9 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         x = tl.where(causal, x, 0.0).to(GD)
         y = _mm0(f1.to(SD), tl.trans(s1), PREC)
         y = _mm(f2.to(SD), tl.trans(s2), y, PREC)
-        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
         levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, w)
+        e0, b0 = _level_first(g, w, STRONG)
         b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
         if HAS_DOC:
@@ -359,10 +360,10 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
         after = after & (jdoc[:, None] == qdoc[None, :])
         cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
 
-    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD)
     total = tl.min(g, 0)
     levels = _levels(g) if STRONG else 1
-    bw = _level_first(g, w)[1].to(GD)
+    bw = _level_first(g, w, STRONG)[1].to(GD)
     end = tl.exp2(total[None, :] - g) * w
     if HAS_DOC:
         end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
@@ -431,7 +432,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
         dw *= tl.exp2(la)
     else:
         own = dw * bw.to(tl.float32)
-        dw *= tl.exp2(la - _cumsum(la, C))
+        dw *= tl.exp2(la - _gate_sums(la, C, GD))
     dla = -own
     for gi in range(G):
         rows = ((b * T + t0) * HQ + h * G + gi) * M
@@ -441,7 +442,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
         dla = _mm0(tl.where(same, 1.0, 0.0), dla, "tf32x3")
         dla += tl.where((jdoc == cur_end)[:, None], through[None, :], 0.0) - dw
     else:
-        dla = _cumsum(dla, C, True) + through[None, :] - dw
+        dla = _cumsum(dla, C, 2 if GD == tl.bfloat16 else 3, True) + through[None, :] - dw
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
 
 

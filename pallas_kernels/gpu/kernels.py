@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF005, RUF059
+# ruff: noqa: E501, RUF005, RUF059, SIM108, SIM300
 # fmt: off
 """Triton kernels of Native Hybrid Attention: forward, and what backward_kernels.py shares with it.
 
@@ -43,23 +43,54 @@ def _mm0(a, b, PREC: tl.constexpr):
 
 
 @triton.jit
-def _cumsum(x, C: tl.constexpr, REVERSE: tl.constexpr = False):
-    """Running sums over the rows of x [C, N], on the tensor cores: three bfloat16 parts are float32."""
+def _exp2(x):
+    """2^x without the denormal results (tl.exp2 takes four instructions for them)."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _log2(x):
+    """log2 to 2^-22 (tl.log2 is a routine of thirty instructions)."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _top16(x):
+    """x with the last 16 bits of its float32 cleared, which bfloat16 holds: a mask is cheaper than a conversion."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr = False):
+    """Running sums over the rows of x [C, N], on the tensor cores: of x cut into 2 or 3 bfloat16 parts (3 are
+    float32), or (PARTS = 1) rounded to float16."""
     if INTERPRETED:
         return tl.cumsum(x, 0, reverse=REVERSE)
     else:
         i = tl.arange(0, C)
         if REVERSE:
-            ones = (i[:, None] <= i[None, :]).to(tl.bfloat16)
+            ones = i[:, None] <= i[None, :]
         else:
-            ones = (i[:, None] >= i[None, :]).to(tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        x -= high.to(tl.float32)
-        mid = x.to(tl.bfloat16)
-        x -= mid.to(tl.float32)
-        y = tl.dot(ones, x.to(tl.bfloat16))
-        y = tl.dot(ones, mid, y)
-        return tl.dot(ones, high, y)
+            ones = i[:, None] >= i[None, :]
+        if PARTS == 1:
+            return tl.dot(ones.to(tl.float16), x.to(tl.float16))
+        else:
+            ones = ones.to(tl.bfloat16)
+            high = _top16(x)
+            x -= high
+            if PARTS == 2:
+                y = tl.dot(ones, x.to(tl.bfloat16))
+            else:
+                mid = _top16(x)
+                y = tl.dot(ones, (x - mid).to(tl.bfloat16))
+                y = tl.dot(ones, mid.to(tl.bfloat16), y)
+            return tl.dot(ones, high.to(tl.bfloat16), y)
 
 
 @triton.jit
@@ -103,9 +134,9 @@ def _phi(x, FM: tl.constexpr):
 @triton.jit
 def _write_weight(la):
     """1 - exp(la), without cancellation for gates near 0."""
-    x = tl.maximum(la, -0.35)
-    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
-    return tl.where(la > -0.35, -series, 1.0 - tl.exp2(la * LOG2E))
+    x = tl.maximum(la, -0.25)
+    series = x * (-1 + x * (-1 / 2 + x * (-1 / 6 + x * (-1 / 24 + x * (-1 / 120 + x * (-1 / 720))))))
+    return tl.where(la > -0.25, series, 1.0 - _exp2(la * LOG2E))
 
 
 @triton.jit
@@ -146,10 +177,23 @@ def _level(g, w, n):
 
 
 @triton.jit
-def _level_first(g, w):
-    live = g > -SPAN
-    x = tl.maximum(g, -SPAN)
-    return tl.where(live, tl.exp2(x), 0.0), tl.where(live, tl.exp2(-x), 0.0) * w
+def _level_first(g, w, STRONG: tl.constexpr):
+    """Level 0; the only one, without a clamp, in the common copy."""
+    if STRONG:
+        live = g > -SPAN
+        x = tl.maximum(g, -SPAN)
+        return tl.where(live, _exp2(x), 0.0), tl.where(live, _exp2(-x), 0.0) * w
+    else:
+        return _exp2(g), _exp2(-g) * w
+
+
+@triton.jit
+def _gate_sums(la, C: tl.constexpr, GD: tl.constexpr):
+    """g of log2 gates la. Gate products in bfloat16 go with gates to 11 bits: that moves no weight by 2^-13."""
+    if GD == tl.bfloat16:
+        return _cumsum(la, C, 1)
+    else:
+        return _cumsum(la, C, 3)
 
 
 @triton.jit
@@ -159,10 +203,10 @@ def _levels(g):
 
 @triton.jit
 def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-          HAS_DOC: tl.constexpr):
+          HAS_DOC: tl.constexpr, GD: tl.constexpr):
     """g and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
     la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC)
-    return _cumsum(la * LOG2E, C), w
+    return _gate_sums(la * LOG2E, C, GD), w
 
 
 @triton.jit
@@ -171,7 +215,7 @@ def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.
     """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
     y = _mm(x, b0, y0, PREC) * e0
     if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype)
         for n in range(1, levels):
             e, b = _level(g, w, n)
             y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
@@ -184,7 +228,7 @@ def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.conste
     """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
     a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
     if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype)
         for n in range(1, levels):
             e, b = _level(g, w, n)
             a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
@@ -235,7 +279,7 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
     doc = doc_ptr + b * S
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC)
     la = la * LOG2E
-    g = _cumsum(la, C)
+    g = _gate_sums(la, C, GD)
     total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
     keep = tl.exp2(total)
     end = w * tl.exp2(tl.minimum(total[None, :] - g, 0.0))
@@ -397,9 +441,9 @@ def _output(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr,
     if SLOTS:
         row0 = r0 - LAG
         lab = la_ptr + (b * S * H + h) * M
-        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
         levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, w)
+        e0, b0 = _level_first(g, w, STRONG)
         b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
         krow = row0 + j
