@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """Native Hybrid Attention on NVIDIA GPUs: forward, backward and their coverage.
 
-See docs/gpu_kernels.md for the derivation; forward_kernels.py and kernels.py hold the kernels.
+See docs/gpu_kernels.md for the derivation; kernels.py, forward_kernels.py and backward_kernels.py hold the kernels.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
 
 
 def _backward(spec, residuals, cotangents, tiles=None):
-    from pallas_kernels.gpu import kernels
+    from pallas_kernels.gpu import backward_kernels as kernels
 
     q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, *kept = residuals
     o, lse_s, lse_w, st, dec, strong = kept

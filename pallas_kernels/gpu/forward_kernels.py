@@ -14,18 +14,16 @@ import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
     BATCH,
-    INTERPRETED,
     LN2,
-    LOG2E,
     NINF,
     SPAN,
     _chunk,
-    _cumsum,
     _decayed,
-    _gates,
+    _exp2,
     _key_tile,
     _level_first,
     _levels,
+    _log2,
     _mm,
     _mm0,
     _pairs,
@@ -34,48 +32,10 @@ from pallas_kernels.gpu.kernels import (
     _rotate,
     _safe,
     _stack,
+    _sums,
     _tile,
     _visible,
 )
-
-
-@triton.jit
-def _exp2(x):
-    """2^x in one instruction; below 2^-126 it is 0."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _write_weight_coarse(la):
-    """1 - exp(la) to 2^-12, for weights that become bfloat16."""
-    return tl.where(la > -0.004, -la * (1.0 + 0.5 * la), 1.0 - _exp2(la * LOG2E))
-
-
-@triton.jit
-def _gate_sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-               HAS_DOC: tl.constexpr, COARSE: tl.constexpr):
-    """g, w and which of the C steps write, as ``_gates`` takes them.
-
-    COARSE, where the factors become bfloat16: gates are summed as float16, whose error in a decay d is at most
-    2^-11 d |log d|, an eighth of bfloat16's where it is largest.
-    """
-    if COARSE and not INTERPRETED:
-        i = tl.arange(0, C)
-        act = (i < n) & (row0 + i >= 0)
-        if HAS_DOC:
-            dq = tl.load(doc_ptr + query0 + i, mask=i < n, other=0)
-            dr = tl.load(doc_ptr + row0 + i, mask=act, other=0)
-            act = act & (dq == dr) & (dq != 0)
-        la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB).to(tl.float32)
-        la = tl.maximum(la, -SPAN * LN2)
-        ones = (i[:, None] >= i[None, :]).to(tl.float16)
-        return tl.dot(ones, (la * LOG2E).to(tl.float16)), _write_weight_coarse(la), act
-    else:
-        la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC)
-        return _cumsum(la * LOG2E, C), w, act
 
 
 @triton.jit
@@ -108,7 +68,7 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, NS, st_
         act = (i < n) & (row0 + i >= 0)
         k = _phi(_tile(kbase + at * (H * D), i, act, H * D, D, DB), FM)
         v = _tile(vbase + at * (H * V), i, act, H * V, V, VB)
-        g, w, act = _gate_sums(lab, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD == tl.bfloat16)
+        g, w = _sums(lab, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD)
         total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
         decay = _exp2(total)
         keep = decay
@@ -122,7 +82,9 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, NS, st_
         row = (b * H + h) * NC + c
         tl.store(dec_ptr + row * M + cols, keep, mask=ok & (c < NC))
         tl.store(total_ptr + row * M + cols, decay, mask=ok & (c < NC))
-        strong = tl.where(tl.min(decay) < 1.3e-29, 2, (tl.min(keep) == 0).to(tl.int32))
+        # the gates' gradient needs them too where a short last chunk sums to much (docs/gpu_kernels.md)
+        most = -tl.minimum(SPAN - 0.05, 4.0 * n)
+        strong = tl.where(tl.min(total) < most, 2, (tl.min(keep) == 0).to(tl.int32))
         tl.store(strong_ptr + row, strong, mask=c < NC)
         wt = tl.trans(end.to(GD))
         if N > 1:
@@ -198,7 +160,6 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, c
     FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C else 0  # of them, seen whole by every query
     # the tile leaving the window is the tile being written, and there are no others
     TWO: tl.constexpr = SLOTS and NP == 1 and LAG == C
-    COARSE: tl.constexpr = GD == tl.bfloat16 and not STRONG
     h0, h, sc, b = _chunk(pid, HQ // GB, GB, G, NS)
     i = tl.arange(0, R)
     tok = i % C if GB > 1 else i
@@ -273,13 +234,9 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, c
         if SLOTS:
             f = _phi(f, FM)
             k0 = _phi(k0, FM)
-            g, w, act = _gate_sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, COARSE)
+            g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
             levels = _levels(g) if STRONG else 1
-            if STRONG:
-                e0, b0 = _level_first(g, w)
-            else:
-                e0 = _exp2(g)
-                b0 = w * _exp2(-g)
+            e0, b0 = _level_first(g, w, STRONG)
             b0 = b0.to(GD)
             e0 = _stack(e0, GB, C, MB)
             causal = tok[:, None] >= j[None, :]
@@ -348,8 +305,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, c
         live = live & mine
         _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
         lse = (b * T + t0) * HQ + h0 + qrows
-        tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + tl.log2(l_s)) * LN2, NINF), mask=live)
-        tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + tl.log2(l_w)) * LN2, NINF), mask=live)
+        tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + _log2(l_s)) * LN2, NINF), mask=live)
+        tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + _log2(l_w)) * LN2, NINF), mask=live)
         if N > 1:
             if EACH:
                 put = (mm < M) & (c < NC) & (h0 % G == 0) & mine
