@@ -233,7 +233,8 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
         last = jnp.zeros((B, H, 0, width), f32)
     each = kept and c.slots and N > 1
-    keys = k if cos is None or spec.window == 0 else _rotated(k, cos, sin)
+    alone = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1  # rotates its two tiles itself
+    keys = k if cos is None or spec.window == 0 or alone else _rotated(k, cos, sin)
     o, lse_s, lse_w, before = _both(
         c, forward_kernels.output_kernel, q, k, keys, v, la, strong, total, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, NS, c.rope_batch,
