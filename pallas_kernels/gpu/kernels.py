@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF005, RUF059, SIM108, SIM300
+# ruff: noqa: E501, RUF005, RUF059, SIM300
 # fmt: off
 """Triton kernels of Native Hybrid Attention: forward, and what backward_kernels.py shares with it.
 
@@ -67,30 +67,34 @@ def _top16(x):
 
 
 @triton.jit
-def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr = False):
-    """Running sums over the rows of x [C, N], on the tensor cores: of x cut into 2 or 3 bfloat16 parts (3 are
-    float32), or (PARTS = 1) rounded to float16."""
+def _sum_rows(ones, x, PARTS: tl.constexpr):
+    """Sums over the rows of x [C, N] that the mask ones [R, C] names, on the tensor cores: of x cut into 2 or 3
+    bfloat16 parts (3 are float32), or (PARTS = 1) rounded to float16."""
     if INTERPRETED:
-        return tl.cumsum(x, 0, reverse=REVERSE)
+        return tl.dot(ones.to(tl.float32), x)
+    elif PARTS == 1:
+        return tl.dot(ones.to(tl.float16), x.to(tl.float16))
+    else:
+        ones = ones.to(tl.bfloat16)
+        high = _top16(x)
+        x -= high
+        if PARTS == 2:
+            y = tl.dot(ones, x.to(tl.bfloat16))
+        else:
+            mid = _top16(x)
+            y = tl.dot(ones, (x - mid).to(tl.bfloat16))
+            y = tl.dot(ones, mid.to(tl.bfloat16), y)
+        return tl.dot(ones, high.to(tl.bfloat16), y)
+
+
+@triton.jit
+def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr):
+    """Running sums over the rows of x [C, N]."""
+    if INTERPRETED:
+        return tl.cumsum(x, 0)
     else:
         i = tl.arange(0, C)
-        if REVERSE:
-            ones = i[:, None] <= i[None, :]
-        else:
-            ones = i[:, None] >= i[None, :]
-        if PARTS == 1:
-            return tl.dot(ones.to(tl.float16), x.to(tl.float16))
-        else:
-            ones = ones.to(tl.bfloat16)
-            high = _top16(x)
-            x -= high
-            if PARTS == 2:
-                y = tl.dot(ones, x.to(tl.bfloat16))
-            else:
-                mid = _top16(x)
-                y = tl.dot(ones, (x - mid).to(tl.bfloat16))
-                y = tl.dot(ones, mid.to(tl.bfloat16), y)
-            return tl.dot(ones, high.to(tl.bfloat16), y)
+        return _sum_rows(i[:, None] >= i[None, :], x, PARTS)
 
 
 @triton.jit
