@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """Native Hybrid Attention on NVIDIA GPUs: forward, backward and their coverage.
 
-See docs/gpu_kernels.md for the derivation; kernels.py and backward_kernels.py hold the kernels.
+See docs/gpu_kernels.md for the derivation; kernels.py, forward_kernels.py and backward_kernels.py hold the kernels.
 """
 
 from __future__ import annotations
@@ -125,6 +125,14 @@ class _Call:
         """Query heads to stack: as many as wanted where the group allows."""
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
 
+    def states(self, heads: int) -> int:
+        """Chunks of a super-chunk in the forward pass, whose output takes ``heads`` programs a row: the
+        choice's, or less where that would leave too few programs to fill a GPU."""
+        n = self.tiles.states if self.slots else 1
+        while n > 1 and self.B * heads * -(-self.NC // n) < 1024:
+            n //= 2
+        return n
+
 
 def _optional(cos, sin, doc, visible0, halo, T, dtype):
     """Arrays for the absent optional inputs, and the running document of each query.
@@ -164,8 +172,9 @@ def _both(call: _Call, kernel, *args, out, grid, **constants):
     )  # fmt: skip
 
 
-def _scan(call: _Call, x, dec, init, st=None):
-    """Scan over the chunks, in place; given the states st, backwards, with <x, st> after each chunk."""
+def _scan(call: _Call, x, dec, init, st=None, chunks=None):
+    """Scan over the chunks (or super-chunks: how many), in place; given the states st, backwards, with
+    <x, st> after each chunk."""
     from pallas_kernels.gpu import kernels
 
     rows = call.B * call.H
@@ -174,7 +183,7 @@ def _scan(call: _Call, x, dec, init, st=None):
     tall = max(1024 // wide, 1)
     none = jnp.zeros((1,), jnp.float32)
     return launch.call(
-        kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, call.NC,
+        kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, chunks or call.NC,
         out=[
             _sds(x.shape, x.dtype), _sds((rows, M, N), jnp.float32),
             _sds((1,) if st is None else (rows, call.NC, M), jnp.float32),
@@ -184,41 +193,64 @@ def _scan(call: _Call, x, dec, init, st=None):
     )  # fmt: skip
 
 
-def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None):
-    from pallas_kernels.gpu import kernels
+def _rotated(k, cos, sin):
+    """RoPE of the keys, for windows whose tiles many programs read."""
+    cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
+    a, b = jnp.split(k.astype(jnp.float32), 2, -1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(k.dtype)
+
+
+def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None, kept=True):
+    """Results and, where they are to be kept, what the backward pass reads."""
+    from pallas_kernels.gpu import forward_kernels
 
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, spec.halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
-    width = c.D + c.V
+    width, f32 = c.D + c.V, jnp.float32
+    heads = c.heads(c.tiles.output.heads)
+    N = c.states(HQ // heads)
+    NS = -(-NC // N)
     if c.slots:
-        st, dec, strong = launch.call(
-            kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC,
-            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype), _sds((B * H, NC, M), jnp.float32), _sds((B * H, NC), jnp.int32)],
-            grid=NC * B * H, **c.tiles.state.options,
+        several = N > 1
+        rows = _sds((B * H, NC, M), f32)
+        st, dec, whole, total, strong = launch.call(
+            forward_kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC, NS,
+            out=[
+                _sds((B * H, NS + 1, M, width), c.gate_dtype), rows,
+                _sds((B * H, NS, M) if several else (1,), f32), rows, _sds((B * H, NC), jnp.int32),
+            ],
+            grid=NS * B * H, **c.tiles.state.options, STAGES=c.tiles.state.stages, N=N,
             **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
         )  # fmt: skip
         init = None
         if c.init:
-            init = jnp.concatenate([slot_k0, slot_v0], -1).astype(jnp.float32)
+            init = jnp.concatenate([slot_k0, slot_v0], -1).astype(f32)
             init = init.reshape(B * H, M, width)
-        st, last, _ = _scan(c, st, dec, init)
+        st, last, _ = _scan(c, st, whole if several else dec, init, chunks=NS)
         last = last.reshape(B, H, M, width)
     else:
-        st, dec, strong = (jnp.zeros((1,), x) for x in (v.dtype, jnp.float32, jnp.int32))
-        last = jnp.zeros((B, H, 0, width), jnp.float32)
-    heads = c.heads(c.tiles.output.heads)
-    o, lse_s, lse_w = _both(
-        c, kernels.output_kernel, q, k, v, la, strong, st, cos_, sin_, doc_, cur, vis,
-        T, S, spec.halo, NC, c.rope_batch,
-        out=[_sds((B, T, HQ, c.V), v.dtype)] + [_sds((B, T, HQ), jnp.float32)] * 2,
-        grid=NC * B * (HQ // heads), **c.tiles.output.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+        st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
+        last = jnp.zeros((B, H, 0, width), f32)
+    each = kept and c.slots and N > 1
+    keys = k if cos is None or spec.window == 0 else _rotated(k, cos, sin)
+    o, lse_s, lse_w, before = _both(
+        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, total, st, cos_, sin_, doc_, cur, vis,
+        T, S, spec.halo, NC, NS, c.rope_batch,
+        out=[
+            _sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2,
+            _sds((B * H, NC + 1, M, width) if each else (1,), c.gate_dtype),
+        ],
+        grid=NS * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, N=N, EACH=each,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, DF=c.full["DB"], GB=heads,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
-    kept = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, o, lse_s, lse_w, st, dec
-    return results, (*kept, strong)
+    if not kept:
+        return results, None
+    inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
+    return results, (*inputs, o, lse_s, lse_w, before if each else st, dec, strong)
 
 
 def _lse(lse_s, lse_w, dls, dlw):
@@ -331,7 +363,7 @@ def forward(
     Returns o [B,T,HQ,V] in v's dtype, lse_slot and lse_window [B,T,HQ] float32 (natural log, -inf
     where that side is empty), and the final slots [B,H,M,D], [B,H,M,V] float32.
     """
-    return _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec)[0]
+    return _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, kept=False)[0]
 
 
 def _forward_rule(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec):

@@ -1,6 +1,6 @@
 # ruff: noqa: E501, RUF005, RUF059, SIM300
 # fmt: off
-"""Triton kernels of Native Hybrid Attention: forward, and what backward_kernels.py shares with it.
+"""Triton kernels of Native Hybrid Attention: what forward_kernels.py and backward_kernels.py share.
 
 Notation (docs/gpu_kernels.md has the derivation):
 
@@ -248,13 +248,13 @@ def _chunk(pid, NHG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, NC):
 
 @triton.jit
 def _strong(strong_ptr, pid, total, NHG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, H: tl.constexpr, NC):
-    """Whether the chunk of a program needs more than one level (or a document ends in it).
+    """Whether the chunk of a program needs more than one level.
 
     Such chunks run a copy of a kernel's body of their own (STRONG), in a second launch, which writes
     into the first one's outputs: the common copy has no trace of the levels, which cost registers.
     """
     h0, h, c, b = _chunk(pid, NHG, GB, G, NC)
-    return tl.load(strong_ptr + (b * H + h) * NC + c, mask=pid < total, other=0) != 0
+    return tl.load(strong_ptr + (b * H + h) * NC + c, mask=pid < total, other=0) == 2
 
 
 @triton.jit
@@ -267,43 +267,6 @@ def _rotate(x1, x2, c, s):
 @triton.jit
 def _safe(m):
     return tl.where(m == NINF, 0.0, m)
-
-
-@triton.jit
-def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, strong_ptr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """What chunk c adds to the state, at st[c + 1], how much of the earlier state it keeps, at dec[c], and
-    whether its gates are strong."""
-    h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
-    i = tl.arange(0, C)
-    t0 = c * C
-    row0 = halo + t0 - LAG
-    n = T - t0
-    doc = doc_ptr + b * S
-    la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC)
-    la = la * LOG2E
-    g = _gate_sums(la, C, GD)
-    total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
-    keep = tl.exp2(total)
-    end = w * tl.exp2(tl.minimum(total[None, :] - g, 0.0))
-    if HAS_DOC:
-        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-        dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
-        end = tl.where((dq == cur_end)[:, None], end, 0.0)
-        keep = tl.where(cur_end == cur_start, keep, 0.0)
-    cols = tl.arange(0, MB)
-    tl.store(dec_ptr + ((b * H + h) * NC + c) * M + cols, keep, mask=cols < M)
-    tl.store(strong_ptr + (b * H + h) * NC + c, (tl.min(keep) < 1.3e-29).to(tl.int32))
-    wt = tl.trans(end.to(GD))
-    kbase = k_ptr + (b * S + row0) * (H * D) + h * D
-    k = _phi(_tile(kbase, i, act, H * D, D, DB), FM)
-    base = st_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
-    ok = cols < M
-    _put(base, _mm0(wt, k.to(GD), GPREC), cols, ok, D + V, D, DB)
-    v = _tile(v_ptr + (b * S + row0) * (H * V) + h * V, i, act, H * V, V, VB)
-    _put(base + D, _mm0(wt, v.to(GD), GPREC), cols, ok, D + V, V, VB)
 
 
 @triton.jit
@@ -396,216 +359,3 @@ def _visible(t, live, qdoc, doc_ptr, vis_ptr, b, halo, LAG: tl.constexpr, ZERO: 
                 first = first & (qdoc == 1)
             seen = seen | first
     return seen
-
-
-@triton.jit
-def _output(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-                  T, S, halo, NC, rope_batch,
-                  o_ptr, lse_s_ptr, lse_w_ptr,
-                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    R: tl.constexpr = GB * C
-    DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
-    SD: tl.constexpr = st_ptr.dtype.element_ty
-    NHG: tl.constexpr = HQ // GB
-    NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
-    MERGED: tl.constexpr = SLOTS and WINDOW > 0 and NP > 0 and LAG == NP * C
-    TWO: tl.constexpr = MERGED and NP == 1
-    h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
-    t0 = c * C
-    r0 = halo + t0
-    i = tl.arange(0, R)
-    tok = i % C
-    j = tl.arange(0, C)
-    live = t0 + tok < T
-    doc = doc_ptr + b * S
-    qdoc = tok
-    if HAS_DOC:
-        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
-    qrows = tok * HQ + i // C
-    qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
-    q1 = _tile(qbase, qrows, live, D, DH, DB)
-    q2 = _tile(qbase + DH, qrows, live, D, DH, DB)
-    kbase = k_ptr + (b * S * H + h) * D
-    vbase = v_ptr + (b * S * H + h) * V
-    cs = cos_ptr + b * rope_batch * DH
-    sn = sin_ptr + b * rope_batch * DH
-    sc = scale * LOG2E
-
-    acc = tl.zeros((R, VB), tl.float32)
-    m_s = tl.full((R,), NINF, tl.float32)
-    l_s = tl.zeros((R,), tl.float32)
-    m_w = tl.full((R,), NINF, tl.float32)
-    l_w = tl.zeros((R,), tl.float32)
-    m = tl.full((R,), NINF, tl.float32)
-    if SLOTS:
-        row0 = r0 - LAG
-        lab = la_ptr + (b * S * H + h) * M
-        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
-        levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, w, STRONG)
-        b0 = b0.to(GD)
-        e0 = _stack(e0, GB, C, MB)
-        krow = row0 + j
-        kok = (krow >= 0) & (krow < S)
-        k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
-        k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
-        mm = tl.arange(0, MB)
-        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-        s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
-        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
-        f1 = _phi(q1, FM)
-        f2 = _phi(q2, FM)
-        causal = tok[:, None] >= j[None, :]
-        if HAS_DOC:
-            jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
-            causal = causal & (qdoc[:, None] == jdoc[None, :])
-        x = _mm0(f1, tl.trans(_phi(k1, FM)), PREC)
-        x = _mm(f2, tl.trans(_phi(k2, FM)), x, PREC)
-        x = tl.where(causal, x, 0.0).to(GD)
-        y = _mm0(f1.to(SD), tl.trans(s1), PREC)
-        y = _mm(f2.to(SD), tl.trans(s2), y, PREC)
-        if HAS_DOC:
-            cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-            old = qdoc == cur_start
-            y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
-        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
-        if M != MB:
-            y = tl.where(seen[:, None] & (mm < M)[None, :], y, NINF)
-        else:
-            y = tl.where(seen[:, None], y, NINF)
-        m_s = tl.max(y, 1)
-        y = tl.exp2(y - _safe(m_s)[:, None])
-        l_s = tl.sum(y, 1)
-        m = m_s
-
-    if WINDOW > 0:
-        if SLOTS:
-            q1 = _tile(qbase, qrows, live, D, DH, DB, True)
-            q2 = _tile(qbase + DH, qrows, live, D, DH, DB, True)
-        if ROPE:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
-            q1, q2 = _rotate(q1, q2, qc, qs)
-        qrow = (r0 + tok)[:, None]
-        if MERGED:
-            # the tile that is leaving the window is the tile being written: one A for both
-            k1, k2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, True)
-            s = _mm0(q1, tl.trans(k1), PREC)
-            s = _mm(q2, tl.trans(k2), s, PREC) * sc
-            kdoc = qdoc
-            if HAS_DOC:
-                kdoc = tl.load(doc + krow, mask=kok, other=0)
-            s = _window_mask(s, qrow, krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
-            m_w = tl.max(s, 1)
-    if TWO:
-        # window tiles: this one and the diagonal; logits first, so that no accumulator waits on them
-        jrow = r0 + j
-        jok = jrow < S
-        k1, k2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
-        s2 = _mm0(q1, tl.trans(k1), PREC)
-        s2 = _mm(q2, tl.trans(k2), s2, PREC) * sc
-        keep = jrow[None, :] <= qrow
-        if HAS_DOC:
-            keep = keep & (qdoc[:, None] == jdoc[None, :]) & (qdoc != 0)[:, None]
-        s2 = tl.where(keep, s2, NINF)
-        m_w = tl.maximum(m_w, tl.max(s2, 1))
-        s = tl.exp2(s - _safe(m_w)[:, None])
-        s2 = tl.exp2(s2 - _safe(m_w)[:, None])
-        l_w = tl.sum(s, 1) + tl.sum(s2, 1)
-        m = tl.maximum(m_s, m_w)
-        fs = tl.exp2(m_s - _safe(m))
-        fw = tl.exp2(m_w - _safe(m))
-        y = y * fs[:, None]
-        a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-        a = (tl.where(causal, a, 0.0) + s * fw[:, None]).to(TD)
-        s2 = (s2 * fw[:, None]).to(TD)
-        y = y * e0
-        if HAS_DOC:
-            y = tl.where(old[:, None], y, 0.0)
-        acc = _mm0(y.to(SD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
-        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-        acc = _mm(a, vt, acc, PREC)
-        vt = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
-        acc = _mm(s2, vt, acc, PREC)
-    else:
-        if SLOTS:
-            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-            a = tl.where(causal, a, 0.0)
-            y = y * e0
-            if HAS_DOC:
-                y = tl.where(old[:, None], y, 0.0)
-            acc = _mm0(y.to(SD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
-            vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-            if MERGED:
-                s = tl.exp2(s - _safe(m_w)[:, None])
-                l_w = tl.sum(s, 1)
-                m = tl.maximum(m_s, m_w)
-                fs = tl.exp2(m_s - _safe(m))
-                fw = tl.exp2(m_w - _safe(m))
-                acc = acc * fs[:, None]
-                a = a * fs[:, None] + s * fw[:, None]
-            acc = _mm(a.to(TD), vt, acc, PREC)
-        if WINDOW > 0:
-            for n in range(tl.maximum(1 - NP if MERGED else -NP, -((r0 + C - 1) // C)), 1):
-                row = r0 + n * C
-                rows_k = row + j
-                ok_k = (rows_k >= 0) & (rows_k < S)
-                kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, False)
-                vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB)
-                sw = _mm0(q1, tl.trans(kw1), PREC)
-                sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
-                doc_k = qdoc
-                if HAS_DOC:
-                    doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
-                sw = _window_mask(sw, qrow, rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
-                mw = tl.maximum(m_w, tl.max(sw, 1))
-                mj = tl.maximum(m, mw)
-                pw = tl.exp2(sw - _safe(mw)[:, None])
-                l_w = l_w * tl.exp2(m_w - _safe(mw)) + tl.sum(pw, 1)
-                acc = acc * tl.exp2(m - _safe(mj))[:, None]
-                acc = _mm((pw * tl.exp2(mw - _safe(mj))[:, None]).to(TD), vw, acc, PREC)
-                m_w = mw
-                m = mj
-
-    total = l_s * tl.exp2(m_s - _safe(m)) + l_w * tl.exp2(m_w - _safe(m))
-    if HAS_DOC:
-        total = tl.where(qdoc == 0, 0.0, total)
-    acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
-    _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
-    lse = (b * T + t0) * HQ + h0 + qrows
-    tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + tl.log2(l_s)) * LN2, NINF), mask=live)
-    tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + tl.log2(l_w)) * LN2, NINF), mask=live)
-
-
-@triton.jit
-def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-                  T, S, halo, NC, rope_batch, total,
-                  o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
-                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """Output and both log-sum-exps of one chunk, GB query heads."""
-    if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
-                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _output(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
-                        S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-                        LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
-    else:
-        mine = True
-        if SLOTS:
-            mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
-        if mine:
-            _output(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
-                S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-                LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)

@@ -28,8 +28,8 @@ PLAIN = Launch()
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), and
-    how each kernel is launched."""
+    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how each
+    kernel is launched, and of how many chunks the forward pass stores one state (a power of two)."""
 
     chunk: int = 64
     state: Launch = PLAIN
@@ -38,19 +38,19 @@ class Tiles:
     dstate: Launch = PLAIN
     dslot: Launch = PLAIN
     dwindow: Launch = PLAIN
+    states: int = 1
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:
         """The inverse of ``to_json``."""
-        launches = {k: Launch(*v) for k, v in found.items() if k != "chunk"}
-        return cls(found["chunk"], **launches)
+        return cls(**{k: v if isinstance(v, int) else Launch(*v) for k, v in found.items()})
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists of them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-KERNELS = tuple(f.name for f in dataclasses.fields(Tiles) if f.name != "chunk")
+KERNELS = tuple(f.name for f in dataclasses.fields(Tiles) if f.type == "Launch")
 
 
 def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
