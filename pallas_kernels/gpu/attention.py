@@ -250,7 +250,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     if not kept:
         return results, None
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
-    return results, (*inputs, o, lse_s, lse_w, before if each else st, dec, strong)
+    return results, (*inputs, o, lse_s, lse_w, before if each else st, dec, total, strong)
 
 
 def _lse(lse_s, lse_w, dls, dlw):
@@ -270,7 +270,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     from pallas_kernels.gpu import backward_kernels as kernels
 
     q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, *kept = residuals
-    o, lse_s, lse_w, st, dec, strong = kept
+    o, lse_s, lse_w, st, dec, total, strong = kept
     do, dls, dlw, dlast_k, dlast_v = cotangents
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
@@ -278,13 +278,14 @@ def _backward(spec, residuals, cotangents, tiles=None):
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
+    keys = k if cos is None or spec.window == 0 else _rotated(k, cos, sin)
     heads = c.heads(c.tiles.dq.heads)
     parts = HQ // H // heads
     alone = c.slots and parts == 1
     demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
     dq, dl, p, side, delta, dst = _both(
-        c, kernels.dq_kernel, q, k, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
+        c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
         out=[
             _sds(q.shape, q.dtype), *[_sds((B, T, HQ, M) if c.slots else (1,), c.gate_dtype)] * 2,
@@ -315,7 +316,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dla = jnp.zeros_like(log_alpha)
     if c.slots:
         dk, dv, dla = _both(
-            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, cross, dst, doc_, cur, side,
+            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur, side,
             T, S, halo, NC,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
             grid=NC * B * H, **c.tiles.dslot.options,
@@ -324,12 +325,12 @@ def _backward(spec, residuals, cotangents, tiles=None):
             GB=c.heads(c.tiles.dslot.heads), NSIDE=parts, **c.pads, **c.full,
         )  # fmt: skip
     if spec.window > 0:
-        keys = -(-S // C)
+        tiles_k = -(-S // C)
         dk, dv, filled = launch.call(
-            kernels.dwindow_kernel, q, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
-            dla if c.slots else la, T, S, halo, keys, c.rope_batch,
+            kernels.dwindow_kernel, q, keys, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
+            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
-            grid=keys * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
+            grid=tiles_k * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, HAS_DOC=doc is not None, PREC=c.precision["PREC"],

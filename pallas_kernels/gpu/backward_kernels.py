@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF005, RUF059, SIM108, SIM300
+# ruff: noqa: E501, RUF005, RUF059, SIM300
 # fmt: off
 """Triton kernels of Native Hybrid Attention: backward. Notation as in kernels.py, and
 
@@ -27,6 +27,7 @@ from pallas_kernels.gpu.kernels import (
     _phi,
     _put,
     _rotate,
+    _round16,
     _strong,
     _sum_rows,
     _sums,
@@ -52,6 +53,15 @@ def _dphi(g, x, FM: tl.constexpr):
 @triton.jit
 def _reference(g):
     return -SPAN * (-g / SPAN).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def _rounded(x, GD: tl.constexpr):
+    """x rounded to GD, in float32."""
+    if GD == tl.bfloat16:
+        return _round16(x)
+    else:
+        return x
 
 
 @triton.jit
@@ -144,7 +154,59 @@ def _angles(cs, sn, row, j, ok, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.con
 
 
 @triton.jit
-def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, doc, qdoc, r0, tok, j, ahead, S,
+               H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr, WINDOW: tl.constexpr,
+               HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
+               MASKED: tl.constexpr):
+    """dq and what the key tile `ahead` rows after r0 adds. k_ptr, v_ptr: rotated keys and values of row 0."""
+    sc: tl.constexpr = scale * 1.4426950408889634
+    row = (r0 + ahead).to(tl.int64)
+    rows = r0 + ahead + j
+    ok = (rows >= 0) & (rows < S)
+    k = _pair(k_ptr + row * (H * D), j, ok, H * D, DH, DB)
+    v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
+    s = _mm0(q, tl.trans(k), PREC) * sc
+    if MASKED:
+        kdoc = qdoc
+        if HAS_DOC:
+            kdoc = tl.load(doc + rows, mask=ok, other=0)
+        s = _window_mask(s, (r0 + tok)[:, None], rows[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
+    z = _mm0(do, tl.trans(v), PREC)
+    s = _exp2(s - lse[:, None])
+    ds = (s * (z - delta[:, None]) * scale).to(k.dtype)
+    return _mm(ds, k, dq, PREC)
+
+
+@triton.jit
+def _window_dkv(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h, qr, gi, T, halo,
+                HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
+                WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                C: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MASKED: tl.constexpr):
+    """dk, dv and what the queries from row qr of head gi of the group add."""
+    sc: tl.constexpr = scale * 1.4426950408889634
+    t0 = qr - halo
+    live = (t0 + j >= 0) & (t0 + j < T)
+    rows = (b * T + t0) * HQ + h * G + gi
+    qc, qs = _angles(cs, sn, qr, j, live, DH, DB, ROPE)
+    q = _rotated(q_ptr + rows * D, j, live, HQ * D, qc, qs, C, DH, DB, ROPE)
+    do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
+    lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
+    delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+    s = _mm0(k, tl.trans(q), PREC) * sc
+    if MASKED:
+        qdoc = kdoc
+        if HAS_DOC:
+            qdoc = tl.load(doc + qr + j, mask=live, other=0)
+        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
+    s = _exp2(s - lse[None, :])
+    dv = _mm(s.to(v.dtype), do, dv, PREC)
+    z = _mm0(v, tl.trans(do), PREC)
+    ds = (s * (z - delta[None, :]) * scale).to(q.dtype)
+    return _mm(ds, q, dk, PREC), dv
+
+
+@triton.jit
+def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
         o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch,
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -154,7 +216,6 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
     SD: tl.constexpr = st_ptr.dtype.element_ty
     ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
     NHG: tl.constexpr = HQ // GB
@@ -195,7 +256,7 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         f = _phi(_pair(q_ptr + first * D, qrows, live, D, DH, DB), FM)
         k = _phi(_pair(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB), FM)
         st = _pair(stb, mm, mm < M, D + V, DH, DB)
-        la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
+        la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
         la = la * LOG2E
         g = _gate_sums(la, C, GD)
         e0, b0 = _level_first(g, w, STRONG)
@@ -257,13 +318,13 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
             z = _mm(xv.to(GD), b0, z, GPREC)
             p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
             dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
-            p_at = (p_0 * e0).to(GD)
-            dl_at = dl_0.to(GD)
+            p_0 = _rounded(p_0 * e0, GD)
+            dl_0 = _rounded(dl_0, GD)
             # of the rounded numbers that dslot_kernel subtracts from: their errors cancel there
-            side = dl_at.to(tl.float32) * y + p_at.to(tl.float32) * z
+            side = dl_0 * y + p_0 * z
+            p_at = p_0.to(GD)
+            dl_at = dl_0.to(GD)
             a = _mm0(dl_at, tl.trans(b0), GPREC)
-            p_0 = p_at
-            dl_0 = dl_at
         _put(p_ptr + first * M, p_at, qrows, live, M, M, MB)
         _put(dl_ptr + first * M, dl_at, qrows, live, M, M, MB)
         part = (b * T + t0) * (HQ // GB) + h0 // GB
@@ -289,22 +350,18 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         q = _rotated(q_ptr + first * D, qrows, live, D, qc, qs, R, DH, DB, ROPE, SLOTS)
         if ROPE:
             dq = _turned(dq, qc, qs, R, DB)
-        for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
-            row = r0 + n * C
-            rows_k = row + j
-            ok_k = (rows_k >= 0) & (rows_k < S)
-            kc, ks = _angles(cs, sn, row, j, ok_k, DH, DB, ROPE)
-            kw = _rotated(kbase + row.to(tl.int64) * (H * D), j, ok_k, H * D, kc, ks, C, DH, DB, ROPE)
-            sw = _mm0(q, tl.trans(kw), PREC) * sc
-            doc_k = qdoc
-            if HAS_DOC:
-                doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
-            sw = _window_mask(sw, (r0 + tok)[:, None], rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
-            vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB)
-            zw = _mm0(do, tl.trans(vw), PREC)
-            sw = _exp2(sw - lse[:, None])
-            dsw = (sw * (zw - delta_w[:, None]) * scale).to(TD)
-            dq = _mm(dsw, kw, dq, PREC)
+        krbase = kr_ptr + (b * S * H + h) * D
+        start = tl.maximum(-NP, -((r0 + C - 1) // C))
+        CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
+        for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
+                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
+        if CLEAN:
+            for n in range(start + 1, 0):
+                dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
+                                H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, False)
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, 0, S,
+                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
         if ROPE:
             qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE, True)
             dq = _turned(dq, qc, -qs, R, DB)
@@ -312,7 +369,7 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
 
 
 @triton.jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
               o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, total,
               dq_in, dl_in, p_in, side_in, delta_in, dst_in,
               dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
@@ -321,7 +378,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
+    """dq, with kr the rotated keys; and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
 
@@ -333,7 +390,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr,
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+                    _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                         ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
@@ -342,7 +399,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr,
         if SLOTS:
             mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
         if mine:
-            _dq(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+            _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                 ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
@@ -372,7 +429,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
         dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
         p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
         if strong:
-            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
+            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
             first = tl.cumsum(la * LOG2E, 0) > -SPAN
             if HAS_DOC:
                 cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
@@ -455,7 +512,7 @@ def _slot_pass(x, y_ptr, pl_ptr, dx, dw, dw_own, bw, g, level, h, b, t0, live, a
 
 
 @triton.jit
-def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
@@ -488,13 +545,14 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
         last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
 
     g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD)
-    total = tl.min(g, 0)[None, :]
     bw = _level_first(g, w, STRONG)[1]
     if STRONG:
-        end = _exp2(tl.minimum(total - g, 0.0)) * w
+        to_end = _exp2(tl.minimum(tl.min(g, 0)[None, :] - g, 0.0))
+        end = to_end * w
     else:
-        end = bw * _exp2(total)
-    bw = bw.to(GD)
+        decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+        end = bw * decay
+        bw = _rounded(bw, GD).to(GD)
     if HAS_DOC:
         end = tl.where(last, end, 0.0)
     end = end.to(GD)
@@ -516,9 +574,9 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
         # what only passes through a step, from the rows before it: no difference of sums, which would
         # lose a gate near 0
         through = through + _sum_rows(j[:, None] > j[None, :], end.to(tl.float32) * u, 3)
-        dw = _exp2(tl.minimum(total - g, 0.0)) * u  # the gradient
+        dw = to_end * u  # the gradient
     else:
-        dw = u * _exp2(total)  # the gradient times 2^g
+        dw = u * decay  # the gradient times 2^g
         through = through + tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
 
     dx = _mm0(end, ds, GPREC)
@@ -557,7 +615,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
-    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
     la = la * LOG2E
     if STRONG:
         dw *= _exp2(la)
@@ -577,7 +635,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
 
 
 @triton.jit
-def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                  side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
@@ -590,12 +648,12 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
-                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                         side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
                         C, GB, DB, VB, MB, NSIDE, STRONG)
     else:
         if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
-            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                 side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
                 C, GB, DB, VB, MB, NSIDE, STRONG)
 
@@ -607,13 +665,11 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
                    ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                    C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
+    """Window side of the gradients of C keys (given rotated) and values. ADD: on top of the slot side, dk_in and dv_in; and
     the gates of rows that are not written get the gradient 0."""
     DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
-    sc: tl.constexpr = scale * 1.4426950408889634
     pid = tl.program_id(0)
     h = pid % H
     tile = (pid // H) % NK
@@ -626,34 +682,27 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
     kb = (b * S + kr) * H + h
     cs = cos_ptr + b * rope_batch * DH
     sn = sin_ptr + b * rope_batch * DH
-    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE)
-    k = _rotated(k_ptr + kb * D, j, kok, H * D, kc, kn, C, DH, DB, ROPE)
+    k = _pair(k_ptr + kb * D, j, kok, H * D, DH, DB)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
     dk = tl.zeros((C, 2 * DB), tl.float32)
     dv = tl.zeros((C, VB), tl.float32)
-    for it in range(G * (NP + 1)):
-        qr = kr + it // G * C
-        t0 = qr - halo
-        live = (t0 + j >= 0) & (t0 + j < T)
-        rows = (b * T + t0) * HQ + h * G + it % G
-        qc, qs = _angles(cs, sn, qr, j, live, DH, DB, ROPE)
-        q = _rotated(q_ptr + rows * D, j, live, HQ * D, qc, qs, C, DH, DB, ROPE)
-        s = _mm0(k, tl.trans(q), PREC) * sc
-        qdoc = kdoc
-        if HAS_DOC:
-            qdoc = tl.load(doc + qr + j, mask=live, other=0)
-        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
-        lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
-        s = _exp2(s - lse[None, :])
-        do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-        dv = _mm(s.to(TD), do, dv, PREC)
-        z = _mm0(vt, tl.trans(do), PREC)
-        delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-        ds = (s * (z - delta[None, :]) * scale).to(TD)
-        dk = _mm(ds, q, dk, PREC)
+    CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
+    for it in range(G if CLEAN else G * (NP + 1)):
+        dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
+                             C, DH, DB, VB, True)
+    if CLEAN:
+        for it in range(G, G * NP):
+            dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+                                 kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
+                                 C, DH, DB, VB, False)
+        for it in range(G):
+            dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+                                 kr + NP * C, it, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
+                                 C, DH, DB, VB, True)
     if ROPE:
         kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
         dk = _turned(dk, kc, -kn, C, DB)
