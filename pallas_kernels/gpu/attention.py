@@ -7,6 +7,7 @@ See docs/gpu_kernels.md for the derivation; kernels.py, forward_kernels.py and b
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels.gpu import launch
 from pallas_kernels.gpu.tiles import Tiles, choose
 
 DTYPES = ("bfloat16", "float16", "float32")
+LOG2E = math.log2(math.e)
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -249,14 +251,27 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     if not kept:
         return results, None
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
-    return results, (*inputs, o, lse_s, lse_w, before if each else st, dec, strong)
+    return results, (*inputs, o, lse_s, lse_w, before if each else st, dec, total, strong)
+
+
+def _lse(lse_s, lse_w, dls, dlw):
+    """Log-sum-exp of both sides, base 2, +inf for empty rows, and what a gradient of each side's
+    takes from delta = do.o: dlse_side e^(lse - lse_side)."""
+    lse = jnp.logaddexp(lse_s, lse_w)
+    full = jnp.isfinite(lse)
+
+    def push(side, d):
+        gap = jnp.where(jnp.isfinite(side), lse - side, 0.0)
+        return d * jnp.exp(jnp.minimum(gap, 70.0))
+
+    return jnp.where(full, lse * LOG2E, jnp.inf), push(lse_s, dls), push(lse_w, dlw)
 
 
 def _backward(spec, residuals, cotangents, tiles=None):
     from pallas_kernels.gpu import backward_kernels as kernels
 
     q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, *kept = residuals
-    o, lse_s, lse_w, st, dec, strong = kept
+    o, lse_s, lse_w, st, dec, total, strong = kept
     do, dls, dlw, dlast_k, dlast_v = cotangents
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
@@ -264,17 +279,18 @@ def _backward(spec, residuals, cotangents, tiles=None):
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
-    mrows = (B, T, HQ, M) if c.slots else (1,)
+    keys = k if cos is None or spec.window == 0 else _rotated(k, cos, sin)
     heads = c.heads(c.tiles.dq.heads)
-    alone = c.slots and heads == HQ // H
+    parts = HQ // H // heads
+    alone = c.slots and parts == 1
     demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
-    dq, dl, p, side, lse, delta, dst = _both(
-        c, kernels.dq_kernel, q, k, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
-        dls.astype(f32), dlw.astype(f32),
-        T, S, halo, NC, c.rope_batch,
+    lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
+    dq, dl, p, side, delta, dst = _both(
+        c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
+        lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
         out=[
-            _sds(q.shape, q.dtype), *[_sds(mrows, c.gate_dtype)] * 2, _sds(mrows, f32),
-            *[_sds((B, T, HQ), f32)] * 2,
+            _sds(q.shape, q.dtype), *[_sds((B, T, HQ, M) if c.slots else (1,), c.gate_dtype)] * 2,
+            _sds((B, T, H * parts, M) if c.slots else (1,), f32), _sds((B, T, HQ), f32),
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
@@ -290,32 +306,38 @@ def _backward(spec, residuals, cotangents, tiles=None):
         )  # fmt: skip
     if c.slots:
         dlast = jnp.concatenate([dlast_k, dlast_v], -1).astype(f32).reshape(B * H, M, width)
-        dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
-    none = jnp.zeros((1,), v.dtype)
-    dk = dv = none
+        tall = max(1024 // _pow2(width), 1)
+        dst, dfirst, cross = launch.call(
+            kernels.dscan_kernel, dst, dec, dlast, st, NC,
+            out=[demand, _sds((B * H, M, width), f32), _sds((B * H, NC, M), f32)],
+            grid=B * H * -(-M // tall), num_warps=4, aliases={0: 0},
+            N=width, M=M, ROWS=tall, NB=_pow2(width), U=8,
+        )  # fmt: skip
+    dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
     if c.slots:
-        # rows that no query writes to the slots: zeros, where nothing else fills them
         dk, dv, dla = _both(
-            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, cross, dst, doc_, cur, side,
+            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur, side,
             T, S, halo, NC,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
             grid=NC * B * H, **c.tiles.dslot.options,
-            zeroed=(2,) if spec.window > 0 else (0, 1, 2),
+            zeroed=() if spec.window > 0 else (0, 1, 2),  # dwindow_kernel fills the rows of no query
             HQ=HQ, **c.shape, **c.lag, **c.precision,
-            GB=c.heads(c.tiles.dslot.heads), **c.pads, **c.full,
+            GB=c.heads(c.tiles.dslot.heads), NSIDE=parts, **c.pads, **c.full,
         )  # fmt: skip
     if spec.window > 0:
-        keys = -(-S // C)
-        dk, dv = launch.call(
-            kernels.dwindow_kernel, q, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
-            T, S, halo, keys, c.rope_batch,
-            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype)],
-            grid=keys * B * H, aliases={9: 0, 10: 1} if c.slots else None, **c.tiles.dwindow.options,
+        tiles_k = -(-S // C)
+        dk, dv, filled = launch.call(
+            kernels.dwindow_kernel, q, keys, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
+            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,
+            out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
+            grid=tiles_k * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
+            **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
             **c.pads, **c.half,
         )  # fmt: skip
+        dla = filled if c.slots else dla
     dk0 = dv0 = None
     if c.init:
         dfirst = (

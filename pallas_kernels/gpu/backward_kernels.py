@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF059, SIM300
+# ruff: noqa: E501, RUF005, RUF059, SIM300
 # fmt: off
 """Triton kernels of Native Hybrid Attention: backward. Notation as in kernels.py, and
 
@@ -13,28 +13,23 @@ import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
     BATCH,
-    LN2,
     LOG2E,
-    NINF,
     SPAN,
     _chunk,
-    _cumsum,
-    _decayed,
+    _exp2,
     _gate_sums,
     _gates,
-    _key_tile,
     _level,
     _level_first,
     _levels,
     _mm,
     _mm0,
-    _pairs,
     _phi,
     _put,
     _rotate,
-    _safe,
-    _stack,
+    _round16,
     _strong,
+    _sum_rows,
     _sums,
     _tile,
     _visible,
@@ -47,7 +42,7 @@ def _dphi(g, x, FM: tl.constexpr):
     """Gradient g of phi(x) taken back to x."""
     if FM == "silu":
         y = x.to(tl.float32)
-        s = 1.0 / (1.0 + tl.exp2(-y * LOG2E))
+        s = 1.0 / (1.0 + _exp2(-y * LOG2E))
         return g * (s * (1.0 + y * (1.0 - s)))
     elif FM == "relu":
         return tl.where(x > 0, g, 0.0)
@@ -61,33 +56,166 @@ def _reference(g):
 
 
 @triton.jit
-def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-               GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, rows, ok):
-    """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level; returns the p that the rounded product means."""
-    if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, ptr.dtype.element_ty)
-        e0 = _stack(tl.exp2(g - _reference(g)), GB, C, MB)
-    y = (p * e0).to(ptr.dtype.element_ty)
-    _put(ptr, y, rows, ok, M, M, MB)
-    return y.to(tl.float32) / e0
+def _rounded(x, GD: tl.constexpr):
+    """x rounded to GD, in float32."""
+    if GD == tl.bfloat16:
+        return _round16(x)
+    else:
+        return x
 
 
 @triton.jit
-def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-              o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
-              T, S, halo, NC, rope_batch,
-              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr,
-              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-              PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, their share of the gate gradient, lse (base 2, +inf for empty rows), the window side's delta,
-    and, where a program has all heads of a group, what dstate_kernel gives."""
+def _order(GB: tl.constexpr, C: tl.constexpr):
+    """Token and head of each row of a program: two heads of a token are 8 rows apart, so that one thread
+    has both in the accumulator of a product."""
+    i = tl.arange(0, GB * C)
+    return i // (8 * GB) * 8 + i % 8, i // 8 % GB
+
+
+@triton.jit
+def _each_head(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    """[C, N] for the rows of GB heads: [GB * C, N]."""
+    if GB == 1:
+        return x
+    else:
+        x = tl.reshape(x, (C // 8, 1, 8, N))
+        return tl.reshape(tl.broadcast_to(x, (C // 8, GB, 8, N)), (GB * C, N))
+
+
+@triton.jit
+def _sum_heads(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    """[GB * C, N] summed over heads: [C, N]."""
+    if GB == 1:
+        return x
+    else:
+        return tl.reshape(tl.sum(tl.reshape(x, (C // 8, GB, 8, N)), 1), (C, N))
+
+
+@triton.jit
+def _halved(DH: tl.constexpr, DB: tl.constexpr):
+    """Columns of a tile of two halves, each padded from DH to DB, and which of them exist."""
+    n = tl.arange(0, 2 * DB)
+    return n // DB * DH + n % DB, n % DB < DH
+
+
+@triton.jit
+def _pair(ptr, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, AGAIN: tl.constexpr = False):
+    """As _tile, for rows of 2 DH columns: [rows, 2 DB], the halves padded each."""
+    if DH == DB:
+        return _tile(ptr, rows, ok, stride, 2 * DH, 2 * DB, AGAIN)
+    else:
+        cols, here = _halved(DH, DB)
+        return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=ok[:, None] & here[None, :], other=0.0)
+
+
+@triton.jit
+def _put_pair(ptr, x, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr):
+    if DH == DB:
+        _put(ptr, x, rows, ok, stride, 2 * DH, 2 * DB)
+    else:
+        cols, here = _halved(DH, DB)
+        tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=ok[:, None] & here[None, :])
+
+
+@triton.jit
+def _joined(x1, x2, R: tl.constexpr, DB: tl.constexpr):
+    """Halves [R, DB] side by side: [R, 2 DB]."""
+    return tl.reshape(tl.permute(tl.join(x1, x2), (0, 2, 1)), (R, 2 * DB))
+
+
+@triton.jit
+def _turned(x, c, s, R: tl.constexpr, DB: tl.constexpr):
+    """x [R, 2 DB] rotated by the angles of cos c and sin s [R, DB]."""
+    x1, x2 = tl.split(tl.permute(tl.reshape(x, (R, 2, DB)), (0, 2, 1)))
+    x1, x2 = _rotate(x1, x2, c, s)
+    return _joined(x1, x2, R, DB)
+
+
+@triton.jit
+def _rotated(ptr, rows, ok, stride: tl.constexpr, c, s, R: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr,
+             ROPE: tl.constexpr, AGAIN: tl.constexpr = False):
+    """As _pair, rotated."""
+    if ROPE:
+        x1 = _tile(ptr, rows, ok, stride, DH, DB, AGAIN)
+        x2 = _tile(ptr + DH, rows, ok, stride, DH, DB, AGAIN)
+        x1, x2 = _rotate(x1, x2, c, s)
+        return _joined(x1, x2, R, DB)
+    else:
+        return _pair(ptr, rows, ok, stride, DH, DB, AGAIN)
+
+
+@triton.jit
+def _angles(cs, sn, row, j, ok, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.constexpr, AGAIN: tl.constexpr = False):
+    """cos and sin of rows row + j (where ok). Pointers stand at row 0."""
+    if ROPE:
+        return _tile(cs + row * DH, j, ok, DH, DH, DB, AGAIN), _tile(sn + row * DH, j, ok, DH, DH, DB, AGAIN)
+    else:
+        return j, j
+
+
+@triton.jit
+def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, doc, qdoc, r0, tok, j, ahead, S,
+               H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr, WINDOW: tl.constexpr,
+               HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
+               MASKED: tl.constexpr):
+    """dq and what the key tile `ahead` rows after r0 adds. k_ptr, v_ptr: rotated keys and values of row 0."""
+    sc: tl.constexpr = scale * 1.4426950408889634
+    row = (r0 + ahead).to(tl.int64)
+    rows = r0 + ahead + j
+    ok = (rows >= 0) & (rows < S)
+    k = _pair(k_ptr + row * (H * D), j, ok, H * D, DH, DB)
+    v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
+    s = _mm0(q, tl.trans(k), PREC) * sc
+    if MASKED:
+        kdoc = qdoc
+        if HAS_DOC:
+            kdoc = tl.load(doc + rows, mask=ok, other=0)
+        s = _window_mask(s, (r0 + tok)[:, None], rows[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
+    z = _mm0(do, tl.trans(v), PREC)
+    s = _exp2(s - lse[:, None])
+    ds = (s * (z - delta[:, None]) * scale).to(k.dtype)
+    return _mm(ds, k, dq, PREC)
+
+
+@triton.jit
+def _window_dkv(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h, qr, gi, T, halo,
+                HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
+                WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                C: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MASKED: tl.constexpr):
+    """dk, dv and what the queries from row qr of head gi of the group add."""
+    sc: tl.constexpr = scale * 1.4426950408889634
+    t0 = qr - halo
+    live = (t0 + j >= 0) & (t0 + j < T)
+    rows = (b * T + t0) * HQ + h * G + gi
+    qc, qs = _angles(cs, sn, qr, j, live, DH, DB, ROPE)
+    q = _rotated(q_ptr + rows * D, j, live, HQ * D, qc, qs, C, DH, DB, ROPE)
+    do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
+    lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
+    delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
+    s = _mm0(k, tl.trans(q), PREC) * sc
+    if MASKED:
+        qdoc = kdoc
+        if HAS_DOC:
+            qdoc = tl.load(doc + qr + j, mask=live, other=0)
+        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
+    s = _exp2(s - lse[None, :])
+    dv = _mm(s.to(v.dtype), do, dv, PREC)
+    z = _mm0(v, tl.trans(do), PREC)
+    ds = (s * (z - delta[None, :]) * scale).to(q.dtype)
+    return _mm(ds, q, dk, PREC), dv
+
+
+@triton.jit
+def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+        o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch,
+        dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
+        HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+        scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+        SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+        PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+        C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
     SD: tl.constexpr = st_ptr.dtype.element_ty
     ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
     NHG: tl.constexpr = HQ // GB
@@ -95,41 +223,29 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
     h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
     t0 = c * C
     r0 = halo + t0
-    i = tl.arange(0, R)
-    tok = i % C
+    tok, head = _order(GB, C)
     j = tl.arange(0, C)
     live = t0 + tok < T
     doc = doc_ptr + b * S
     qdoc = tok
     if HAS_DOC:
         qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
-    qrows = tok * HQ + i // C
+    qrows = tok * HQ + head
     kbase = k_ptr + (b * S * H + h) * D
     vbase = v_ptr + (b * S * H + h) * V
     cs = cos_ptr + b * rope_batch * DH
     sn = sin_ptr + b * rope_batch * DH
-    sc = scale * LOG2E
+    sc: tl.constexpr = scale * 1.4426950408889634
     first = (b * T + t0) * HQ + h0
+    rows = first + qrows
     do = _tile(do_ptr + first * V, qrows, live, V, V, VB)
     o = _tile(o_ptr + first * V, qrows, live, V, V, VB)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    rows = first + qrows
-    ls = tl.load(lse_s_ptr + rows, mask=live, other=NINF) * LOG2E
-    lw = tl.load(lse_w_ptr + rows, mask=live, other=NINF) * LOG2E
-    top = _safe(tl.maximum(ls, lw))
-    lse = top + tl.log2(tl.exp2(ls - top) + tl.exp2(lw - top))
-    none = lse == NINF
-    lse = tl.where(none, 0.0, lse)
-    dls = tl.load(dls_ptr + rows, mask=live, other=0.0)
-    dlw = tl.load(dlw_ptr + rows, mask=live, other=0.0)
-    delta_s = delta - dls * tl.exp2(tl.minimum(lse - tl.where(ls == NINF, lse, ls), 100.0))
-    delta_w = delta - dlw * tl.exp2(tl.minimum(lse - tl.where(lw == NINF, lse, lw), 100.0))
-    tl.store(lse_ptr + rows, tl.where(none, float("inf"), lse), mask=live)
+    lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"))
+    delta_s = delta - tl.load(push_s_ptr + rows, mask=live, other=0.0)
+    delta_w = delta - tl.load(push_w_ptr + rows, mask=live, other=0.0)
     tl.store(delta_ptr + rows, delta_w, mask=live)
-    q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB)
-    q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB)
-    dq1 = tl.zeros((R, DB), tl.float32)
-    dq2 = tl.zeros((R, DB), tl.float32)
+    dq = tl.zeros((R, 2 * DB), tl.float32)
     if SLOTS:
         row0 = r0 - LAG
         lab = la_ptr + (b * S * H + h) * M
@@ -137,135 +253,155 @@ def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur
         krow = row0 + j
         kok0 = (krow >= 0) & (krow < S)
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-        k1 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB), FM)
-        k2 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok0, H * D, DH, DB), FM)
-        s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
-        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
-        f1 = _phi(q1, FM)
-        f2 = _phi(q2, FM)
+        f = _phi(_pair(q_ptr + first * D, qrows, live, D, DH, DB), FM)
+        k = _phi(_pair(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB), FM)
+        st = _pair(stb, mm, mm < M, D + V, DH, DB)
+        la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
+        la = la * LOG2E
+        g = _gate_sums(la, C, GD)
+        e0, b0 = _level_first(g, w, STRONG)
+        b0 = b0.to(GD)
+        if STRONG:
+            e0 = _each_head(e0, GB, C, MB)
+        elif GB > 1:
+            e0 = _exp2(_sum_rows(tok[:, None] >= j[None, :], la, 1 if GD == tl.bfloat16 else 3))
         causal = tok[:, None] >= j[None, :]
         if HAS_DOC:
             jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
             causal = causal & (qdoc[:, None] == jdoc[None, :])
             cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
             old = qdoc == cur_start
-        x = _mm0(f1, tl.trans(k1), PREC)
-        x = _mm(f2, tl.trans(k2), x, PREC)
-        x = tl.where(causal, x, 0.0).to(GD)
-        y = _mm0(f1.to(SD), tl.trans(s1), PREC)
-        y = _mm(f2.to(SD), tl.trans(s2), y, PREC)
-        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
-        levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, w, STRONG)
-        b0 = b0.to(GD)
-        e0 = _stack(e0, GB, C, MB)
-        if HAS_DOC:
-            y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
         seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
-        shown = seen[:, None] & (mm < M)[None, :]
-        p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
-        pr = _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
-        if ALONE:
-            pe = p * e0
-            if HAS_DOC:
-                pe = tl.where(old[:, None], pe, 0.0)
-            dst = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-            _put(dst + D, _mm0(tl.trans(pe.to(GD)), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
+        shown = seen[:, None]
+        if M != MB:
+            shown = shown & (mm < M)[None, :]
+        # y, z: logits over the scale and dp; without 2^g in the common copy, without step t's own write in the other
+        y = _mm0(f.to(SD), tl.trans(st), PREC)
         vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
-        x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         z = _mm0(do.to(SD), tl.trans(sv), PREC)
         if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
             z = tl.where(old[:, None], z, 0.0)
-        z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-        dl = p * (z - delta_s[:, None]) * scale
-        dlr = _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
-        # dl l + p dp, of the rounded dl and p that dslot_kernel subtracts from: their errors cancel there.
-        # The logit l is log p + lse.
-        side = dlr * ((tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * (LN2 / scale)) + pr * z
-        _put(side_ptr + first * M, side, qrows, live, M, M, MB)
-        a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-        a = tl.where(causal, a, 0.0).to(GD)
-        de = dl * e0
+        xk = tl.where(causal, _mm0(f, tl.trans(k), PREC), 0.0)
+        xv = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0)
+        if STRONG:
+            own = tok[:, None] == j[None, :]
+            each = _each_head(w, GB, C, MB)
+            own_k = tl.sum(tl.where(own, xk, 0.0), 1)[:, None] * each
+            own_v = tl.sum(tl.where(own, xv, 0.0), 1)[:, None] * each
+            xk = tl.where(own, 0.0, xk).to(GD)
+            xv = tl.where(own, 0.0, xv).to(GD)
+            y = _mm(xk, b0, y, GPREC) * e0
+            z = _mm(xv, b0, z, GPREC) * e0
+            levels = _levels(g)
+            for n in range(1, levels):
+                e, bn = _level(g, w, n)
+                e = _each_head(e, GB, C, MB)
+                y += _mm0(xk, bn.to(GD), GPREC) * e
+                z += _mm0(xv, bn.to(GD), GPREC) * e
+            p = tl.where(shown, _exp2((y + own_k) * sc - lse[:, None]), 0.0)
+            dl = p * (z + own_v - delta_s[:, None]) * scale
+            at = _each_head(_exp2(g - _reference(g)), GB, C, MB)
+            p_at = (p * at).to(GD)
+            dl_at = (dl * at).to(GD)
+            side = dl_at.to(tl.float32) / at * y + p_at.to(tl.float32) / at * z
+            a = _mm0((dl * e0).to(GD), tl.trans(b0), GPREC)
+            for n in range(1, levels):
+                e, bn = _level(g, w, n)
+                a += _mm0((dl * _each_head(e, GB, C, MB)).to(GD), tl.trans(bn.to(GD)), GPREC)
+            a = tl.where(own, tl.sum(dl * each, 1)[:, None], a)
+            p_0 = p * e0
+            dl_0 = dl * e0
+        else:
+            y = _mm(xk.to(GD), b0, y, GPREC)
+            z = _mm(xv.to(GD), b0, z, GPREC)
+            p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
+            dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
+            p_0 = _rounded(p_0 * e0, GD)
+            dl_0 = _rounded(dl_0, GD)
+            # of the rounded numbers that dslot_kernel subtracts from: their errors cancel there
+            side = dl_0 * y + p_0 * z
+            p_at = p_0.to(GD)
+            dl_at = dl_0.to(GD)
+            a = _mm0(dl_at, tl.trans(b0), GPREC)
+        _put(p_ptr + first * M, p_at, qrows, live, M, M, MB)
+        _put(dl_ptr + first * M, dl_at, qrows, live, M, M, MB)
+        part = (b * T + t0) * (HQ // GB) + h0 // GB
+        _put(side_ptr + part * M, _sum_heads(side, GB, C, MB), j * (HQ // GB), t0 + j < T, M, M, MB)
         if HAS_DOC:
-            de = tl.where(old[:, None], de, 0.0)
-        de = de.to(GD)
+            p_0 = tl.where(old[:, None], p_0, 0.0)
+            dl_0 = tl.where(old[:, None], dl_0, 0.0)
+        p_0 = p_0.to(GD)
+        dl_0 = dl_0.to(GD)
         if ALONE:
-            _put(dst, _mm0(tl.trans(de), f1.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
-            _put(dst + DH, _mm0(tl.trans(de), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
-        dq1 = _mm0(de, s1.to(GD), GPREC)
-        dq1 = _mm(a, k1.to(GD), dq1, GPREC)
-        dq2 = _mm0(de, s2.to(GD), GPREC)
-        dq2 = _mm(a, k2.to(GD), dq2, GPREC)
-        dq1 = _dphi(dq1, q1, FM)
-        dq2 = _dphi(dq2, q2, FM)
+            dst = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+            _put(dst + D, _mm0(tl.trans(p_0), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
+            _put_pair(dst, _mm0(tl.trans(dl_0), f.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
+        a = tl.where(causal, a, 0.0).to(GD)
+        dq = _mm0(dl_0, st.to(GD), GPREC)
+        dq = _mm(a, k.to(GD), dq, GPREC)
+        if FM != "none":
+            dq = _dphi(dq, _pair(q_ptr + first * D, qrows, live, D, DH, DB, True), FM)
     if WINDOW > 0:
         if SLOTS:
-            q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB, True)
-            q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB, True)
             do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
+        qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE)
+        q = _rotated(q_ptr + first * D, qrows, live, D, qc, qs, R, DH, DB, ROPE, SLOTS)
         if ROPE:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
-            q1, q2 = _rotate(q1, q2, qc, qs)
-            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
-        for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
-            row = r0 + n * C
-            rows_k = row + j
-            ok_k = (rows_k >= 0) & (rows_k < S)
-            kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, True)
-            sw = _mm0(q1, tl.trans(kw1), PREC)
-            sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
-            doc_k = qdoc
-            if HAS_DOC:
-                doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
-            sw = _window_mask(sw, (r0 + tok)[:, None], rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
-            sw = tl.exp2(sw - lse[:, None])
-            vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB, True)
-            zw = _mm0(do, tl.trans(vw), PREC)
-            dsw = (sw * (zw - delta_w[:, None]) * scale).to(TD)
-            dq1 = _mm(dsw, kw1, dq1, PREC)
-            dq2 = _mm(dsw, kw2, dq2, PREC)
+            dq = _turned(dq, qc, qs, R, DB)
+        krbase = kr_ptr + (b * S * H + h) * D
+        start = tl.maximum(-NP, -((r0 + C - 1) // C))
+        CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
+        for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
+                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
+        if CLEAN:
+            for n in range(start + 1, 0):
+                dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
+                                H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, False)
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, 0, S,
+                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
         if ROPE:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB, True)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB, True)
-            dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
-    _put(dq_ptr + first * D, dq1, qrows, live, D, DH, DB)
-    _put(dq_ptr + first * D + DH, dq2, qrows, live, D, DH, DB)
+            qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE, True)
+            dq = _turned(dq, qc, -qs, R, DB)
+    _put_pair(dq_ptr + first * D, dq, qrows, live, D, DH, DB)
 
 
 @triton.jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-              o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
-              T, S, halo, NC, rope_batch, total,
-              dq_in, dl_in, p_in, side_in, lse_in, delta_in, dst_in,
-              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr,
+def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+              o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, total,
+              dq_in, dl_in, p_in, side_in, delta_in, dst_in,
+              dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, their share of the gate gradient, lse (base 2, +inf for empty rows), the window side's delta,
-    and, where a program has all heads of a group, what dstate_kernel gives."""
+    """dq, with kr the rotated keys; and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
+    times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
+    program has all heads of a group, what dstate_kernel gives.
+
+    lse [B, T, HQ]: base 2, of both sides, +inf for empty rows; push_s, push_w: what the gradients of each side's
+    lse take from delta.
+    """
     if STRONG:
         start = tl.program_id(0) * BATCH
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
-                        do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-                        dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+                    _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+                        do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
+                        dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                         ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
     else:
         mine = True
         if SLOTS:
             mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
         if mine:
-            _dq(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
-                do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-                dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
+            _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+                do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
+                dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                 ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 
@@ -293,7 +429,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
         dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
         p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
         if strong:
-            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
+            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
             first = tl.cumsum(la * LOG2E, 0) > -SPAN
             if HAS_DOC:
                 cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
@@ -311,7 +447,48 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
 
 
 @triton.jit
-def _slot_pass(x, y_ptr, pl_ptr, dx, dw, bw, g, level, h, b, t0, live, after, qrows, T,
+def dscan_kernel(x_in, dec_ptr, last_ptr, st_ptr, NC, x_ptr, first_ptr, cross_ptr, N: tl.constexpr, M: tl.constexpr,
+                 ROWS: tl.constexpr, NB: tl.constexpr, U: tl.constexpr):
+    """In place, from x[NC] = last: x[c] += dec[c] x[c+1] for c = NC-1 .. 0.
+
+    x: [rows, NC + 1, M, N], the gradient of the states st; the first one is also written in float32.
+    cross[rows, NC, M] is what passes through each chunk, dec <x after it, st before it>.
+    """
+    pid = tl.program_id(0)
+    blocks: tl.constexpr = (M + ROWS - 1) // ROWS
+    r = (pid // blocks).to(tl.int64)
+    m = (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, NB)
+    here = m < M
+    ok = here[:, None] & (n < N)[None, :]
+    e = m[:, None] * N + n[None, :]
+    s = tl.load(last_ptr + r * (M * N) + e, mask=ok, other=0.0)
+    dec = dec_ptr + r * NC * M + m
+    x0 = r * (NC + 1)
+    tl.store(x_ptr + (x0 + NC) * (M * N) + e, s.to(x_ptr.dtype.element_ty), mask=ok)
+    for i0 in range(0, NC, U):
+        # all loads of a block first: the recurrence then waits for memory once per U chunks
+        xs = ()
+        ds = ()
+        ys = ()
+        for u in tl.static_range(U):
+            c = NC - 1 - (i0 + u)
+            at = (x0 + c) * (M * N) + e
+            in_range = i0 + u < NC
+            xs = xs + (tl.load(x_in + at, mask=ok & in_range, other=0.0),)
+            ds = ds + (tl.load(dec + c * M, mask=here & in_range, other=1.0),)
+            ys = ys + (tl.load(st_ptr + at, mask=ok & in_range, other=0.0),)
+        for u in tl.static_range(U):
+            c = NC - 1 - (i0 + u)
+            in_range = i0 + u < NC
+            tl.store(cross_ptr + (r * NC + c) * M + m, ds[u] * tl.sum(s * ys[u].to(tl.float32), 1), mask=here & in_range)
+            s = ds[u][:, None] * s + xs[u].to(tl.float32)
+            tl.store(x_ptr + (x0 + c) * (M * N) + e, s.to(x_ptr.dtype.element_ty), mask=ok & in_range)
+    tl.store(first_ptr + r * (M * N) + e, s, mask=ok)
+
+
+@triton.jit
+def _slot_pass(x, y_ptr, pl_ptr, dx, dw, dw_own, bw, g, level, h, b, t0, live, after, now, qrows, T,
                N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
                M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
                PREC: tl.constexpr, GPREC: tl.constexpr, STRONG: tl.constexpr):
@@ -322,22 +499,26 @@ def _slot_pass(x, y_ptr, pl_ptr, dx, dw, bw, g, level, h, b, t0, live, after, qr
         pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
         if STRONG:
             e, inv = _level(g, 1.0, level)
-            pe = tl.where(_stack(e, GB, C, MB) > 0, pe, 0.0).to(GD)
+            e = tl.reshape(tl.broadcast_to(e[None, :, :], (GB, C, MB)), (GB * C, MB))
+            pe = tl.where(e > 0, pe, 0.0).to(GD)
         a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
         dx = _mm(a, y.to(GD), dx, GPREC)
-        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
-        dw = _mm(a, pe, dw, GPREC)
-    return dx, dw
+        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0)
+        if STRONG:
+            dw_own = _mm(tl.where(now, a, 0.0).to(GD), pe, dw_own, GPREC)
+            a = tl.where(now, 0.0, a)
+        dw = _mm(a.to(GD), pe, dw, GPREC)
+    return dx, dw, dw_own
 
 
 @triton.jit
-def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-           STRONG: tl.constexpr):
+           NSIDE: tl.constexpr, STRONG: tl.constexpr):
     G: tl.constexpr = HQ // H
     h0, h, c, b = _chunk(pid, H, 1, 1, NC)
     t0 = c * C
@@ -354,19 +535,26 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
     qrows = tok * HQ + i // C
     live = t0 + tok < T
     after = j[:, None] <= tok[None, :]  # [written, query]
+    now = j[:, None] == tok[None, :]
+    same = j[:, None] <= j[None, :]
     if HAS_DOC:
         jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
         qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
         after = after & (jdoc[:, None] == qdoc[None, :])
-        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
+        same = same & (jdoc[:, None] == jdoc[None, :])
+        last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
 
     g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD)
-    total = tl.min(g, 0)
-    levels = _levels(g) if STRONG else 1
-    bw = _level_first(g, w, STRONG)[1].to(GD)
-    end = tl.exp2(total[None, :] - g) * w
+    bw = _level_first(g, w, STRONG)[1]
+    if STRONG:
+        to_end = _exp2(tl.minimum(tl.min(g, 0)[None, :] - g, 0.0))
+        end = to_end * w
+    else:
+        decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+        end = bw * decay
+        bw = _rounded(bw, GD).to(GD)
     if HAS_DOC:
-        end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
+        end = tl.where(last, end, 0.0)
     end = end.to(GD)
     nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
 
@@ -377,18 +565,19 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
     x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, DB), FM)
     ds = _tile(dst_ptr + nb, mm, mm < M, D + V, D, DB)
     u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
-    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)
+    if HAS_DOC:
+        u = tl.where(last, u, 0.0)
+    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+    own = tl.zeros((C, MB), tl.float32)  # weight times gradient of each write, with the weight as rounded
     if STRONG:
-        # own: weight times gradient of each write, with the weight as rounded; dw: the gradient
-        own = end.to(tl.float32) * u
-        through += tl.sum(own, 0)
-        dw = tl.exp2(tl.minimum(total[None, :] - g, 0.0)) * u
-        if HAS_DOC:
-            dw = tl.where((jdoc == cur_end)[:, None], dw, 0.0)
+        levels = _levels(g)
+        # what only passes through a step, from the rows before it: no difference of sums, which would
+        # lose a gate near 0
+        through = through + _sum_rows(j[:, None] > j[None, :], end.to(tl.float32) * u, 3)
+        dw = to_end * u  # the gradient
     else:
-        # dw: the gradient times 2^g
-        dw = u * tl.exp2(total)[None, :]
-        through += tl.sum(bw.to(tl.float32) * dw, 0)
+        dw = u * decay  # the gradient times 2^g
+        through = through + tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
 
     dx = _mm0(end, ds, GPREC)
     if STRONG:
@@ -396,13 +585,13 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
             e, inv = _level(g, 1.0, n)
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db = _slot_pass(x, q_ptr, dl_ptr, dx, db, bn, g, n, h, b, t0, live, after, qrows,
-                                T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
-            dw += db * inv
+            dx, db, db_own = _slot_pass(x, q_ptr, dl_ptr, dx, db, db, bn, g, n, h, b, t0, live, after, now, qrows,
+                                        T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
-        dx, dw = _slot_pass(x, q_ptr, dl_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
-                            D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+        dx, dw, own = _slot_pass(x, q_ptr, dl_ptr, dx, dw, own, bw, g, 0, h, b, t0, live, after, now, qrows, T,
+                                 D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     if FM != "none":
         dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM)
     _put(dk_ptr + kb * D, dx, j, kok, H * D, D, DB)
@@ -415,70 +604,70 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, d
             e, inv = _level(g, 1.0, n)
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db = _slot_pass(x, do_ptr, p_ptr, dx, db, bn, g, n, h, b, t0, live, after, qrows,
-                                T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
-            dw += db * inv
+            dx, db, db_own = _slot_pass(x, do_ptr, p_ptr, dx, db, db, bn, g, n, h, b, t0, live, after, now, qrows,
+                                        T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
-        dx, dw = _slot_pass(x, do_ptr, p_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
-                            V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+        dx, dw, own = _slot_pass(x, do_ptr, p_ptr, dx, dw, own, bw, g, 0, h, b, t0, live, after, now, qrows, T,
+                                 V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
-    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
     la = la * LOG2E
     if STRONG:
-        dw *= tl.exp2(la)
+        dw *= _exp2(la)
     else:
         own = dw * bw.to(tl.float32)
-        dw *= tl.exp2(la - _gate_sums(la, C, GD))
+        dw *= _exp2(la - _gate_sums(la, C, GD))
     dla = -own
-    for gi in range(G):
-        rows = ((b * T + t0) * HQ + h * G + gi) * M
-        dla += _tile(side_ptr + rows, j, t0 + j < T, HQ * M, M, MB)
-    if STRONG and HAS_DOC:
-        same = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
-        dla = _mm0(tl.where(same, 1.0, 0.0), dla, "tf32x3")
-        dla += tl.where((jdoc == cur_end)[:, None], through[None, :], 0.0) - dw
+    for gi in range(NSIDE):
+        part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
+        dla += _tile(side_ptr + part * M, j * (H * NSIDE), t0 + j < T, M, M, MB)
+    dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3) - dw
+    if HAS_DOC:
+        dla += tl.where(last, through, 0.0)
     else:
-        dla = _cumsum(dla, C, 2 if GD == tl.bfloat16 else 3, True) + through[None, :] - dw
+        dla += through
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
 
 
 @triton.jit
-def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                  side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
+                 NSIDE: tl.constexpr, STRONG: tl.constexpr):
     """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
     if STRONG:
         start = tl.program_id(0) * BATCH
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
-                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                         side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-                        C, GB, DB, VB, MB, STRONG)
+                        C, GB, DB, VB, MB, NSIDE, STRONG)
     else:
         if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
-            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                 side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-                C, GB, DB, VB, MB, STRONG)
+                C, GB, DB, VB, MB, NSIDE, STRONG)
 
 
 @triton.jit
-def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in,
-                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr,
+def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, dla_in,
+                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr, dla_ptr,
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
                    ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                    C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in."""
+    """Window side of the gradients of C keys (given rotated) and values. ADD: on top of the slot side, dk_in and dv_in; and
+    the gates of rows that are not written get the gradient 0."""
     DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
     pid = tl.program_id(0)
@@ -491,55 +680,37 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
     kok = krow < S
     doc = doc_ptr + b * S
     kb = (b * S + kr) * H + h
-    k1 = _tile(k_ptr + kb * D, j, kok, H * D, DH, DB)
-    k2 = _tile(k_ptr + kb * D + DH, j, kok, H * D, DH, DB)
+    cs = cos_ptr + b * rope_batch * DH
+    sn = sin_ptr + b * rope_batch * DH
+    k = _pair(k_ptr + kb * D, j, kok, H * D, DH, DB)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    if ROPE:
-        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
-        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
-        k1, k2 = _rotate(k1, k2, kc, kn)
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
-    dk1 = tl.zeros((C, DB), tl.float32)
-    dk2 = tl.zeros((C, DB), tl.float32)
+    dk = tl.zeros((C, 2 * DB), tl.float32)
     dv = tl.zeros((C, VB), tl.float32)
-    for it in range(G * (NP + 1)):
-        qr = kr + it % (NP + 1) * C
-        t0 = qr - halo
-        live = (t0 + j >= 0) & (t0 + j < T)
-        rows = (b * T + t0) * HQ + h * G + it // (NP + 1)
-        q1 = _tile(q_ptr + rows * D, j, live, HQ * D, DH, DB)
-        q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
-        if ROPE:
-            qc = _tile(cos_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-            qs = _tile(sin_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-            q1, q2 = _rotate(q1, q2, qc, qs)
-        s = _mm0(k1, tl.trans(q1), PREC)
-        s = _mm(k2, tl.trans(q2), s, PREC) * (scale * LOG2E)
-        qdoc = kdoc
-        if HAS_DOC:
-            qdoc = tl.load(doc + qr + j, mask=live, other=0)
-        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
-        lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
-        s = tl.exp2(s - lse[None, :])
-        do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-        dv = _mm(s.to(TD), do, dv, PREC)
-        z = _mm0(vt, tl.trans(do), PREC)
-        delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-        ds = (s * (z - delta[None, :]) * scale).to(TD)
-        dk1 = _mm(ds, q1, dk1, PREC)
-        dk2 = _mm(ds, q2, dk2, PREC)
+    CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
+    for it in range(G if CLEAN else G * (NP + 1)):
+        dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
+                             C, DH, DB, VB, True)
+    if CLEAN:
+        for it in range(G, G * NP):
+            dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+                                 kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
+                                 C, DH, DB, VB, False)
+        for it in range(G):
+            dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+                                 kr + NP * C, it, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
+                                 C, DH, DB, VB, True)
     if ROPE:
-        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
-        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
-        dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
+        kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
+        dk = _turned(dk, kc, -kn, C, DB)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
-        dk1 += _tile(dk_in + kb * D, j, had, H * D, DH, DB)
-        dk2 += _tile(dk_in + kb * D + DH, j, had, H * D, DH, DB)
+        dk += _pair(dk_in + kb * D, j, had, H * D, DH, DB)
         dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
-    _put(dk_ptr + kb * D, dk1, j, kok, H * D, DH, DB)
-    _put(dk_ptr + kb * D + DH, dk2, j, kok, H * D, DH, DB)
+        _put(dla_ptr + kb * M, tl.zeros((C, MB), tl.float32), j, kok & ~had, H * M, M, MB)
+    _put_pair(dk_ptr + kb * D, dk, j, kok, H * D, DH, DB)
     _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)

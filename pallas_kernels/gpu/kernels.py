@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF005, RUF059, SIM108, SIM300
+# ruff: noqa: E501, RUF005, RUF059, SIM300
 # fmt: off
 """Triton kernels of Native Hybrid Attention: what forward_kernels.py and backward_kernels.py share.
 
@@ -67,30 +67,44 @@ def _top16(x):
 
 
 @triton.jit
-def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr = False):
-    """Running sums over the rows of x [C, N], on the tensor cores: of x cut into 2 or 3 bfloat16 parts (3 are
-    float32), or (PARTS = 1) rounded to float16."""
+def _round16(x):
+    """x rounded to what bfloat16 holds, halves up: where both that and its conversion are wanted, cheaper than
+    to convert and back, one number at a time."""
     if INTERPRETED:
-        return tl.cumsum(x, 0, reverse=REVERSE)
+        return x.to(tl.bfloat16).to(tl.float32)
+    else:
+        return ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sum_rows(ones, x, PARTS: tl.constexpr):
+    """Sums over the rows of x [C, N] that the mask ones [R, C] names, on the tensor cores: of x cut into 2 or 3
+    bfloat16 parts (3 are float32), or (PARTS = 1) rounded to float16."""
+    if INTERPRETED:
+        return tl.dot(ones.to(tl.float32), x)
+    elif PARTS == 1:
+        return tl.dot(ones.to(tl.float16), x.to(tl.float16))
+    else:
+        ones = ones.to(tl.bfloat16)
+        high = _top16(x)
+        x -= high
+        if PARTS == 2:
+            y = tl.dot(ones, x.to(tl.bfloat16))
+        else:
+            mid = _top16(x)
+            y = tl.dot(ones, (x - mid).to(tl.bfloat16))
+            y = tl.dot(ones, mid.to(tl.bfloat16), y)
+        return tl.dot(ones, high.to(tl.bfloat16), y)
+
+
+@triton.jit
+def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr):
+    """Running sums over the rows of x [C, N]."""
+    if INTERPRETED:
+        return tl.cumsum(x, 0)
     else:
         i = tl.arange(0, C)
-        if REVERSE:
-            ones = i[:, None] <= i[None, :]
-        else:
-            ones = i[:, None] >= i[None, :]
-        if PARTS == 1:
-            return tl.dot(ones.to(tl.float16), x.to(tl.float16))
-        else:
-            ones = ones.to(tl.bfloat16)
-            high = _top16(x)
-            x -= high
-            if PARTS == 2:
-                y = tl.dot(ones, x.to(tl.bfloat16))
-            else:
-                mid = _top16(x)
-                y = tl.dot(ones, (x - mid).to(tl.bfloat16))
-                y = tl.dot(ones, mid.to(tl.bfloat16), y)
-            return tl.dot(ones, high.to(tl.bfloat16), y)
+        return _sum_rows(i[:, None] >= i[None, :], x, PARTS)
 
 
 @triton.jit
@@ -132,11 +146,15 @@ def _phi(x, FM: tl.constexpr):
 
 
 @triton.jit
-def _write_weight(la):
-    """1 - exp(la), without cancellation for gates near 0."""
-    x = tl.maximum(la, -0.25)
-    series = x * (-1 + x * (-1 / 2 + x * (-1 / 6 + x * (-1 / 24 + x * (-1 / 120 + x * (-1 / 720))))))
-    return tl.where(la > -0.25, series, 1.0 - _exp2(la * LOG2E))
+def _write_weight(la, FINE: tl.constexpr):
+    """1 - exp(la), without cancellation for gates near 0; to 2^-16 unless FINE."""
+    if FINE:
+        x = tl.maximum(la, -0.25)
+        series = x * (-1 + x * (-1 / 2 + x * (-1 / 6 + x * (-1 / 24 + x * (-1 / 120 + x * (-1 / 720))))))
+        return tl.where(la > -0.25, series, 1.0 - _exp2(la * LOG2E))
+    else:
+        series = la * (-1 + la * (-1 / 2 + la * (-1 / 6)))
+        return tl.where(la > -0.06, series, 1.0 - _exp2(la * LOG2E))
 
 
 @triton.jit
@@ -150,7 +168,7 @@ def _stack(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-           HAS_DOC: tl.constexpr):
+           HAS_DOC: tl.constexpr, FINE: tl.constexpr):
     """Gates of the C steps whose written rows start at row0 and whose queries start at row query0.
 
     n: how many steps exist. Pointers stand at the row of index 0. Returns the gate (0 where nothing
@@ -164,7 +182,7 @@ def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, M
         act = act & (dq == dr) & (dq != 0)
     la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB).to(tl.float32)
     la = tl.maximum(la, -SPAN * LN2)  # nothing older is left after such a step anyway
-    return la, _write_weight(la), act
+    return la, _write_weight(la, FINE), act
 
 
 @triton.jit
@@ -205,7 +223,7 @@ def _levels(g):
 def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
           HAS_DOC: tl.constexpr, GD: tl.constexpr):
     """g and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
-    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC)
+    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
     return _gate_sums(la * LOG2E, C, GD), w
 
 

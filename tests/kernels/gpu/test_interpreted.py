@@ -18,6 +18,7 @@ CASES = {
     "unaligned": dict(window=9, lag=5, fm="silu"),
     "halo": dict(halo=21, init=True, empty="zero"),
     "strong_gates": dict(gate=40.0),
+    "open_gates": dict(T=20, open_=True),
     "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
@@ -41,12 +42,13 @@ def interpreted(monkeypatch):
 
 
 def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none",
-          empty="masked", rope=True, doc=None, init=False, gate=1.0, tiles=None):  # fmt: skip
+          empty="masked", rope=True, doc=None, init=False, gate=1.0, open_=False, tiles=None):  # fmt: skip
     r = np.random.default_rng(0)
     s = halo + T
     n = r.standard_normal
     arrays = [n((1, T, HQ, D)), n((1, s, H, D)), n((1, s, H, V))]
-    arrays.append(-gate * np.log1p(np.exp(-2 * n((1, s, H, M)))))
+    gates = -gate * np.log1p(np.exp(-2 * n((1, s, H, M))))
+    arrays.append(-30 - 10 * r.random(gates.shape) if open_ else gates)
     arrays += [n((1, H, M, D)), n((1, H, M, V))] if init else [None, None]
     angle = np.arange(s)[:, None] * 1e4 ** (-np.arange(D // 2) / (D // 2))
     tables = [np.cos(angle), np.sin(angle)] if rope else [None, None]
