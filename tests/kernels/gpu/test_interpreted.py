@@ -20,6 +20,7 @@ CASES = {
     "strong_gates": dict(gate=40.0),
     "open_gates": dict(T=20, open_=True),
     "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
+    "wide_window": dict(T=75, window=41),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
@@ -90,7 +91,9 @@ def test_forward_and_gradients(name):
         assert relative(a, b) < TOLERANCE["gradient"]
 
 
-@pytest.mark.parametrize("name", ["merged_gqa", "documents", "strong_gates", "halo", "slots_only"])
+@pytest.mark.parametrize(
+    "name", ["merged_gqa", "documents", "strong_gates", "halo", "slots_only", "wide_window"]
+)
 def test_states_of_super_chunks(name, monkeypatch):
     """Outputs alone, with one scanned state for 2 chunks, are those that are kept for a backward pass."""
     arrays, tables, docs, spec, tiles = build(**CASES[name])
