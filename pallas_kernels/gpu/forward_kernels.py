@@ -1,4 +1,4 @@
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF059, SIM300
 # fmt: off
 """Triton kernels of the forward pass: states, then outputs. Notation and shared parts: kernels.py.
 
