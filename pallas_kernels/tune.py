@@ -3,8 +3,9 @@
 Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
 window 64, the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its
 kernels. The chunks of a super-chunk are chosen by the whole forward pass. The best chunk that
-passes the benchmark's check with those launches goes to pallas_kernels/tuned/gpu_<device>.json, which
-the kernels read: nothing is tuned while a model runs.
+passes the benchmark's check with those launches goes to pallas_kernels/tuned/gpu_<device>.json,
+which the kernels read: nothing is tuned while a model runs.
+"""
 
 from __future__ import annotations
 
