@@ -314,18 +314,23 @@ def _backward(spec, residuals, cotangents, tiles=None):
         )  # fmt: skip
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
+    tiles_k = -(-S // C)
+    shift = (spec.slot_lag - halo) // C
+    whole = (halo % C, spec.slot_lag % C) == (0, 0) and D == _pow2(D) >= 32
+    # one kernel for both sides of a tile of keys where a chunk writes a whole tile, if its registers suffice
+    once = spec.window > 0 and c.slots and whole and width <= 128
     if c.slots:
         dk, dv, dla = _both(
             c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur, side,
-            T, S, halo, NC,
+            cos_, sin_, lse, delta, T, S, halo, NC, tiles_k if once else NC, c.rope_batch,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
-            grid=NC * B * H, **c.tiles.dslot.options,
-            zeroed=() if spec.window > 0 else (0, 1, 2),  # dwindow_kernel fills the rows of no query
-            HQ=HQ, **c.shape, **c.lag, **c.precision,
-            GB=c.heads(c.tiles.dslot.heads), NSIDE=parts, **c.pads, **c.full,
+            grid=(tiles_k if once else NC) * B * H, **c.tiles.dslot.options,
+            zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
+            HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window if once else 0, **c.lag,
+            ROPE=cos is not None, **c.precision, GB=c.heads(c.tiles.dslot.heads), NSIDE=parts,
+            SHIFT=shift if once else 0, **c.pads, **c.full,
         )  # fmt: skip
-    if spec.window > 0:
-        tiles_k = -(-S // C)
+    if spec.window > 0 and not once:
         dk, dv, filled = launch.call(
             kernels.dwindow_kernel, q, keys, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,

@@ -20,6 +20,8 @@ CASES = {
     "strong_gates": dict(gate=40.0),
     "open_gates": dict(T=20, open_=True),
     "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
+    "documents_whole": dict(T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1),
+    "long_window": dict(T=72, window=48, HQ=1),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
@@ -41,8 +43,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(launch, "call", interpret.call)
 
 
-def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none",
-          empty="masked", rope=True, doc=None, init=False, gate=1.0, open_=False, tiles=None):  # fmt: skip
+def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none", empty="masked",
+          rope=True, doc=None, init=False, gate=1.0, open_=False, tiles=None):  # fmt: skip
     r = np.random.default_rng(0)
     s = halo + T
     n = r.standard_normal
