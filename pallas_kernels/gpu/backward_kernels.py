@@ -57,11 +57,11 @@ def _reference(g):
 
 @triton.jit
 def _rounded(x, GD: tl.constexpr):
-    """x rounded to GD, in float32."""
+    """x rounded to GD, in GD and in float32."""
     if GD == tl.bfloat16:
         return _round16(x)
     else:
-        return x
+        return x, x
 
 
 @triton.jit
@@ -318,13 +318,13 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             z = _mm(xv.to(GD), b0, z, GPREC)
             p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
             dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
-            p_0 = _rounded(p_0 * e0, GD)
-            dl_0 = _rounded(dl_0, GD)
+            p_at, p_0 = _rounded(p_0 * e0, GD)
+            dl_at, dl_0 = _rounded(dl_0, GD)
             # of the rounded numbers that dslot_kernel subtracts from: their errors cancel there
             side = dl_0 * y + p_0 * z
-            p_at = p_0.to(GD)
-            dl_at = dl_0.to(GD)
             a = _mm0(dl_at, tl.trans(b0), GPREC)
+            p_0 = p_at
+            dl_0 = dl_at
         _put(p_ptr + first * M, p_at, qrows, live, M, M, MB)
         _put(dl_ptr + first * M, dl_at, qrows, live, M, M, MB)
         part = (b * T + t0) * (HQ // GB) + h0 // GB
@@ -552,7 +552,7 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
     else:
         decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
         end = bw * decay
-        bw = _rounded(bw, GD).to(GD)
+        bw = _rounded(bw, GD)[0]
     if HAS_DOC:
         end = tl.where(last, end, 0.0)
     end = end.to(GD)
