@@ -125,11 +125,11 @@ class _Call:
         """Query heads to stack: as many as wanted where the group allows."""
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
 
-    def states(self, heads: int) -> int:
-        """Chunks of a super-chunk in the forward pass, whose output takes ``heads`` programs a row: the
-        choice's, or less where that would leave too few programs to fill a GPU."""
+    def states(self) -> int:
+        """Chunks of a super-chunk where only outputs are wanted: the choice's, or less where too few
+        programs would walk them to fill a GPU."""
         n = self.tiles.states if self.slots else 1
-        while n > 1 and self.B * heads * -(-self.NC // n) < 1024:
+        while n > 1 and self.B * self.H * -(-self.NC // n) < 512:
             n //= 2
         return n
 
@@ -211,16 +211,17 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     width, f32 = c.D + c.V, jnp.float32
     heads = c.heads(c.tiles.output.heads)
-    N = c.states(HQ // heads)
+    N = 1 if kept else c.states()  # the backward pass reads the state before each chunk
     NS = -(-NC // N)
     if c.slots:
-        several = N > 1
         rows = _sds((B * H, NC, M), f32)
-        st, dec, whole, total, strong = launch.call(
+        none = _sds((1,), f32)
+        st, dec, total, strong, whole, local, pre = launch.call(
             forward_kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC, NS,
             out=[
-                _sds((B * H, NS + 1, M, width), c.gate_dtype), rows,
-                _sds((B * H, NS, M) if several else (1,), f32), rows, _sds((B * H, NC), jnp.int32),
+                _sds((B * H, NS + 1, M, width), c.gate_dtype), rows, rows, _sds((B * H, NC), jnp.int32),
+                _sds((B * H, NS, M), f32) if N > 1 else none,
+                _sds((B * H, NC, M, width), c.gate_dtype) if N > 1 else none, rows if N > 1 else none,
             ],
             grid=NS * B * H, **c.tiles.state.options, STAGES=c.tiles.state.stages, N=N,
             **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
@@ -229,28 +230,26 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         if c.init:
             init = jnp.concatenate([slot_k0, slot_v0], -1).astype(f32)
             init = init.reshape(B * H, M, width)
-        st, last, _ = _scan(c, st, whole if several else dec, init, chunks=NS)
+        st, last, _ = _scan(c, st, whole if N > 1 else dec, init, chunks=NS)
         last = last.reshape(B, H, M, width)
     else:
         st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
+        local, pre = st, dec
         last = jnp.zeros((B, H, 0, width), f32)
-    each = kept and c.slots and N > 1
-    keys = k if cos is None or spec.window == 0 else _rotated(k, cos, sin)
-    o, lse_s, lse_w, before = _both(
-        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, total, st, cos_, sin_, doc_, cur, vis,
+    alone = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1  # rotates its two tiles itself
+    keys = k if cos is None or spec.window == 0 or alone else _rotated(k, cos, sin)
+    o, lse_s, lse_w = _both(
+        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, local, pre, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, NS, c.rope_batch,
-        out=[
-            _sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2,
-            _sds((B * H, NC + 1, M, width) if each else (1,), c.gate_dtype),
-        ],
-        grid=NS * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, N=N, EACH=each,
+        out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
+        grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, N=N,
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, DF=c.full["DB"], GB=heads,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
     if not kept:
         return results, None
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
-    return results, (*inputs, o, lse_s, lse_w, before if each else st, dec, total, strong)
+    return results, (*inputs, o, lse_s, lse_w, st, dec, total, strong)
 
 
 def _lse(lse_s, lse_w, dls, dlw):

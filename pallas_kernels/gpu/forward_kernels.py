@@ -2,11 +2,11 @@
 # fmt: off
 """Triton kernels of the forward pass: states, then outputs. Notation and shared parts: kernels.py.
 
-  N   chunks of a super-chunk: a state is stored before each, and one program of either kernel walks its chunks
+  N   chunks of a super-chunk, whose states one program walks
   NS  super-chunks of a row: ceil(NC / N)
 
-Between the chunks of a super-chunk the state stays in registers, in float32:
-S <- 2^total (S + (w 2^-g)^T [phi(k), v]), total the chunk's whole sum of gates.
+Where N > 1, the state before a chunk is pre (.) (state before its super-chunk) + what the super-chunk's earlier
+chunks left (loc), pre being what they keep; only the states before super-chunks are scanned.
 """
 
 import triton
@@ -32,6 +32,7 @@ from pallas_kernels.gpu.kernels import (
     _rotate,
     _safe,
     _stack,
+    _strong,
     _sums,
     _tile,
     _visible,
@@ -39,14 +40,15 @@ from pallas_kernels.gpu.kernels import (
 
 
 @triton.jit
-def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, NS, st_ptr, dec_ptr, whole_ptr, total_ptr, strong_ptr,
+def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, NS, st_ptr, dec_ptr, total_ptr, strong_ptr, whole_ptr, loc_ptr, pre_ptr,
                  H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                  C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """What super-chunk s adds to the state, at st[s + 1].
 
     Of each chunk: how much of the earlier state it keeps, dec (0 where a document ends in it); 2^total; and
-    strong: 2 where its gates need levels, else 1 where a document ends in it. whole[s] is dec of the super-chunk.
+    strong: 2 where its gates need levels, else 1 where a document ends in it. Where N > 1: whole[s], dec of the
+    super-chunk, and loc and pre of each chunk.
     """
     h0, h, s, b = _chunk(tl.program_id(0), H, 1, 1, NS)
     i = tl.arange(0, C)
@@ -88,6 +90,10 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, NS, st_
         tl.store(strong_ptr + row, strong, mask=c < NC)
         wt = tl.trans(end.to(GD))
         if N > 1:
+            mine = ok & (c < NC)
+            _put(loc_ptr + row * (M * (D + V)), sk, cols, mine, D + V, D, DB)
+            _put(loc_ptr + row * (M * (D + V)) + D, sv, cols, mine, D + V, V, VB)
+            tl.store(pre_ptr + row * M + cols, whole, mask=mine)
             sk = _mm(wt, k.to(GD), sk * keep[:, None], GPREC)
             sv = _mm(wt, v.to(GD), sv * keep[:, None], GPREC)
             whole *= keep
@@ -142,17 +148,16 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
 
 
 @triton.jit
-def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-            T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, each_ptr,
+def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+            T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
             scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-            SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr, EACH: tl.constexpr,
+            SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
             PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
             GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
-    G: tl.constexpr = HQ // H
     # logits are base 2; a positive scale is applied to their maximum and within the exponent
     POST: tl.constexpr = scale * 1.4426950408889634 if scale > 0 else 1.0
     PRE: tl.constexpr = 1.0 if scale > 0 else scale * 1.4426950408889634
@@ -160,7 +165,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, c
     FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C else 0  # of them, seen whole by every query
     # the tile leaving the window is the tile being written, and there are no others
     TWO: tl.constexpr = SLOTS and NP == 1 and LAG == C
-    h0, h, sc, b = _chunk(pid, HQ // GB, GB, G, NS)
+    h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
     i = tl.arange(0, R)
     tok = i % C if GB > 1 else i
     j = tl.arange(0, C)
@@ -173,208 +178,166 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, c
     lab = la_ptr + (b * S * H + h) * M
     cs = cos_ptr + b * rope_batch * DH
     sn = sin_ptr + b * rope_batch * DH
+    t0 = c * C
+    r0 = halo + t0
+    live = t0 + tok < T
+    qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
+    q1 = _tile(qbase, qrows, live, D, DH, DB)
+    q2 = _tile(qbase + DH, qrows, live, D, DH, DB)
+    qdoc = tok
+    if HAS_DOC:
+        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
+        jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
+    if ROPE and WINDOW > 0:
+        qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
+        qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
     if SLOTS:
-        stb = st_ptr + ((b * H + h) * (NS + 1) + sc) * (M * (D + V))
+        row0 = r0 - LAG
+        krow = row0 + j
+        kok = (krow >= 0) & (krow < S)
+        at0 = row0.to(tl.int64)
+        stb = st_ptr + ((b * H + h) * (NS + 1) + c // N) * (M * (D + V))
         sk = _tile(stb, mm, mm < M, D + V, D, DF)
         sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         if N > 1:
-            sk = sk.to(tl.float32)
-            sv = sv.to(tl.float32)
+            at = (b * H + h) * NC + c
+            lk = _tile(loc_ptr + at * (M * (D + V)), mm, mm < M, D + V, D, DF)
+            lv = _tile(loc_ptr + at * (M * (D + V)) + D, mm, mm < M, D + V, V, VB)
+            pre = tl.load(pre_ptr + at * M + mm, mask=mm < M, other=0.0)[None, :]
+        f = _tile(qbase, qrows, live, D, D, DF)
+        k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
+        v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
     if TWO:
-        back = halo + sc * (N * C) - C
-        p1, p2 = _key_tile(kbase, back, j, (back + j >= 0) & (back + j < S), cs, sn, H, D, DH, DB, ROPE, False)
-    for u in tl.range(0, N, num_stages=STAGES):
-        c = sc * N + u
-        t0 = c * C
-        r0 = halo + t0
-        live = t0 + tok < T
-        qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
-        q1 = _tile(qbase, qrows, live, D, DH, DB)
-        q2 = _tile(qbase + DH, qrows, live, D, DH, DB)
-        qdoc = tok
-        if HAS_DOC:
-            qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
-            jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
-        if ROPE and WINDOW > 0:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
-        if SLOTS:
-            row0 = r0 - LAG
-            krow = row0 + j
-            kok = (krow >= 0) & (krow < S)
-            at0 = row0.to(tl.int64)
-            f = _tile(qbase, qrows, live, D, D, DF)
-            k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
-            v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
-        if TWO:
-            jok = t0 + j < T
-            d1, d2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
-            v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
-        if ROPE and WINDOW > 0:
-            q1, q2 = _rotate(q1, q2, qc, qs)
+        p1, p2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, False)
+        jok = t0 + j < T
+        d1, d2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
+        v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+    if ROPE and WINDOW > 0:
+        q1, q2 = _rotate(q1, q2, qc, qs)
 
-        acc = tl.zeros((R, VB), tl.float32)
-        m_w = tl.full((R,), NINF, tl.float32)
-        l_w = tl.zeros((R,), tl.float32)
-        if WINDOW > 0 and not TWO:
-            qrow = r0 + tok
-            oldest = tl.maximum(-NP, -((r0 + C - 1) // C))
-            inner = tl.maximum(-FULL, -(r0 // C))
-            for e in tl.range(0, inner - oldest + 1):
-                n = tl.where(e < inner - oldest, oldest + e, 0)
+    acc = tl.zeros((R, VB), tl.float32)
+    m_w = tl.full((R,), NINF, tl.float32)
+    l_w = tl.zeros((R,), tl.float32)
+    if WINDOW > 0 and not TWO:
+        qrow = r0 + tok
+        oldest = tl.maximum(-NP, -((r0 + C - 1) // C))
+        inner = tl.maximum(-FULL, -(r0 // C))
+        for e in tl.range(0, inner - oldest + 1):
+            n = tl.where(e < inner - oldest, oldest + e, 0)
+            acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
+                True, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
+        if FULL > 0:
+            for n in tl.range(inner, 0, num_stages=STAGES):
                 acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
-                    True, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
-            if FULL > 0:
-                for n in tl.range(inner, 0, num_stages=STAGES):
-                    acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
-                        False, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
-        m_s = tl.full((R,), NINF, tl.float32)
-        l_s = tl.zeros((R,), tl.float32)
-        m = m_w
-        if SLOTS:
-            f = _phi(f, FM)
-            k0 = _phi(k0, FM)
-            g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
-            levels = _levels(g) if STRONG else 1
-            e0, b0 = _level_first(g, w, STRONG)
-            b0 = b0.to(GD)
-            e0 = _stack(e0, GB, C, MB)
-            causal = tok[:, None] >= j[None, :]
-            if HAS_DOC:
-                causal = causal & (qdoc[:, None] == jdoc[None, :])
-                cur_start = tl.load(cur_ptr + b * T + tl.minimum(t0, T) - 1, mask=t0 > 0, other=1)
-                old = qdoc == cur_start
-            x = tl.where(causal, _mm0(f, tl.trans(k0), PREC), 0.0).to(GD)
-            y = _mm0(f.to(GD), tl.trans(sk.to(GD)), PREC)
-            if HAS_DOC:
-                y = tl.where(old[:, None], y, 0.0)
-            y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-            if PRE != 1.0:
-                y = y * PRE
-            if M != MB:
-                y = tl.where((mm < M)[None, :], y, NINF)
-            seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
-            m_s = tl.where(seen, tl.max(y, 1) * POST, NINF)
-            y = _exp2(y * POST - tl.where(seen, m_s, float("inf"))[:, None])
-            l_s = tl.sum(y, 1)
-            p = (y * e0).to(GD)
-            if TWO:
-                kdoc = qdoc
-                if HAS_DOC:
-                    kdoc = tl.load(doc + krow, mask=kok, other=0)
-                s = _mm0(q1, tl.trans(p1), PREC)
-                s = _mm(q2, tl.trans(p2), s, PREC)
-                d = _mm0(q1, tl.trans(d1), PREC)
-                d = _mm(q2, tl.trans(d2), d, PREC)
-                if PRE != 1.0:
-                    s = s * PRE
-                    d = d * PRE
-                s = tl.where(_before(c, C, tok, j, row0, WINDOW, qdoc, kdoc, HAS_DOC), s, NINF)
-                near = causal
-                if HAS_DOC:
-                    near = near & (qdoc != 0)[:, None]
-                d = tl.where(near, d, NINF)
-                m_w = tl.maximum(tl.max(s, 1), tl.max(d, 1)) * POST
-                s = _exp2(s * POST - _safe(m_w)[:, None])
-                d = _exp2(d * POST - _safe(m_w)[:, None])
-                l_w = tl.sum(s, 1) + tl.sum(d, 1)
-            m = tl.maximum(m_s, m_w)
-            fs = _exp2(m_s - _safe(m))
-            fw = _exp2(m_w - _safe(m))
-            if STRONG:
-                a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-            else:
-                a = _mm0(p, tl.trans(b0), GPREC)
-            a = tl.where(causal, a, 0.0) * fs[:, None]
-            if HAS_DOC:
-                p = tl.where(old[:, None], p, 0.0)
-            if TWO:
-                acc = _mm0(p, sv.to(GD), PREC) * fs[:, None]
-                acc = _mm((a + s * fw[:, None]).to(TD), v0, acc, PREC)
-                acc = _mm((d * fw[:, None]).to(TD), v1, acc, PREC)
-            else:
-                slots = _mm0(p, sv.to(GD), PREC) * fs[:, None]
-                if WINDOW > 0:
-                    slots += acc * fw[:, None]
-                acc = _mm(a.to(TD), v0, slots, PREC)
-
-        total = l_s * _exp2(m_s - _safe(m)) + l_w * _exp2(m_w - _safe(m))
+                    False, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
+    m_s = tl.full((R,), NINF, tl.float32)
+    l_s = tl.zeros((R,), tl.float32)
+    m = m_w
+    if SLOTS:
+        f = _phi(f, FM)
+        k0 = _phi(k0, FM)
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
+        levels = _levels(g) if STRONG else 1
+        e0, b0 = _level_first(g, w, STRONG)
+        b0 = b0.to(GD)
+        e0 = _stack(e0, GB, C, MB)
+        causal = tok[:, None] >= j[None, :]
         if HAS_DOC:
-            total = tl.where(qdoc == 0, 0.0, total)
-        acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
-        live = live & mine
-        _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
-        lse = (b * T + t0) * HQ + h0 + qrows
-        tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + _log2(l_s)) * LN2, NINF), mask=live)
-        tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + _log2(l_w)) * LN2, NINF), mask=live)
+            causal = causal & (qdoc[:, None] == jdoc[None, :])
+            cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+            old = qdoc == cur_start
+        x = tl.where(causal, _mm0(f, tl.trans(k0), PREC), 0.0).to(GD)
+        y = _mm0(f.to(GD), tl.trans(sk), PREC)
         if N > 1:
-            if EACH:
-                put = (mm < M) & (c < NC) & (h0 % G == 0) & mine
-                each = each_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-                _put(each, sk, mm, put, D + V, D, DF)
-                _put(each + D, sv, mm, put, D + V, V, VB)
-            decay = tl.load(total_ptr + ((b * H + h) * NC + c) * M + mm, mask=(mm < M) & (c < NC), other=1.0)[:, None]
-            kept = decay
-            if STRONG:
-                b0 = (w * _exp2(tl.minimum(tl.min(g, 0)[None, :] - g, 0.0))).to(GD)
-                decay = 1.0
-            if HAS_DOC:
-                cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-                b0 = tl.where((jdoc == cur_end)[:, None], b0, 0.0).to(GD)
-                kept = tl.where(cur_end == cur_start, kept, 0.0)
-            wt = tl.trans(b0)
-            if STRONG:
-                sk = _mm(wt, k0.to(GD), sk * kept, GPREC)
-                sv = _mm(wt, v0.to(GD), sv * kept, GPREC)
-            else:
-                if HAS_DOC:
-                    same = (cur_end == cur_start).to(tl.float32)
-                    sk = sk * same
-                    sv = sv * same
-                sk = _mm(wt, k0.to(GD), sk, GPREC) * decay
-                sv = _mm(wt, v0.to(GD), sv, GPREC) * decay
+            y = _mm(f.to(GD), tl.trans(lk), y * pre, PREC)
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        if PRE != 1.0:
+            y = y * PRE
+        if M != MB:
+            y = tl.where((mm < M)[None, :], y, NINF)
+        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
+        m_s = tl.where(seen, tl.max(y, 1) * POST, NINF)
+        y = _exp2(y * POST - tl.where(seen, m_s, float("inf"))[:, None])
+        l_s = tl.sum(y, 1)
+        p = (y * e0).to(GD)  # what reads the state and, through b0, the chunk's own rows
         if TWO:
-            p1 = d1
-            p2 = d2
+            kdoc = qdoc
+            if HAS_DOC:
+                kdoc = tl.load(doc + krow, mask=kok, other=0)
+            s = _mm0(q1, tl.trans(p1), PREC)
+            s = _mm(q2, tl.trans(p2), s, PREC)
+            d = _mm0(q1, tl.trans(d1), PREC)
+            d = _mm(q2, tl.trans(d2), d, PREC)
+            if PRE != 1.0:
+                s = s * PRE
+                d = d * PRE
+            s = tl.where(_before(c, C, tok, j, row0, WINDOW, qdoc, kdoc, HAS_DOC), s, NINF)
+            near = causal
+            if HAS_DOC:
+                near = near & (qdoc != 0)[:, None]
+            d = tl.where(near, d, NINF)
+            m_w = tl.maximum(tl.max(s, 1), tl.max(d, 1)) * POST
+            s = _exp2(s * POST - _safe(m_w)[:, None])
+            d = _exp2(d * POST - _safe(m_w)[:, None])
+            l_w = tl.sum(s, 1) + tl.sum(d, 1)
+        m = tl.maximum(m_s, m_w)
+        fs = _exp2(m_s - _safe(m))
+        fw = _exp2(m_w - _safe(m))
+        if STRONG:
+            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        else:
+            a = _mm0(p, tl.trans(b0), GPREC)
+        a = tl.where(causal, a, 0.0) * fs[:, None]
+        if HAS_DOC:
+            p = tl.where(old[:, None], p, 0.0)
+        slots = _mm0(p, sv, PREC) if N == 1 else _mm(p, lv, _mm0((p * pre).to(GD), sv, PREC), PREC)
+        if TWO:
+            acc = _mm((a + s * fw[:, None]).to(TD), v0, slots * fs[:, None], PREC)
+            acc = _mm((d * fw[:, None]).to(TD), v1, acc, PREC)
+        else:
+            slots = slots * fs[:, None]
+            if WINDOW > 0:
+                slots += acc * fw[:, None]
+            acc = _mm(a.to(TD), v0, slots, PREC)
+
+    total = l_s * _exp2(m_s - _safe(m)) + l_w * _exp2(m_w - _safe(m))
+    if HAS_DOC:
+        total = tl.where(qdoc == 0, 0.0, total)
+    acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    live = live & mine
+    _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
+    lse = (b * T + t0) * HQ + h0 + qrows
+    tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + _log2(l_s)) * LN2, NINF), mask=live)
+    tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + _log2(l_w)) * LN2, NINF), mask=live)
 
 
 @triton.jit
-def _needs_levels(strong_ptr, pid, total, NHG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, H: tl.constexpr, NC, NS, N: tl.constexpr):
-    """Whether a chunk of the program's super-chunk has gates that need levels (state_kernel): then its output
-    comes from a copy of the kernel's body of its own, in a second launch into the same arrays."""
-    h0, h, s, b = _chunk(pid, NHG, GB, G, NS)
-    found = pid < 0
-    for u in tl.static_range(N):
-        c = s * N + u
-        found = found | (tl.load(strong_ptr + (b * H + h) * NC + c, mask=(pid < total) & (c < NC), other=0) == 2)
-    return found
-
-
-@triton.jit
-def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, total_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
                   T, S, halo, NC, NS, rope_batch, total,
-                  o_in, lse_s_in, lse_w_in, each_in, o_ptr, lse_s_ptr, lse_w_ptr, each_ptr,
+                  o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr, EACH: tl.constexpr,
+                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
                   GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """Output and both log-sum-exps of one super-chunk, GB query heads; EACH: also the state before each chunk."""
+    """Output and both log-sum-exps of one chunk, GB query heads."""
     if STRONG:
         start = tl.program_id(0) * BATCH
-        if tl.max(_needs_levels(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC, NS, N).to(tl.int32)) > 0:
+        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
-                if _needs_levels(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC, NS, N):
-                    _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-                        vis_ptr, T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, each_ptr, HQ, H, D, V, M,
-                        scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, EACH, PREC, GPREC, GD, C, N, STAGES, GB,
+                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
+                    _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
+                        vis_ptr, T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
+                        scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, N, STAGES, GB,
                         DB, DF, VB, MB, STRONG)
     else:
         pid = tl.program_id(0)
         mine = pid < total
         if SLOTS:
             # looked at only when results are stored: nothing waits for it
-            mine = not _needs_levels(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC, NS, N)
-        _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, total_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-            vis_ptr, T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, each_ptr, HQ, H, D, V, M, scale,
-            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, EACH, PREC, GPREC, GD, C, N, STAGES, GB, DB, DF, VB, MB, STRONG)
+            mine = not _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC)
+        _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
+            vis_ptr, T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
+            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, N, STAGES, GB, DB, DF, VB, MB, STRONG)
