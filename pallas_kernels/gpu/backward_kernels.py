@@ -154,16 +154,17 @@ def _angles(cs, sn, row, j, ok, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.con
 
 
 @triton.jit
-def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, doc, qdoc, r0, tok, j, ahead, S,
+def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc, r0, tok, j, ahead, S, C: tl.constexpr,
                H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr, WINDOW: tl.constexpr,
-               HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
+               TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
                MASKED: tl.constexpr):
-    """dq and what the key tile `ahead` rows after r0 adds. k_ptr, v_ptr: rotated keys and values of row 0."""
+    """dq and what the key tile `ahead` rows after r0 adds. TURN: its keys are yet to be rotated."""
     sc: tl.constexpr = scale * 1.4426950408889634
     row = (r0 + ahead).to(tl.int64)
     rows = r0 + ahead + j
     ok = (rows >= 0) & (rows < S)
-    k = _pair(k_ptr + row * (H * D), j, ok, H * D, DH, DB)
+    kc, ks = _angles(cs, sn, r0 + ahead, j, ok, DH, DB, TURN)
+    k = _rotated(k_ptr + row * (H * D), j, ok, H * D, kc, ks, C, DH, DB, TURN)
     v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
     s = _mm0(q, tl.trans(k), PREC) * sc
     if MASKED:
@@ -211,7 +212,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
         scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-        SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+        SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
@@ -354,14 +355,14 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
         CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
         for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
-            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
-                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
+                            H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
         if CLEAN:
             for n in range(start + 1, 0):
-                dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
-                                H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, False)
-            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, 0, S,
-                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
+                dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
+                                H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False)
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
+                            H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
         if ROPE:
             qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE, True)
             dq = _turned(dq, qc, -qs, R, DB)
@@ -375,10 +376,10 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
               dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+              SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """dq, with kr the rotated keys; and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
+    """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
 
@@ -393,7 +394,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
     else:
         mine = True
         if SLOTS:
@@ -402,7 +403,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
             _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
@@ -638,8 +639,8 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
 def _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                  WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, ROTATED: tl.constexpr):
-    """Window side of dk and dv of a tile of keys. ROTATED: k_ptr has them rotated."""
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
+    """Window side of dk and dv of a tile of keys. TURN: they are yet to be rotated."""
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
@@ -649,11 +650,8 @@ def _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delt
     krow = kr + j
     kok = krow < S
     kb = (b * S + kr) * H + h
-    if ROTATED:
-        k = _pair(k_ptr + kb * D, j, kok, H * D, DH, DB)
-    else:
-        kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE)
-        k = _rotated(k_ptr + kb * D, j, kok, H * D, kc, kn, C, DH, DB, ROPE)
+    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, TURN)
+    k = _rotated(k_ptr + kb * D, j, kok, H * D, kc, kn, C, DH, DB, TURN)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
     kdoc = j
     if HAS_DOC:
@@ -697,7 +695,7 @@ def _dkv(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cro
         sn = sin_ptr + b * rope_batch * (D // 2)
         dk, dv = _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
                               b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
-                              C, DB // 2, VB, False)
+                              C, DB // 2, VB, ROPE)
         if (c >= 0) & (c < NC):
             _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr,
                    doc_ptr, cur_ptr, side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC,
@@ -753,9 +751,9 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
                    T, S, halo, NK, rope_batch, dk_ptr, dv_ptr, dla_ptr,
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-                   ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                   ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                    C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Window side of the gradients of C keys (given rotated) and values. ADD: on top of the slot side, dk_in and dv_in; and
+    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
     the gates of rows that are not written get the gradient 0."""
     DH: tl.constexpr = D // 2
     pid = tl.program_id(0)
@@ -772,7 +770,7 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
     dk = tl.zeros((C, 2 * DB), tl.float32)
     dv = tl.zeros((C, VB), tl.float32)
     dk, dv = _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
-                          b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, DB, VB, True)
+                          b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, DB, VB, TURN)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)

@@ -29,7 +29,8 @@ PLAIN = Launch()
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how each
-    kernel is launched, and of how many chunks the forward pass stores one state (a power of two)."""
+    kernel is launched, of how many chunks the forward pass stores one state (a power of two), and
+    whether the window side of dk, dv is dslot's work too, where it can be (0 or 1)."""
 
     chunk: int = 64
     state: Launch = PLAIN
@@ -39,6 +40,7 @@ class Tiles:
     dslot: Launch = PLAIN
     dwindow: Launch = PLAIN
     states: int = 1
+    merged: int = 0
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:

@@ -13,14 +13,16 @@ from pallas_kernels.gpu.tiles import Launch, Tiles
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
 
 CASES = {
-    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6)),
+    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6, merged=1)),
     "slots_only": dict(window=0, lag=0, init=True),
     "unaligned": dict(window=9, lag=5, fm="silu"),
     "halo": dict(halo=21, init=True, empty="zero"),
     "strong_gates": dict(gate=40.0),
-    "open_gates": dict(T=20, open_=True),
+    "open_gates": dict(T=20, open_=True, tiles=Tiles(16, merged=1)),
     "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
-    "documents_whole": dict(T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1),
+    "documents_whole": dict(
+        T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1, tiles=Tiles(16, merged=1)
+    ),
     "long_window": dict(T=72, window=48, HQ=1),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
