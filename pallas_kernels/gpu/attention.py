@@ -282,7 +282,9 @@ def _backward(spec, residuals, cotangents, tiles=None):
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
-    keys = k if cos is None or spec.window == 0 else _rotated(k, cos, sin)
+    # where few programs read a key, each rotates it
+    turn = cos is not None and spec.window <= C + 1 and HQ == H
+    keys = k if cos is None or turn else _rotated(k, cos, sin)
     heads = c.heads(c.tiles.dq.heads)
     parts = HQ // H // heads
     alone = c.slots and parts == 1
@@ -297,7 +299,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads,
     )  # fmt: skip
     dfirst = None
     if c.slots and not alone:
@@ -318,18 +320,23 @@ def _backward(spec, residuals, cotangents, tiles=None):
         )  # fmt: skip
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
+    tiles_k = -(-S // C)
+    shift = (spec.slot_lag - halo) // C
+    whole = (halo % C, spec.slot_lag % C) == (0, 0) and D == _pow2(D) >= 32
+    # one kernel for both sides of a tile of keys, where a chunk writes a whole tile
+    once = c.tiles.merged and spec.window > 0 and c.slots and whole
     if c.slots:
         dk, dv, dla = _both(
             c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur, side,
-            T, S, halo, NC,
+            cos_, sin_, lse, delta, T, S, halo, NC, tiles_k if once else NC, c.rope_batch,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
-            grid=NC * B * H, **c.tiles.dslot.options,
-            zeroed=() if spec.window > 0 else (0, 1, 2),  # dwindow_kernel fills the rows of no query
-            HQ=HQ, **c.shape, **c.lag, **c.precision,
-            GB=c.heads(c.tiles.dslot.heads), NSIDE=parts, **c.pads, **c.full,
+            grid=(tiles_k if once else NC) * B * H, **c.tiles.dslot.options,
+            zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
+            HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window if once else 0, **c.lag,
+            ROPE=cos is not None, **c.precision, GB=c.heads(c.tiles.dslot.heads), NSIDE=parts,
+            SHIFT=shift if once else 0, **c.pads, **c.full,
         )  # fmt: skip
-    if spec.window > 0:
-        tiles_k = -(-S // C)
+    if spec.window > 0 and not once:
         dk, dv, filled = launch.call(
             kernels.dwindow_kernel, q, keys, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,
@@ -337,7 +344,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             grid=tiles_k * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
-            ADD=c.slots, ROPE=cos is not None, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
+            ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
             **c.pads, **c.half,
         )  # fmt: skip
         dla = filled if c.slots else dla

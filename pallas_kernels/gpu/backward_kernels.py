@@ -57,11 +57,11 @@ def _reference(g):
 
 @triton.jit
 def _rounded(x, GD: tl.constexpr):
-    """x rounded to GD, in float32."""
+    """x rounded to GD, in GD and in float32."""
     if GD == tl.bfloat16:
         return _round16(x)
     else:
-        return x
+        return x, x
 
 
 @triton.jit
@@ -154,16 +154,17 @@ def _angles(cs, sn, row, j, ok, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.con
 
 
 @triton.jit
-def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, doc, qdoc, r0, tok, j, ahead, S,
+def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc, r0, tok, j, ahead, S, C: tl.constexpr,
                H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr, WINDOW: tl.constexpr,
-               HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
+               TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
                MASKED: tl.constexpr):
-    """dq and what the key tile `ahead` rows after r0 adds. k_ptr, v_ptr: rotated keys and values of row 0."""
+    """dq and what the key tile `ahead` rows after r0 adds. TURN: its keys are yet to be rotated."""
     sc: tl.constexpr = scale * 1.4426950408889634
     row = (r0 + ahead).to(tl.int64)
     rows = r0 + ahead + j
     ok = (rows >= 0) & (rows < S)
-    k = _pair(k_ptr + row * (H * D), j, ok, H * D, DH, DB)
+    kc, ks = _angles(cs, sn, r0 + ahead, j, ok, DH, DB, TURN)
+    k = _rotated(k_ptr + row * (H * D), j, ok, H * D, kc, ks, C, DH, DB, TURN)
     v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
     s = _mm0(q, tl.trans(k), PREC) * sc
     if MASKED:
@@ -211,7 +212,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
         scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-        SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+        SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
@@ -318,13 +319,13 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             z = _mm(xv.to(GD), b0, z, GPREC)
             p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
             dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
-            p_0 = _rounded(p_0 * e0, GD)
-            dl_0 = _rounded(dl_0, GD)
+            p_at, p_0 = _rounded(p_0 * e0, GD)
+            dl_at, dl_0 = _rounded(dl_0, GD)
             # of the rounded numbers that dslot_kernel subtracts from: their errors cancel there
             side = dl_0 * y + p_0 * z
-            p_at = p_0.to(GD)
-            dl_at = dl_0.to(GD)
             a = _mm0(dl_at, tl.trans(b0), GPREC)
+            p_0 = p_at
+            dl_0 = dl_at
         _put(p_ptr + first * M, p_at, qrows, live, M, M, MB)
         _put(dl_ptr + first * M, dl_at, qrows, live, M, M, MB)
         part = (b * T + t0) * (HQ // GB) + h0 // GB
@@ -354,14 +355,14 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
         CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
         for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
-            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
-                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
+                            H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
         if CLEAN:
             for n in range(start + 1, 0):
-                dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, n * C, S,
-                                H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, False)
-            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, doc, qdoc, r0, tok, j, 0, S,
-                            H, D, V, scale, WINDOW, HAS_DOC, PREC, DH, DB, VB, True)
+                dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
+                                H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False)
+            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
+                            H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
         if ROPE:
             qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE, True)
             dq = _turned(dq, qc, -qs, R, DB)
@@ -375,10 +376,10 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
               dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+              SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """dq, with kr the rotated keys; and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
+    """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
 
@@ -393,7 +394,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
     else:
         mine = True
         if SLOTS:
@@ -402,7 +403,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
             _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
 
 
 @triton.jit
@@ -512,15 +513,15 @@ def _slot_pass(x, y_ptr, pl_ptr, dx, dw, dw_own, bw, g, level, h, b, t0, live, a
 
 
 @triton.jit
-def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
            NSIDE: tl.constexpr, STRONG: tl.constexpr):
+    """Of the rows that chunk c writes, on top of dk and dv, to memory."""
     G: tl.constexpr = HQ // H
-    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
     t0 = c * C
     kr = halo + t0 - LAG
     j = tl.arange(0, C)
@@ -552,7 +553,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     else:
         decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
         end = bw * decay
-        bw = _rounded(bw, GD).to(GD)
+        bw = _rounded(bw, GD)[0]
     if HAS_DOC:
         end = tl.where(last, end, 0.0)
     end = end.to(GD)
@@ -579,7 +580,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
         dw = u * decay  # the gradient times 2^g
         through = through + tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
 
-    dx = _mm0(end, ds, GPREC)
+    dx = _mm(end, ds, dk, GPREC) if FM == "none" else _mm0(end, ds, GPREC)
     if STRONG:
         for n in range(levels):
             e, inv = _level(g, 1.0, n)
@@ -593,12 +594,12 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
         dx, dw, own = _slot_pass(x, q_ptr, dl_ptr, dx, dw, own, bw, g, 0, h, b, t0, live, after, now, qrows, T,
                                  D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     if FM != "none":
-        dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM)
+        dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM) + dk
     _put(dk_ptr + kb * D, dx, j, kok, H * D, D, DB)
 
     x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
     ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB, True)
-    dx = _mm0(end, ds, GPREC)
+    dx = _mm(end, ds, dv, GPREC)
     if STRONG:
         for n in range(levels):
             e, inv = _level(g, 1.0, n)
@@ -635,61 +636,26 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 
 
 @triton.jit
-def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
-                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
-                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-                 NSIDE: tl.constexpr, STRONG: tl.constexpr):
-    """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
-    if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
-                if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
-                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                        side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-                        C, GB, DB, VB, MB, NSIDE, STRONG)
-    else:
-        if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
-            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-                C, GB, DB, VB, MB, NSIDE, STRONG)
-
-
-@triton.jit
-def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, dla_in,
-                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr, dla_ptr,
-                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-                   ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Window side of the gradients of C keys (given rotated) and values. ADD: on top of the slot side, dk_in and dv_in; and
-    the gates of rows that are not written get the gradient 0."""
+def _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo,
+                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
+                 WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
+    """Window side of dk and dv of a tile of keys. TURN: they are yet to be rotated."""
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
-    pid = tl.program_id(0)
-    h = pid % H
-    tile = (pid // H) % NK
-    b = (pid // H // NK).to(tl.int64)
+    CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
     kr = tile * C
     j = tl.arange(0, C)
     krow = kr + j
     kok = krow < S
-    doc = doc_ptr + b * S
     kb = (b * S + kr) * H + h
-    cs = cos_ptr + b * rope_batch * DH
-    sn = sin_ptr + b * rope_batch * DH
-    k = _pair(k_ptr + kb * D, j, kok, H * D, DH, DB)
+    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, TURN)
+    k = _rotated(k_ptr + kb * D, j, kok, H * D, kc, kn, C, DH, DB, TURN)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
-    dk = tl.zeros((C, 2 * DB), tl.float32)
-    dv = tl.zeros((C, VB), tl.float32)
-    CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
     for it in range(G if CLEAN else G * (NP + 1)):
         dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
@@ -706,6 +672,105 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
     if ROPE:
         kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
         dk = _turned(dk, kc, -kn, C, DB)
+    return dk, dv
+
+
+@triton.jit
+def _dkv(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+         cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, dk_ptr, dv_ptr, dla_ptr,
+         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, scale: tl.constexpr,
+         WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr,
+         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
+         NSIDE: tl.constexpr, SHIFT: tl.constexpr, STRONG: tl.constexpr):
+    h0, h, tile, b = _chunk(pid, H, 1, 1, NK)
+    c = tile + SHIFT
+    dk = tl.zeros((C, DB), tl.float32)
+    dv = tl.zeros((C, VB), tl.float32)
+    if WINDOW > 0:
+        j = tl.arange(0, C)
+        ok = tile * C + j < S
+        kb = (b * S + tile * C) * H + h
+        cs = cos_ptr + b * rope_batch * (D // 2)
+        sn = sin_ptr + b * rope_batch * (D // 2)
+        dk, dv = _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
+                              b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
+                              C, DB // 2, VB, ROPE)
+        if (c >= 0) & (c < NC):
+            _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr,
+                   doc_ptr, cur_ptr, side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC,
+                   PREC, GPREC, GD, C, GB, DB, VB, MB, NSIDE, STRONG)
+        else:
+            _put(dk_ptr + kb * D, dk, j, ok, H * D, D, DB)
+            _put(dv_ptr + kb * V, dv, j, ok, H * V, V, VB)
+            _put(dla_ptr + kb * M, tl.zeros((C, MB), tl.float32), j, ok, H * M, M, MB)
+    else:
+        _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr,
+               doc_ptr, cur_ptr, side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC,
+               PREC, GPREC, GD, C, GB, DB, VB, MB, NSIDE, STRONG)
+
+
+@triton.jit
+def _strong_tile(strong_ptr, pid, total, H: tl.constexpr, NC, NK, SHIFT: tl.constexpr):
+    """As _strong, for the chunk that writes a tile of keys; not where none does."""
+    h0, h, tile, b = _chunk(pid, H, 1, 1, NK)
+    c = tile + SHIFT
+    return tl.load(strong_ptr + (b * H + h) * NC + c, mask=(pid < total) & (c >= 0) & (c < NC), other=0) == 2
+
+
+@triton.jit
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                 side_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, total,
+                 dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
+                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, scale: tl.constexpr,
+                 WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr,
+                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
+                 NSIDE: tl.constexpr, SHIFT: tl.constexpr, STRONG: tl.constexpr):
+    """Gradients of the rows that a chunk writes, keys, values and gates: their slot side, and, where WINDOW is
+    given, their window side with it (NK tiles of keys, of which chunk c writes tile c - SHIFT)."""
+    if STRONG:
+        start = tl.program_id(0) * BATCH
+        if tl.max(_strong_tile(strong_ptr, start + tl.arange(0, BATCH), total, H, NC, NK, SHIFT).to(tl.int32)) > 0:
+            for pid in range(start, tl.minimum(start + BATCH, total)):
+                if _strong_tile(strong_ptr, pid, total, H, NC, NK, SHIFT):
+                    _dkv(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr,
+                         cur_ptr, side_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, dk_ptr,
+                         dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM, ROPE, HAS_DOC, PREC, GPREC, GD,
+                         C, GB, DB, VB, MB, NSIDE, SHIFT, STRONG)
+    else:
+        if not _strong_tile(strong_ptr, tl.program_id(0), total, H, NC, NK, SHIFT):
+            _dkv(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr,
+                 cur_ptr, side_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, dk_ptr,
+                 dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM, ROPE, HAS_DOC, PREC, GPREC, GD,
+                 C, GB, DB, VB, MB, NSIDE, SHIFT, STRONG)
+
+
+@triton.jit
+def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, dla_in,
+                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr, dla_ptr,
+                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
+                   ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
+    the gates of rows that are not written get the gradient 0."""
+    DH: tl.constexpr = D // 2
+    pid = tl.program_id(0)
+    h = pid % H
+    tile = (pid // H) % NK
+    b = (pid // H // NK).to(tl.int64)
+    kr = tile * C
+    j = tl.arange(0, C)
+    krow = kr + j
+    kok = krow < S
+    kb = (b * S + kr) * H + h
+    cs = cos_ptr + b * rope_batch * DH
+    sn = sin_ptr + b * rope_batch * DH
+    dk = tl.zeros((C, 2 * DB), tl.float32)
+    dv = tl.zeros((C, VB), tl.float32)
+    dk, dv = _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
+                          b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, DB, VB, TURN)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)

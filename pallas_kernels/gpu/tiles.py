@@ -29,8 +29,9 @@ PLAIN = Launch()
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how
-    each kernel is launched, and the chunks of a super-chunk (a power of two), before each of which
-    the forward pass scans a state where only outputs are wanted.
+    each kernel is launched; ``states``, the chunks of a super-chunk (a power of two), before each
+    of which the forward pass scans a state where only outputs are wanted; and ``merged``, whether
+    the window side of dk, dv is dslot's work too, where it can be (0 or 1).
 
     Stages above 1 of ``output``, where window, lag and chunk are one: every tile is loaded ahead,
     which takes shared memory; with wider windows, the depth of the pipeline of key tiles."""
@@ -43,6 +44,7 @@ class Tiles:
     dslot: Launch = PLAIN
     dwindow: Launch = PLAIN
     states: int = 1
+    merged: int = 0
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:

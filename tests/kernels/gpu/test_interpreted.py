@@ -13,14 +13,17 @@ from pallas_kernels.gpu.tiles import Launch, Tiles
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
 
 CASES = {
-    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6)),
+    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6, merged=1)),
     "slots_only": dict(window=0, lag=0, init=True),
     "unaligned": dict(window=9, lag=5, fm="silu"),
     "halo": dict(halo=21, init=True, empty="zero"),
     "strong_gates": dict(gate=40.0),
-    "open_gates": dict(T=20, open_=True),
+    "open_gates": dict(T=20, open_=True, tiles=Tiles(16, merged=1)),
     "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
-    "wide_window": dict(T=75, window=41),
+    "documents_whole": dict(
+        T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1, tiles=Tiles(16, merged=1)
+    ),
+    "long_window": dict(T=72, window=48, HQ=1),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
@@ -42,9 +45,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(launch, "call", interpret.call)
 
 
-def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none",
-          empty="masked", rope=True, doc=None, init=False, gate=1.0, open_=False,
-          tiles=None):  # fmt: skip
+def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none", empty="masked",
+          rope=True, doc=None, init=False, gate=1.0, open_=False, tiles=None):  # fmt: skip
     r = np.random.default_rng(0)
     s = halo + T
     n = r.standard_normal
@@ -93,7 +95,7 @@ def test_forward_and_gradients(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["merged_gqa", "documents", "strong_gates", "slots_only", "wide_window"]
+    "name", ["merged_gqa", "documents", "strong_gates", "slots_only", "long_window"]
 )
 def test_states_of_super_chunks(name, monkeypatch):
     """Outputs alone, one scanned state for 2 chunks: the same as with what a gradient needs."""
