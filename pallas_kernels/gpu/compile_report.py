@@ -26,6 +26,7 @@ from pallas_kernels import bench
 from pallas_kernels.gpu import attention, launch, tiles
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
+DEVICES = {80: "a100", 90: "h100", 100: "b200"}  # whose tile choices are compiled
 POINTERS = {"bfloat16": "*bf16", "float32": "*fp32", "float16": "*fp16", "int32": "*i32"}
 
 
@@ -89,7 +90,7 @@ def report(
     choice: tiles.Tiles | None = None,
     only: str = "",
 ) -> list[Row]:
-    """Rows for forward and backward of one shape; without a choice, the H100's committed one."""
+    """Rows for forward and backward of one shape; without a choice, the device's own."""
     rows = []
 
     def call(
@@ -114,7 +115,9 @@ def report(
 
     with contextlib.ExitStack() as changed:
         changed.enter_context(mock.patch.object(launch, "call", call))
-        changed.enter_context(mock.patch.object(attention, "device_name", return_value="h100"))
+        changed.enter_context(
+            mock.patch.object(attention, "device_name", return_value=DEVICES[arch])
+        )
         if choice is not None:
             changed.enter_context(mock.patch.object(attention, "choose", return_value=choice))
         jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
