@@ -127,8 +127,9 @@ class _Call:
 
     def states(self) -> int:
         """Chunks of a super-chunk where only outputs are wanted: the choice's, or less where too few
-        programs would walk them to fill a GPU."""
-        n = self.tiles.states if self.slots else 1
+        programs would walk them to fill a GPU; 1 where a float32 state does not fit their registers."""
+        wide = self.gate_dtype == jnp.float32 and self.D + self.V > 128
+        n = self.tiles.states if self.slots and not wide else 1
         while n > 1 and self.B * self.H * -(-self.NC // n) < 512:
             n //= 2
         return n
@@ -201,7 +202,9 @@ def _rotated(k, cos, sin):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(k.dtype)
 
 
-def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None, kept=True):
+def _forward(
+    q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None, kept=True
+):
     """Results and, where they are to be kept, what the backward pass reads."""
     from pallas_kernels.gpu import forward_kernels
 
@@ -236,7 +239,9 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
         local, pre = st, dec
         last = jnp.zeros((B, H, 0, width), f32)
-    alone = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1  # rotates its two tiles itself
+    alone = (
+        c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
+    )  # rotates its two tiles itself
     keys = k if cos is None or spec.window == 0 or alone else _rotated(k, cos, sin)
     o, lse_s, lse_w = _both(
         c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, local, pre, cos_, sin_, doc_, cur, vis,
@@ -370,7 +375,9 @@ def forward(
     Returns o [B,T,HQ,V] in v's dtype, lse_slot and lse_window [B,T,HQ] float32 (natural log, -inf
     where that side is empty), and the final slots [B,H,M,D], [B,H,M,V] float32.
     """
-    return _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, kept=False)[0]
+    return _forward(
+        q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, kept=False
+    )[0]
 
 
 def _forward_rule(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec):

@@ -1,4 +1,4 @@
-# ruff: noqa: E501
+# ruff: noqa: E501, RUF059, SIM300
 # fmt: off
 """Triton kernels of the forward pass: states, then outputs. Notation and shared parts: kernels.py.
 
@@ -148,6 +148,30 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
 
 
 @triton.jit
+def _slot_keys(kbase, at0, stb, loc, j, kok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+               N: tl.constexpr, DF: tl.constexpr):
+    """Keys of the rows being written, of the state before the super-chunk and, where N > 1, of what its chunks left."""
+    k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
+    sk = _tile(stb, mm, mm < M, D + V, D, DF)
+    if N > 1:
+        return k0, sk, _tile(loc, mm, mm < M, D + V, D, DF)
+    else:
+        return k0, sk, sk
+
+
+@triton.jit
+def _slot_values(vbase, at0, stb, loc, j, kok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 N: tl.constexpr, VB: tl.constexpr):
+    """The same of the values."""
+    v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
+    sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
+    if N > 1:
+        return v0, sv, _tile(loc + D, mm, mm < M, D + V, V, VB)
+    else:
+        return v0, sv, sv
+
+
+@triton.jit
 def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
             T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -165,6 +189,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
     FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C else 0  # of them, seen whole by every query
     # the tile leaving the window is the tile being written, and there are no others
     TWO: tl.constexpr = SLOTS and NP == 1 and LAG == C
+    # all loads first, if shared memory is to hold every tile at once
+    AHEAD: tl.constexpr = STAGES > 1 and TWO and GD == tl.bfloat16
     h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
     i = tl.arange(0, R)
     tok = i % C if GB > 1 else i
@@ -197,21 +223,19 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
         kok = (krow >= 0) & (krow < S)
         at0 = row0.to(tl.int64)
         stb = st_ptr + ((b * H + h) * (NS + 1) + c // N) * (M * (D + V))
-        sk = _tile(stb, mm, mm < M, D + V, D, DF)
-        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-        if N > 1:
-            at = (b * H + h) * NC + c
-            lk = _tile(loc_ptr + at * (M * (D + V)), mm, mm < M, D + V, D, DF)
-            lv = _tile(loc_ptr + at * (M * (D + V)) + D, mm, mm < M, D + V, V, VB)
-            pre = tl.load(pre_ptr + at * M + mm, mask=mm < M, other=0.0)[None, :]
+        at = (b * H + h) * NC + c
+        loc = loc_ptr + at * (M * (D + V))
+    if AHEAD or TWO:
         f = _tile(qbase, qrows, live, D, D, DF)
-        k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
-        v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
+        k0, sk, lk = _slot_keys(kbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, DF)
+    if AHEAD:
+        v0, sv, lv = _slot_values(vbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, VB)
     if TWO:
         p1, p2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, False)
         jok = t0 + j < T
         d1, d2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
-        v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+        if AHEAD:
+            v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
     if ROPE and WINDOW > 0:
         q1, q2 = _rotate(q1, q2, qc, qs)
 
@@ -234,6 +258,9 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
     l_s = tl.zeros((R,), tl.float32)
     m = m_w
     if SLOTS:
+        if not (AHEAD or TWO):
+            f = _tile(qbase, qrows, live, D, D, DF)
+            k0, sk, lk = _slot_keys(kbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, DF)
         f = _phi(f, FM)
         k0 = _phi(k0, FM)
         g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
@@ -249,6 +276,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
         x = tl.where(causal, _mm0(f, tl.trans(k0), PREC), 0.0).to(GD)
         y = _mm0(f.to(GD), tl.trans(sk), PREC)
         if N > 1:
+            pre = tl.load(pre_ptr + at * M + mm, mask=mm < M, other=0.0)[None, :]
             y = _mm(f.to(GD), tl.trans(lk), y * pre, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
@@ -282,6 +310,10 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
             s = _exp2(s * POST - _safe(m_w)[:, None])
             d = _exp2(d * POST - _safe(m_w)[:, None])
             l_w = tl.sum(s, 1) + tl.sum(d, 1)
+        if not AHEAD:
+            v0, sv, lv = _slot_values(vbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, VB)
+            if TWO:
+                v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
         m = tl.maximum(m_s, m_w)
         fs = _exp2(m_s - _safe(m))
         fw = _exp2(m_w - _safe(m))
