@@ -2,9 +2,10 @@
 
 Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
 window 64, the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its
-kernels. The chunks of a super-chunk are chosen by the whole forward pass. The best chunk that
-passes the benchmark's check with those launches goes to pallas_kernels/tuned/gpu_<device>.json,
-which the kernels read: nothing is tuned while a model runs.
+kernels. The chunks of a super-chunk are chosen by the whole forward pass, and whether dslot has the
+window side too by forward + backward. The best chunk that passes the benchmark's check with those
+launches goes to pallas_kernels/tuned/gpu_<device>.json, which the kernels read: nothing is tuned
+while a model runs.
 """
 
 from __future__ import annotations
@@ -134,17 +135,22 @@ def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> l
     return rows
 
 
-def whole(shape: Any, tiles: Tiles) -> float:
-    """Milliseconds of the whole forward pass."""
+def whole(shape: Any, tiles: Tiles, gradients: bool = False) -> float:
+    """Milliseconds of the whole forward pass, or of forward + backward."""
     import jax
 
     from pallas_kernels import bench
     from pallas_kernels.gpu import attention
 
     spec = bench.Spec(WINDOW, WINDOW, shape.d**-0.5)
-    args = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)[:-1]
+    args = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
+    function = bench.ours(spec, LENGTH, shape.d)
+    if gradients:
+        function = bench.with_gradients(function)
+    else:
+        args.pop()
     with mock.patch.object(attention, "choose", return_value=tiles):
-        run = jax.jit(bench.ours(spec, LENGTH, shape.d)).lower(*args).compile()
+        run = jax.jit(function).lower(*args).compile()
     return bench.milliseconds(run, *args, repeat=20)
 
 
@@ -178,6 +184,9 @@ def main() -> None:
             times = {n: whole(s, dataclasses.replace(choice, states=n)) for n in STATES}
             print(name, "chunks of a super-chunk:", times, flush=True)
             choice = dataclasses.replace(choice, states=min(times, key=times.__getitem__))
+            times = {n: whole(s, dataclasses.replace(choice, merged=n), True) for n in (0, 1)}
+            print(name, "dslot without and with the window side:", times, flush=True)
+            choice = dataclasses.replace(choice, merged=min(times, key=times.__getitem__))
             with mock.patch.object(attention, "choose", return_value=choice):
                 worst = max(bench.check(s, spec).values())
             print(name, f"chunk {chunk}: {totals[chunk]:.3f} ms, error {worst:.1e}", flush=True)

@@ -311,13 +311,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
         )  # fmt: skip
     if c.slots:
         dlast = jnp.concatenate([dlast_k, dlast_v], -1).astype(f32).reshape(B * H, M, width)
-        tall = max(1024 // _pow2(width), 1)
-        dst, dfirst, cross = launch.call(
-            kernels.dscan_kernel, dst, dec, dlast, st, NC,
-            out=[demand, _sds((B * H, M, width), f32), _sds((B * H, NC, M), f32)],
-            grid=B * H * -(-M // tall), num_warps=4, aliases={0: 0},
-            N=width, M=M, ROWS=tall, NB=_pow2(width), U=8,
-        )  # fmt: skip
+        dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
     tiles_k = -(-S // C)

@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF005, RUF059, SIM300
+# ruff: noqa: E501, RUF059, SIM300
 # fmt: off
 """Triton kernels of Native Hybrid Attention: backward. Notation as in kernels.py, and
 
@@ -445,47 +445,6 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
     base = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
     _put(base, dk, mm, mm < M, D + V, D, DB)
     _put(base + D, dv, mm, mm < M, D + V, V, VB)
-
-
-@triton.jit
-def dscan_kernel(x_in, dec_ptr, last_ptr, st_ptr, NC, x_ptr, first_ptr, cross_ptr, N: tl.constexpr, M: tl.constexpr,
-                 ROWS: tl.constexpr, NB: tl.constexpr, U: tl.constexpr):
-    """In place, from x[NC] = last: x[c] += dec[c] x[c+1] for c = NC-1 .. 0.
-
-    x: [rows, NC + 1, M, N], the gradient of the states st; the first one is also written in float32.
-    cross[rows, NC, M] is what passes through each chunk, dec <x after it, st before it>.
-    """
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = (M + ROWS - 1) // ROWS
-    r = (pid // blocks).to(tl.int64)
-    m = (pid % blocks) * ROWS + tl.arange(0, ROWS)
-    n = tl.arange(0, NB)
-    here = m < M
-    ok = here[:, None] & (n < N)[None, :]
-    e = m[:, None] * N + n[None, :]
-    s = tl.load(last_ptr + r * (M * N) + e, mask=ok, other=0.0)
-    dec = dec_ptr + r * NC * M + m
-    x0 = r * (NC + 1)
-    tl.store(x_ptr + (x0 + NC) * (M * N) + e, s.to(x_ptr.dtype.element_ty), mask=ok)
-    for i0 in range(0, NC, U):
-        # all loads of a block first: the recurrence then waits for memory once per U chunks
-        xs = ()
-        ds = ()
-        ys = ()
-        for u in tl.static_range(U):
-            c = NC - 1 - (i0 + u)
-            at = (x0 + c) * (M * N) + e
-            in_range = i0 + u < NC
-            xs = xs + (tl.load(x_in + at, mask=ok & in_range, other=0.0),)
-            ds = ds + (tl.load(dec + c * M, mask=here & in_range, other=1.0),)
-            ys = ys + (tl.load(st_ptr + at, mask=ok & in_range, other=0.0),)
-        for u in tl.static_range(U):
-            c = NC - 1 - (i0 + u)
-            in_range = i0 + u < NC
-            tl.store(cross_ptr + (r * NC + c) * M + m, ds[u] * tl.sum(s * ys[u].to(tl.float32), 1), mask=here & in_range)
-            s = ds[u][:, None] * s + xs[u].to(tl.float32)
-            tl.store(x_ptr + (x0 + c) * (M * N) + e, s.to(x_ptr.dtype.element_ty), mask=ok & in_range)
-    tl.store(first_ptr + r * (M * N) + e, s, mask=ok)
 
 
 @triton.jit

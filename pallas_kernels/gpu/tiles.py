@@ -29,9 +29,9 @@ PLAIN = Launch()
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how
-    each kernel is launched; ``states``, the chunks of a super-chunk (a power of two), before each
-    of which the forward pass scans a state where only outputs are wanted; and ``merged``, whether
-    the window side of dk, dv is dslot's work too, where it can be (0 or 1).
+    each kernel is launched, and the chunks of a super-chunk (a power of two), before each of which
+    the forward pass scans a state where only outputs are wanted; merged: 1 where dslot has the
+    window side of dk, dv too, if it can.
 
     Stages above 1 of ``output``, where window, lag and chunk are one: every tile is loaded ahead,
     which takes shared memory; with wider windows, the depth of the pipeline of key tiles."""

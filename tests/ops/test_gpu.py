@@ -28,10 +28,19 @@ WIDTHS = [  # head_dim, value_dim, slots
 ]  # fmt: skip
 
 
+# log_alpha's gradient of 32 numbers: the rounding of o in delta = do.o does not average out
+FEW = {("packed", "bfloat16"): 3e-2, ("packed", "float16"): 5e-3}
+
+
 def compared(case, dtype):
     with jax.enable_x64(True):
         truth = suite.run(case, "reference", jnp.float64)
     results = suite.run(case, "triton", jnp.dtype(dtype))
+    few = FEW.get((case.name, dtype))
+    if few:
+        gates = results.pop("grad x.log_alpha"), truth.pop("grad x.log_alpha")
+        assert suite.error(*gates) <= few
+        assert suite.error(np.zeros_like(gates[0]), gates[1]) > few
     return suite.compare(results, truth, dtype, suite.KERNEL_TOLERANCE)
 
 

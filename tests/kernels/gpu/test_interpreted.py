@@ -23,7 +23,8 @@ CASES = {
     "documents_whole": dict(
         T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1, tiles=Tiles(16, merged=1)
     ),
-    "long_window": dict(T=72, window=48, HQ=1),
+    "long_window": dict(T=72, window=48, HQ=1, tiles=Tiles(16, merged=1)),
+    "wide_window": dict(T=75, window=41),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
@@ -45,8 +46,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(launch, "call", interpret.call)
 
 
-def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none", empty="masked",
-          rope=True, doc=None, init=False, gate=1.0, open_=False, tiles=None):  # fmt: skip
+def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none",
+          empty="masked", rope=True, doc=None, init=False, gate=1.0, open_=False,
+          tiles=None):  # fmt: skip
     r = np.random.default_rng(0)
     s = halo + T
     n = r.standard_normal
@@ -95,7 +97,7 @@ def test_forward_and_gradients(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["merged_gqa", "documents", "strong_gates", "slots_only", "long_window"]
+    "name", ["merged_gqa", "documents", "strong_gates", "slots_only", "wide_window"]
 )
 def test_states_of_super_chunks(name, monkeypatch):
     """Outputs alone, one scanned state for 2 chunks: the same as with what a gradient needs."""
