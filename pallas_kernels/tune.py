@@ -2,10 +2,9 @@
 
 Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
 window 64, the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its
-kernels. The chunks of a super-chunk are chosen by the whole forward pass, and whether dslot has the
-window side too by forward + backward. The best chunk that passes the benchmark's check with those
-launches goes to pallas_kernels/tuned/gpu_<device>.json, which the kernels read: nothing is tuned
-while a model runs.
+kernels; whether dslot has the window side too is decided by forward + backward. The best chunk that
+passes the benchmark's check with those launches goes to pallas_kernels/tuned/gpu_<device>.json,
+which the kernels read: nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from pallas_kernels.gpu.tiles import key as tile_key
 FOLDER = Path(__file__).parent / "tuned"
 LENGTH, WINDOW = 8192, 64
 STACKED = "output", "dq", "dslot"
-STATES = 1, 4, 8
 
 
 def candidates(kernel: str, chunk: int, group: int) -> Iterator[Launch]:
@@ -135,8 +133,8 @@ def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> l
     return rows
 
 
-def whole(shape: Any, tiles: Tiles, gradients: bool = False) -> float:
-    """Milliseconds of the whole forward pass, or of forward + backward."""
+def whole(shape: Any, tiles: Tiles) -> float:
+    """Milliseconds of forward + backward."""
     import jax
 
     from pallas_kernels import bench
@@ -144,11 +142,7 @@ def whole(shape: Any, tiles: Tiles, gradients: bool = False) -> float:
 
     spec = bench.Spec(WINDOW, WINDOW, shape.d**-0.5)
     args = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
-    function = bench.ours(spec, LENGTH, shape.d)
-    if gradients:
-        function = bench.with_gradients(function)
-    else:
-        args.pop()
+    function = bench.with_gradients(bench.ours(spec, LENGTH, shape.d))
     with mock.patch.object(attention, "choose", return_value=tiles):
         run = jax.jit(function).lower(*args).compile()
     return bench.milliseconds(run, *args, repeat=20)
@@ -181,10 +175,7 @@ def main() -> None:
         for chunk in sorted(a.chunks, key=totals.__getitem__):
             launches: dict[str, Any] = {k: v[1] for (c, k), v in best.items() if c == chunk}
             choice = Tiles(chunk, **launches)
-            times = {n: whole(s, dataclasses.replace(choice, states=n)) for n in STATES}
-            print(name, "chunks of a super-chunk:", times, flush=True)
-            choice = dataclasses.replace(choice, states=min(times, key=times.__getitem__))
-            times = {n: whole(s, dataclasses.replace(choice, merged=n), True) for n in (0, 1)}
+            times = {n: whole(s, dataclasses.replace(choice, merged=n)) for n in (0, 1)}
             print(name, "dslot without and with the window side:", times, flush=True)
             choice = dataclasses.replace(choice, merged=min(times, key=times.__getitem__))
             with mock.patch.object(attention, "choose", return_value=choice):

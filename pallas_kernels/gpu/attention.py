@@ -125,15 +125,6 @@ class _Call:
         """Query heads to stack: as many as wanted where the group allows."""
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
 
-    def states(self) -> int:
-        """Chunks of a super-chunk where only outputs are wanted: the choice's, or less where too few
-        programs would walk them to fill a GPU; 1 where a float32 state does not fit their registers."""
-        wide = self.gate_dtype == jnp.float32 and self.D + self.V > 128
-        n = self.tiles.states if self.slots and not wide else 1
-        while n > 1 and self.B * self.H * -(-self.NC // n) < 512:
-            n //= 2
-        return n
-
 
 def _optional(cos, sin, doc, visible0, halo, T, dtype):
     """Arrays for the absent optional inputs, and the running document of each query.
@@ -173,9 +164,8 @@ def _both(call: _Call, kernel, *args, out, grid, **constants):
     )  # fmt: skip
 
 
-def _scan(call: _Call, x, dec, init, st=None, chunks=None):
-    """Scan over the chunks (or super-chunks: how many), in place; given the states st, backwards, with
-    <x, st> after each chunk."""
+def _scan(call: _Call, x, dec, init, st=None):
+    """Scan over the chunks, in place; given the states st, backwards, with <x, st> after each chunk."""
     from pallas_kernels.gpu import kernels
 
     rows = call.B * call.H
@@ -184,7 +174,7 @@ def _scan(call: _Call, x, dec, init, st=None, chunks=None):
     tall = max(1024 // wide, 1)
     none = jnp.zeros((1,), jnp.float32)
     return launch.call(
-        kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, chunks or call.NC,
+        kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, call.NC,
         out=[
             _sds(x.shape, x.dtype), _sds((rows, M, N), jnp.float32),
             _sds((1,) if st is None else (rows, call.NC, M), jnp.float32),
@@ -202,10 +192,7 @@ def _rotated(k, cos, sin):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(k.dtype)
 
 
-def _forward(
-    q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None, kept=True
-):
-    """Results and, where they are to be kept, what the backward pass reads."""
+def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None):
     from pallas_kernels.gpu import forward_kernels
 
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
@@ -214,45 +201,34 @@ def _forward(
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     width, f32 = c.D + c.V, jnp.float32
     heads = c.heads(c.tiles.output.heads)
-    N = 1 if kept else c.states()  # the backward pass reads the state before each chunk
-    NS = -(-NC // N)
     if c.slots:
         rows = _sds((B * H, NC, M), f32)
-        none = _sds((1,), f32)
-        st, dec, total, strong, whole, local, pre = launch.call(
-            forward_kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC, NS,
-            out=[
-                _sds((B * H, NS + 1, M, width), c.gate_dtype), rows, rows, _sds((B * H, NC), jnp.int32),
-                _sds((B * H, NS, M), f32) if N > 1 else none,
-                _sds((B * H, NC, M, width), c.gate_dtype) if N > 1 else none, rows if N > 1 else none,
-            ],
-            grid=NS * B * H, **c.tiles.state.options, STAGES=c.tiles.state.stages, N=N,
+        st, dec, total, strong = launch.call(
+            forward_kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC,
+            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype), rows, rows, _sds((B * H, NC), jnp.int32)],
+            grid=NC * B * H, **c.tiles.state.options,
             **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
         )  # fmt: skip
         init = None
         if c.init:
             init = jnp.concatenate([slot_k0, slot_v0], -1).astype(f32)
             init = init.reshape(B * H, M, width)
-        st, last, _ = _scan(c, st, whole if N > 1 else dec, init, chunks=NS)
+        st, last, _ = _scan(c, st, dec, init)
         last = last.reshape(B, H, M, width)
     else:
         st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
-        local, pre = st, dec
         last = jnp.zeros((B, H, 0, width), f32)
-    alone = (
-        c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
-    )  # rotates its two tiles itself
-    keys = k if cos is None or spec.window == 0 or alone else _rotated(k, cos, sin)
+    # a window of two tiles, the one being written first: its programs rotate them themselves
+    two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
+    keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos, sin)
     o, lse_s, lse_w = _both(
-        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, local, pre, cos_, sin_, doc_, cur, vis,
-        T, S, spec.halo, NC, NS, c.rope_batch,
+        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis,
+        T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
-        grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, N=N,
+        grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages,
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, DF=c.full["DB"], GB=heads,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
-    if not kept:
-        return results, None
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
     return results, (*inputs, o, lse_s, lse_w, st, dec, total, strong)
 
@@ -369,9 +345,7 @@ def forward(
     Returns o [B,T,HQ,V] in v's dtype, lse_slot and lse_window [B,T,HQ] float32 (natural log, -inf
     where that side is empty), and the final slots [B,H,M,D], [B,H,M,V] float32.
     """
-    return _forward(
-        q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, kept=False
-    )[0]
+    return _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec)[0]
 
 
 def _forward_rule(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec):

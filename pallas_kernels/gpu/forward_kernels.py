@@ -1,13 +1,6 @@
 # ruff: noqa: E501, RUF059, SIM300
 # fmt: off
-"""Triton kernels of the forward pass: states, then outputs. Notation and shared parts: kernels.py.
-
-  N   chunks of a super-chunk, whose states one program walks
-  NS  super-chunks of a row: ceil(NC / N)
-
-Where N > 1, the state before a chunk is pre (.) (state before its super-chunk) + what the super-chunk's earlier
-chunks left (loc), pre being what they keep; only the states before super-chunks are scanned.
-"""
+"""Triton kernels of the forward pass: states, then outputs. Notation and shared parts: kernels.py."""
 
 import triton
 import triton.language as tl
@@ -40,71 +33,49 @@ from pallas_kernels.gpu.kernels import (
 
 
 @triton.jit
-def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, NS, st_ptr, dec_ptr, total_ptr, strong_ptr, whole_ptr, loc_ptr, pre_ptr,
+def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, total_ptr, strong_ptr,
                  H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """What super-chunk s adds to the state, at st[s + 1].
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """What chunk c adds to the state, at st[c + 1].
 
     Of each chunk: how much of the earlier state it keeps, dec (0 where a document ends in it); 2^total; and
-    strong: 2 where its gates need levels, else 1 where a document ends in it. Where N > 1: whole[s], dec of the
-    super-chunk, and loc and pre of each chunk.
+    strong: 2 where its gates need levels, else 1 where a document ends in it.
     """
-    h0, h, s, b = _chunk(tl.program_id(0), H, 1, 1, NS)
+    h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
     i = tl.arange(0, C)
     cols = tl.arange(0, MB)
     ok = cols < M
     doc = doc_ptr + b * S
-    kbase = k_ptr + (b * S * H + h) * D
-    vbase = v_ptr + (b * S * H + h) * V
-    lab = la_ptr + (b * S * H + h) * M
-    sk = tl.zeros((MB, DB), tl.float32)
-    sv = tl.zeros((MB, VB), tl.float32)
-    whole = tl.full((MB,), 1.0, tl.float32)
-    for u in tl.range(0, N, num_stages=STAGES):
-        c = s * N + u
-        t0 = c * C
-        row0 = halo + t0 - LAG
-        n = T - t0
-        at = row0.to(tl.int64)
-        act = (i < n) & (row0 + i >= 0)
-        k = _phi(_tile(kbase + at * (H * D), i, act, H * D, D, DB), FM)
-        v = _tile(vbase + at * (H * V), i, act, H * V, V, VB)
-        g, w = _sums(lab, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD)
-        total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
-        decay = _exp2(total)
-        keep = decay
-        end = w * _exp2(tl.minimum(total[None, :] - g, 0.0))
-        if HAS_DOC:
-            cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-            cur_start = tl.load(cur_ptr + b * T + tl.minimum(t0, T) - 1, mask=t0 > 0, other=1)
-            dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
-            end = tl.where((dq == cur_end)[:, None], end, 0.0)
-            keep = tl.where(cur_end == cur_start, keep, 0.0)
-        row = (b * H + h) * NC + c
-        tl.store(dec_ptr + row * M + cols, keep, mask=ok & (c < NC))
-        tl.store(total_ptr + row * M + cols, decay, mask=ok & (c < NC))
-        # the gates' gradient needs them too where a short last chunk sums to much (docs/gpu_kernels.md)
-        most = -tl.minimum(SPAN - 0.05, 4.0 * n)
-        strong = tl.where(tl.min(total) < most, 2, (tl.min(keep) == 0).to(tl.int32))
-        tl.store(strong_ptr + row, strong, mask=c < NC)
-        wt = tl.trans(end.to(GD))
-        if N > 1:
-            mine = ok & (c < NC)
-            _put(loc_ptr + row * (M * (D + V)), sk, cols, mine, D + V, D, DB)
-            _put(loc_ptr + row * (M * (D + V)) + D, sv, cols, mine, D + V, V, VB)
-            tl.store(pre_ptr + row * M + cols, whole, mask=mine)
-            sk = _mm(wt, k.to(GD), sk * keep[:, None], GPREC)
-            sv = _mm(wt, v.to(GD), sv * keep[:, None], GPREC)
-            whole *= keep
-        else:
-            sk = _mm0(wt, k.to(GD), GPREC)
-            sv = _mm0(wt, v.to(GD), GPREC)
-    base = st_ptr + ((b * H + h) * (NS + 1) + s + 1) * (M * (D + V))
-    _put(base, sk, cols, ok, D + V, D, DB)
-    _put(base + D, sv, cols, ok, D + V, V, VB)
-    if N > 1:
-        tl.store(whole_ptr + ((b * H + h) * NS + s) * M + cols, whole, mask=ok)
+    t0 = c * C
+    row0 = halo + t0 - LAG
+    n = T - t0
+    at = b * S + row0.to(tl.int64)
+    act = (i < n) & (row0 + i >= 0)
+    k = _phi(_tile(k_ptr + (at * H + h) * D, i, act, H * D, D, DB), FM)
+    v = _tile(v_ptr + (at * H + h) * V, i, act, H * V, V, VB)
+    g, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD)
+    total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
+    decay = _exp2(total)
+    keep = decay
+    end = w * _exp2(tl.minimum(total[None, :] - g, 0.0))
+    if HAS_DOC:
+        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
+        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+        dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
+        end = tl.where((dq == cur_end)[:, None], end, 0.0)
+        keep = tl.where(cur_end == cur_start, keep, 0.0)
+    row = (b * H + h) * NC + c
+    tl.store(dec_ptr + row * M + cols, keep, mask=ok)
+    tl.store(total_ptr + row * M + cols, decay, mask=ok)
+    # the gates' gradient needs them too where a short last chunk sums to much (docs/gpu_kernels.md)
+    most = -tl.minimum(SPAN - 0.05, 4.0 * n)
+    strong = tl.where(tl.min(total) < most, 2, (tl.min(keep) == 0).to(tl.int32))
+    tl.store(strong_ptr + row, strong)
+    wt = tl.trans(end.to(GD))
+    base = st_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
+    _put(base, _mm0(wt, k.to(GD), GPREC), cols, ok, D + V, D, DB)
+    _put(base + D, _mm0(wt, v.to(GD), GPREC), cols, ok, D + V, V, VB)
 
 
 @triton.jit
@@ -148,36 +119,12 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
 
 
 @triton.jit
-def _slot_keys(kbase, at0, stb, loc, j, kok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-               N: tl.constexpr, DF: tl.constexpr):
-    """Keys of the rows being written, of the state before the super-chunk and, where N > 1, of what its chunks left."""
-    k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
-    sk = _tile(stb, mm, mm < M, D + V, D, DF)
-    if N > 1:
-        return k0, sk, _tile(loc, mm, mm < M, D + V, D, DF)
-    else:
-        return k0, sk, sk
-
-
-@triton.jit
-def _slot_values(vbase, at0, stb, loc, j, kok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 N: tl.constexpr, VB: tl.constexpr):
-    """The same of the values."""
-    v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
-    sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-    if N > 1:
-        return v0, sv, _tile(loc + D, mm, mm < M, D + V, V, VB)
-    else:
-        return v0, sv, sv
-
-
-@triton.jit
-def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-            T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
+def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+            T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
             scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
             SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
             GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
@@ -222,14 +169,14 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
         krow = row0 + j
         kok = (krow >= 0) & (krow < S)
         at0 = row0.to(tl.int64)
-        stb = st_ptr + ((b * H + h) * (NS + 1) + c // N) * (M * (D + V))
-        at = (b * H + h) * NC + c
-        loc = loc_ptr + at * (M * (D + V))
+        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
     if AHEAD or TWO:
         f = _tile(qbase, qrows, live, D, D, DF)
-        k0, sk, lk = _slot_keys(kbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, DF)
+        k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
+        sk = _tile(stb, mm, mm < M, D + V, D, DF)
     if AHEAD:
-        v0, sv, lv = _slot_values(vbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, VB)
+        v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
+        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
     if TWO:
         p1, p2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, False)
         jok = t0 + j < T
@@ -260,7 +207,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
     if SLOTS:
         if not (AHEAD or TWO):
             f = _tile(qbase, qrows, live, D, D, DF)
-            k0, sk, lk = _slot_keys(kbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, DF)
+            k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
+            sk = _tile(stb, mm, mm < M, D + V, D, DF)
         f = _phi(f, FM)
         k0 = _phi(k0, FM)
         g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
@@ -275,9 +223,6 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
             old = qdoc == cur_start
         x = tl.where(causal, _mm0(f, tl.trans(k0), PREC), 0.0).to(GD)
         y = _mm0(f.to(GD), tl.trans(sk), PREC)
-        if N > 1:
-            pre = tl.load(pre_ptr + at * M + mm, mask=mm < M, other=0.0)[None, :]
-            y = _mm(f.to(GD), tl.trans(lk), y * pre, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
         y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
@@ -311,7 +256,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
             d = _exp2(d * POST - _safe(m_w)[:, None])
             l_w = tl.sum(s, 1) + tl.sum(d, 1)
         if not AHEAD:
-            v0, sv, lv = _slot_values(vbase, at0, stb, loc, j, kok, mm, H, D, V, M, N, VB)
+            v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
+            sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
             if TWO:
                 v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
         m = tl.maximum(m_s, m_w)
@@ -324,7 +270,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
         a = tl.where(causal, a, 0.0) * fs[:, None]
         if HAS_DOC:
             p = tl.where(old[:, None], p, 0.0)
-        slots = _mm0(p, sv, PREC) if N == 1 else _mm(p, lv, _mm0((p * pre).to(GD), sv, PREC), PREC)
+        slots = _mm0(p, sv, PREC)
         if TWO:
             acc = _mm((a + s * fw[:, None]).to(TD), v0, slots * fs[:, None], PREC)
             acc = _mm((d * fw[:, None]).to(TD), v1, acc, PREC)
@@ -346,13 +292,13 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre
 
 
 @triton.jit
-def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-                  T, S, halo, NC, NS, rope_batch, total,
+def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+                  T, S, halo, NC, rope_batch, total,
                   o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
                   GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Output and both log-sum-exps of one chunk, GB query heads."""
     if STRONG:
@@ -360,9 +306,9 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, loc_p
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-                        vis_ptr, T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
-                        scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, N, STAGES, GB,
+                    _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
+                        vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
+                        scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, GB,
                         DB, DF, VB, MB, STRONG)
     else:
         pid = tl.program_id(0)
@@ -370,6 +316,6 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, loc_p
         if SLOTS:
             # looked at only when results are stored: nothing waits for it
             mine = not _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC)
-        _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, loc_ptr, pre_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-            vis_ptr, T, S, halo, NC, NS, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
-            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, N, STAGES, GB, DB, DF, VB, MB, STRONG)
+        _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
+            vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
+            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, GB, DB, DF, VB, MB, STRONG)

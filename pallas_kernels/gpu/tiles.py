@@ -29,9 +29,7 @@ PLAIN = Launch()
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how
-    each kernel is launched, and the chunks of a super-chunk (a power of two), before each of which
-    the forward pass scans a state where only outputs are wanted; merged: 1 where dslot has the
-    window side of dk, dv too, if it can.
+    each kernel is launched; merged: 1 where dslot has the window side of dk, dv too, if it can.
 
     Stages above 1 of ``output``, where window, lag and chunk are one: every tile is loaded ahead,
     which takes shared memory; with wider windows, the depth of the pipeline of key tiles."""
@@ -43,7 +41,6 @@ class Tiles:
     dstate: Launch = PLAIN
     dslot: Launch = PLAIN
     dwindow: Launch = PLAIN
-    states: int = 1
     merged: int = 0
 
     @classmethod

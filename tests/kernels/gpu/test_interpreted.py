@@ -96,20 +96,6 @@ def test_forward_and_gradients(name):
         assert relative(a, b) < TOLERANCE["gradient"]
 
 
-@pytest.mark.parametrize(
-    "name", ["merged_gqa", "documents", "strong_gates", "slots_only", "wide_window"]
-)
-def test_states_of_super_chunks(name, monkeypatch):
-    """Outputs alone, one scanned state for 2 chunks: the same as with what a gradient needs."""
-    arrays, tables, docs, spec, tiles = build(**CASES[name])
-    want, _ = attention._forward(*arrays, *tables, docs, None, spec, tiles)
-    monkeypatch.setattr(attention._Call, "states", lambda self: 2)
-    got, kept = attention._forward(*arrays, *tables, docs, None, spec, tiles, kept=False)
-    assert kept is None
-    for a, b in zip(got, want, strict=True):
-        assert relative(a, b) < TOLERANCE["o"]
-
-
 def test_tolerance_rejects_wrong_outputs():
     arrays, tables, docs, spec, tiles = build()
     o = attention._forward(*arrays, *tables, docs, None, spec, tiles)[0][0]
