@@ -258,8 +258,9 @@ def _backward(spec, residuals, cotangents, tiles=None):
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
-    # where few programs read a key, each rotates it
-    turn = cos is not None and spec.window <= C + 1 and HQ == H
+    turn = (
+        cos is not None and spec.window <= C + 1
+    )  # where few programs read a key, each rotates it
     keys = k if cos is None or turn else _rotated(k, cos, sin)
     heads = c.heads(c.tiles.dq.heads)
     parts = HQ // H // heads
