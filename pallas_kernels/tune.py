@@ -2,14 +2,16 @@
 
 Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
 window 64, the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its
-kernels. The best chunk that passes the benchmark's check with those launches goes to
-pallas_kernels/tuned/gpu_<device>.json, which the kernels read: nothing is tuned while a model runs.
+kernels; whether dslot has the window side too is decided by forward + backward. The best chunk that
+passes the benchmark's check with those launches goes to pallas_kernels/tuned/gpu_<device>.json,
+which the kernels read: nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -73,7 +75,7 @@ def compiled(shape: Any, chunk: int, kernel: str, choices: list[Launch]) -> list
 
     from pallas_kernels.gpu import launch
 
-    plain = {k: Launch(8 if chunk > 64 else 4) for k in KERNELS}
+    plain: dict[str, Any] = {k: Launch(8 if chunk > 64 else 4) for k in KERNELS}
     base = Tiles(chunk, **plain | {kernel: choices[0]})
     fn, args, options = recorded(shape, base, kernel)
     where = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
@@ -131,6 +133,21 @@ def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> l
     return rows
 
 
+def whole(shape: Any, tiles: Tiles) -> float:
+    """Milliseconds of forward + backward."""
+    import jax
+
+    from pallas_kernels import bench
+    from pallas_kernels.gpu import attention
+
+    spec = bench.Spec(WINDOW, WINDOW, shape.d**-0.5)
+    args = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
+    function = bench.with_gradients(bench.ours(spec, LENGTH, shape.d))
+    with mock.patch.object(attention, "choose", return_value=tiles):
+        run = jax.jit(function).lower(*args).compile()
+    return bench.milliseconds(run, *args, repeat=20)
+
+
 def main() -> None:
     """Command line."""
     from pallas_kernels import bench
@@ -156,7 +173,11 @@ def main() -> None:
         spec = bench.Spec(WINDOW, WINDOW, s.d**-0.5)
         totals = {c: sum(ms for key, (ms, _) in best.items() if key[0] == c) for c in a.chunks}
         for chunk in sorted(a.chunks, key=totals.__getitem__):
-            choice = Tiles(chunk, **{k: best[chunk, k][1] for k in KERNELS if (chunk, k) in best})
+            launches: dict[str, Any] = {k: v[1] for (c, k), v in best.items() if c == chunk}
+            choice = Tiles(chunk, **launches)
+            times = {n: whole(s, dataclasses.replace(choice, merged=n)) for n in (0, 1)}
+            print(name, "dslot without and with the window side:", times, flush=True)
+            choice = dataclasses.replace(choice, merged=min(times, key=times.__getitem__))
             with mock.patch.object(attention, "choose", return_value=choice):
                 worst = max(bench.check(s, spec).values())
             print(name, f"chunk {chunk}: {totals[chunk]:.3f} ms, error {worst:.1e}", flush=True)

@@ -1,12 +1,13 @@
 # ruff: noqa: E501
 """Native Hybrid Attention on NVIDIA GPUs: forward, backward and their coverage.
 
-See docs/gpu_kernels.md for the derivation; kernels.py holds the kernels.
+See docs/gpu_kernels.md for the derivation; kernels.py, forward_kernels.py and backward_kernels.py hold the kernels.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels.gpu import launch
 from pallas_kernels.gpu.tiles import Tiles, choose
 
 DTYPES = ("bfloat16", "float16", "float32")
+LOG2E = math.log2(math.e)
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -182,48 +184,73 @@ def _scan(call: _Call, x, dec, init, st=None):
     )  # fmt: skip
 
 
+def _rotated(k, cos, sin):
+    """RoPE of the keys, for windows whose tiles many programs read."""
+    cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
+    a, b = jnp.split(k.astype(jnp.float32), 2, -1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(k.dtype)
+
+
 def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None):
-    from pallas_kernels.gpu import kernels
+    from pallas_kernels.gpu import forward_kernels
 
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, spec.halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
-    width = c.D + c.V
+    width, f32 = c.D + c.V, jnp.float32
+    heads = c.heads(c.tiles.output.heads)
     if c.slots:
-        st, dec, strong = launch.call(
-            kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC,
-            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype), _sds((B * H, NC, M), jnp.float32), _sds((B * H, NC), jnp.int32)],
+        rows = _sds((B * H, NC, M), f32)
+        st, dec, total, strong = launch.call(
+            forward_kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC,
+            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype), rows, rows, _sds((B * H, NC), jnp.int32)],
             grid=NC * B * H, **c.tiles.state.options,
             **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
         )  # fmt: skip
         init = None
         if c.init:
-            init = jnp.concatenate([slot_k0, slot_v0], -1).astype(jnp.float32)
+            init = jnp.concatenate([slot_k0, slot_v0], -1).astype(f32)
             init = init.reshape(B * H, M, width)
         st, last, _ = _scan(c, st, dec, init)
         last = last.reshape(B, H, M, width)
     else:
-        st, dec, strong = (jnp.zeros((1,), x) for x in (v.dtype, jnp.float32, jnp.int32))
-        last = jnp.zeros((B, H, 0, width), jnp.float32)
-    heads = c.heads(c.tiles.output.heads)
+        st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
+        last = jnp.zeros((B, H, 0, width), f32)
+    # a window of two tiles, the one being written first: its programs rotate them themselves
+    two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
+    keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos, sin)
     o, lse_s, lse_w = _both(
-        c, kernels.output_kernel, q, k, v, la, strong, st, cos_, sin_, doc_, cur, vis,
+        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
-        out=[_sds((B, T, HQ, c.V), v.dtype)] + [_sds((B, T, HQ), jnp.float32)] * 2,
-        grid=NC * B * (HQ // heads), **c.tiles.output.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+        out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
+        grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, DF=c.full["DB"], GB=heads,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
-    kept = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, o, lse_s, lse_w, st, dec
-    return results, (*kept, strong)
+    inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
+    return results, (*inputs, o, lse_s, lse_w, st, dec, total, strong)
+
+
+def _lse(lse_s, lse_w, dls, dlw):
+    """Log-sum-exp of both sides, base 2, +inf for empty rows, and what a gradient of each side's
+    takes from delta = do.o: dlse_side e^(lse - lse_side)."""
+    lse = jnp.logaddexp(lse_s, lse_w)
+    full = jnp.isfinite(lse)
+
+    def push(side, d):
+        gap = jnp.where(jnp.isfinite(side), lse - side, 0.0)
+        return d * jnp.exp(jnp.minimum(gap, 70.0))
+
+    return jnp.where(full, lse * LOG2E, jnp.inf), push(lse_s, dls), push(lse_w, dlw)
 
 
 def _backward(spec, residuals, cotangents, tiles=None):
-    from pallas_kernels.gpu import kernels
+    from pallas_kernels.gpu import backward_kernels as kernels
 
     q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, *kept = residuals
-    o, lse_s, lse_w, st, dec, strong = kept
+    o, lse_s, lse_w, st, dec, total, strong = kept
     do, dls, dlw, dlast_k, dlast_v = cotangents
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
@@ -231,21 +258,25 @@ def _backward(spec, residuals, cotangents, tiles=None):
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
-    mrows = (B, T, HQ, M) if c.slots else (1,)
+    turn = (
+        cos is not None and spec.window <= C + 1
+    )  # where few programs read a key, each rotates it
+    keys = k if cos is None or turn else _rotated(k, cos, sin)
     heads = c.heads(c.tiles.dq.heads)
-    alone = c.slots and heads == HQ // H
+    parts = HQ // H // heads
+    alone = c.slots and parts == 1
     demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
-    dq, dl, p, side, lse, delta, dst = _both(
-        c, kernels.dq_kernel, q, k, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do, lse_s, lse_w,
-        dls.astype(f32), dlw.astype(f32),
-        T, S, halo, NC, c.rope_batch,
+    lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
+    dq, dl, p, side, delta, dst = _both(
+        c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
+        lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
         out=[
-            _sds(q.shape, q.dtype), *[_sds(mrows, c.gate_dtype)] * 2, _sds(mrows, f32),
-            *[_sds((B, T, HQ), f32)] * 2,
+            _sds(q.shape, q.dtype), *[_sds((B, T, HQ, M) if c.slots else (1,), c.gate_dtype)] * 2,
+            _sds((B, T, H * parts, M) if c.slots else (1,), f32), _sds((B, T, HQ), f32),
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads,
     )  # fmt: skip
     dfirst = None
     if c.slots and not alone:
@@ -258,31 +289,36 @@ def _backward(spec, residuals, cotangents, tiles=None):
     if c.slots:
         dlast = jnp.concatenate([dlast_k, dlast_v], -1).astype(f32).reshape(B * H, M, width)
         dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
-    none = jnp.zeros((1,), v.dtype)
-    dk = dv = none
+    dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
+    tiles_k = -(-S // C)
+    shift = (spec.slot_lag - halo) // C
+    whole = (halo % C, spec.slot_lag % C) == (0, 0) and D == _pow2(D) >= 32
+    # one kernel for both sides of a tile of keys, where a chunk writes a whole tile
+    once = c.tiles.merged and spec.window > 0 and c.slots and whole
     if c.slots:
-        # rows that no query writes to the slots: zeros, where nothing else fills them
         dk, dv, dla = _both(
-            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, cross, dst, doc_, cur, side,
-            T, S, halo, NC,
+            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur, side,
+            cos_, sin_, lse, delta, T, S, halo, NC, tiles_k if once else NC, c.rope_batch,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
-            grid=NC * B * H, **c.tiles.dslot.options,
-            zeroed=(2,) if spec.window > 0 else (0, 1, 2),
-            HQ=HQ, **c.shape, **c.lag, **c.precision,
-            GB=c.heads(c.tiles.dslot.heads), **c.pads, **c.full,
+            grid=(tiles_k if once else NC) * B * H, **c.tiles.dslot.options,
+            zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
+            HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window if once else 0, **c.lag,
+            ROPE=cos is not None, **c.precision, GB=c.heads(c.tiles.dslot.heads), NSIDE=parts,
+            SHIFT=shift if once else 0, **c.pads, **c.full,
         )  # fmt: skip
-    if spec.window > 0:
-        keys = -(-S // C)
-        dk, dv = launch.call(
-            kernels.dwindow_kernel, q, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
-            T, S, halo, keys, c.rope_batch,
-            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype)],
-            grid=keys * B * H, aliases={9: 0, 10: 1} if c.slots else None, **c.tiles.dwindow.options,
+    if spec.window > 0 and not once:
+        dk, dv, filled = launch.call(
+            kernels.dwindow_kernel, q, keys, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
+            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,
+            out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
+            grid=tiles_k * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
+            **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
-            ADD=c.slots, ROPE=cos is not None, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
+            ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
             **c.pads, **c.half,
         )  # fmt: skip
+        dla = filled if c.slots else dla
     dk0 = dv0 = None
     if c.init:
         dfirst = (

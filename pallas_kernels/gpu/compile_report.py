@@ -25,6 +25,7 @@ from pallas_kernels import bench
 from pallas_kernels.gpu import attention, launch, tiles
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
+DEVICES = {80: "a100", 90: "h100", 100: "b200"}  # whose tile choices are compiled
 POINTERS = {"bfloat16": "*bf16", "float32": "*fp32", "float16": "*fp16", "int32": "*i32"}
 
 
@@ -63,10 +64,9 @@ def compiled(kernel: Any, args: tuple, out: list, constants: dict, options: dict
 
 def registers(ptx: str, arch: int) -> tuple[int, int]:
     """Registers of a thread and bytes it spills, from the assembler's own report."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    tool = os.path.join(folder, "ptxas-blackwell" if arch >= 100 else "ptxas")
+    tool = get_ptxas(arch).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
         f.write(ptx)
         f.flush()
@@ -89,7 +89,7 @@ def report(
     choice: tiles.Tiles | None = None,
     only: str = "",
 ) -> list[Row]:
-    """Rows for forward and backward of one shape; without a choice, the H100's committed one."""
+    """Rows for forward and backward of one shape; without a choice, the device's own."""
     rows = []
 
     def call(
@@ -104,8 +104,8 @@ def report(
             rows.append(Row(name, part, num_warps, num_stages, *used, k.metadata.shared))
         return [jnp.zeros(o.shape, o.dtype) for o in out]
 
-    length = 64
-    args = bench.inputs(shape, 1, length)[:4]
+    length = 8192
+    args = jax.eval_shape(lambda: bench.inputs(shape, bench.TOKENS // length, length)[:4])
     tables = bench.rope(length, shape.d)
 
     def run(*xs):
@@ -113,10 +113,12 @@ def report(
 
     with contextlib.ExitStack() as changed:
         changed.enter_context(mock.patch.object(launch, "call", call))
-        changed.enter_context(mock.patch.object(attention, "device_name", return_value="h100"))
+        changed.enter_context(
+            mock.patch.object(attention, "device_name", return_value=DEVICES[arch])
+        )
         if choice is not None:
             changed.enter_context(mock.patch.object(attention, "choose", return_value=choice))
-        jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](args[0]), *args)
+        jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
     return rows
 
 

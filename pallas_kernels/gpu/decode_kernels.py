@@ -43,7 +43,7 @@ def write_kernel(k_ptr, v_ptr, la_ptr, cos_ptr, sin_ptr, mode_ptr, length_ptr,
             la = tl.load(ring_la_in + row * M + m, mask=m < M, other=0.0)
         writes = p >= LAG
         if M > 0:
-            w = tl.where(writes, _write_weight(la), 0.0)
+            w = tl.where(writes, _write_weight(la, True), 0.0)
             keep = tl.where(writes, tl.exp2(la * LOG2E), 1.0) * tl.where(mode == 2, 0.0, 1.0)
             if writes | (mode == 2):
                 at = (bh * M + m)[:, None] * D + d[None, :]

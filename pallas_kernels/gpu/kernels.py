@@ -1,6 +1,6 @@
-# ruff: noqa: E501, RUF005, RUF059
+# ruff: noqa: E501, RUF005, RUF059, SIM300
 # fmt: off
-"""Triton kernels of Native Hybrid Attention: forward and backward.
+"""Triton kernels of Native Hybrid Attention: what forward_kernels.py and backward_kernels.py share.
 
 Notation (docs/gpu_kernels.md has the derivation):
 
@@ -11,7 +11,6 @@ Notation (docs/gpu_kernels.md has the derivation):
   g        inclusive sum over the chunk of the written tokens' log2 gates   [C, M], <= 0
   w        write weight 1 - alpha                                            [C, M]
   st       states before each chunk: keys in columns 0..D, values in D..D+V  [B*H, NC+1, M, D+V]
-  dst      the loss's gradient for those states, same layout
 
 Decays between two tokens of a chunk, 2^(g_t - g_j), are factored as 2^(g_t - r) 2^(r - g_j) with a
 reference r. One reference serves gates that sum to more than -SPAN; a chunk with stronger gates takes
@@ -44,23 +43,71 @@ def _mm0(a, b, PREC: tl.constexpr):
 
 
 @triton.jit
-def _cumsum(x, C: tl.constexpr, REVERSE: tl.constexpr = False):
-    """Running sums over the rows of x [C, N], on the tensor cores: three bfloat16 parts are float32."""
+def _exp2(x):
+    """2^x without the denormal results (tl.exp2 takes four instructions for them)."""
     if INTERPRETED:
-        return tl.cumsum(x, 0, reverse=REVERSE)
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _log2(x):
+    """log2 to 2^-22 (tl.log2 is a routine of thirty instructions)."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _top16(x):
+    """x with the last 16 bits of its float32 cleared, which bfloat16 holds: a mask is cheaper than a conversion."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _round16(x):
+    """x rounded to what bfloat16 holds, halves up, as bfloat16 and as float32: a conversion for one of them
+    alone takes as long as eight of these instructions."""
+    if INTERPRETED:
+        y = x.to(tl.bfloat16)
+        return y, y.to(tl.float32)
+    else:
+        bits = x.to(tl.int32, bitcast=True) + 32768
+        short = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return short, (bits & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sum_rows(ones, x, PARTS: tl.constexpr):
+    """Sums over the rows of x [C, N] that the mask ones [R, C] names, on the tensor cores: of x cut into 2 or 3
+    bfloat16 parts (3 are float32), or (PARTS = 1) rounded to float16."""
+    if INTERPRETED:
+        return tl.dot(ones.to(tl.float32), x)
+    elif PARTS == 1:
+        return tl.dot(ones.to(tl.float16), x.to(tl.float16))
+    else:
+        ones = ones.to(tl.bfloat16)
+        high = _top16(x)
+        x -= high
+        if PARTS == 2:
+            y = tl.dot(ones, x.to(tl.bfloat16))
+        else:
+            mid = _top16(x)
+            y = tl.dot(ones, (x - mid).to(tl.bfloat16))
+            y = tl.dot(ones, mid.to(tl.bfloat16), y)
+        return tl.dot(ones, high.to(tl.bfloat16), y)
+
+
+@triton.jit
+def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr):
+    """Running sums over the rows of x [C, N]."""
+    if INTERPRETED:
+        return tl.cumsum(x, 0)
     else:
         i = tl.arange(0, C)
-        if REVERSE:
-            ones = (i[:, None] <= i[None, :]).to(tl.bfloat16)
-        else:
-            ones = (i[:, None] >= i[None, :]).to(tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        x -= high.to(tl.float32)
-        mid = x.to(tl.bfloat16)
-        x -= mid.to(tl.float32)
-        y = tl.dot(ones, x.to(tl.bfloat16))
-        y = tl.dot(ones, mid, y)
-        return tl.dot(ones, high, y)
+        return _sum_rows(i[:, None] >= i[None, :], x, PARTS)
 
 
 @triton.jit
@@ -102,24 +149,15 @@ def _phi(x, FM: tl.constexpr):
 
 
 @triton.jit
-def _dphi(g, x, FM: tl.constexpr):
-    """Gradient g of phi(x) taken back to x."""
-    if FM == "silu":
-        y = x.to(tl.float32)
-        s = 1.0 / (1.0 + tl.exp2(-y * LOG2E))
-        return g * (s * (1.0 + y * (1.0 - s)))
-    elif FM == "relu":
-        return tl.where(x > 0, g, 0.0)
+def _write_weight(la, FINE: tl.constexpr):
+    """1 - exp(la), without cancellation for gates near 0; to 2^-16 unless FINE."""
+    if FINE:
+        x = tl.maximum(la, -0.25)
+        series = x * (-1 + x * (-1 / 2 + x * (-1 / 6 + x * (-1 / 24 + x * (-1 / 120 + x * (-1 / 720))))))
+        return tl.where(la > -0.25, series, 1.0 - _exp2(la * LOG2E))
     else:
-        return g
-
-
-@triton.jit
-def _write_weight(la):
-    """1 - exp(la), without cancellation for gates near 0."""
-    x = tl.maximum(la, -0.35)
-    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
-    return tl.where(la > -0.35, -series, 1.0 - tl.exp2(la * LOG2E))
+        series = la * (-1 + la * (-1 / 2 + la * (-1 / 6)))
+        return tl.where(la > -0.06, series, 1.0 - _exp2(la * LOG2E))
 
 
 @triton.jit
@@ -133,7 +171,7 @@ def _stack(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-           HAS_DOC: tl.constexpr):
+           HAS_DOC: tl.constexpr, FINE: tl.constexpr):
     """Gates of the C steps whose written rows start at row0 and whose queries start at row query0.
 
     n: how many steps exist. Pointers stand at the row of index 0. Returns the gate (0 where nothing
@@ -147,7 +185,7 @@ def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, M
         act = act & (dq == dr) & (dq != 0)
     la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB).to(tl.float32)
     la = tl.maximum(la, -SPAN * LN2)  # nothing older is left after such a step anyway
-    return la, _write_weight(la), act
+    return la, _write_weight(la, FINE), act
 
 
 @triton.jit
@@ -160,15 +198,23 @@ def _level(g, w, n):
 
 
 @triton.jit
-def _level_first(g, w):
-    live = g > -SPAN
-    x = tl.maximum(g, -SPAN)
-    return tl.where(live, tl.exp2(x), 0.0), tl.where(live, tl.exp2(-x), 0.0) * w
+def _level_first(g, w, STRONG: tl.constexpr):
+    """Level 0; the only one, without a clamp, in the common copy."""
+    if STRONG:
+        live = g > -SPAN
+        x = tl.maximum(g, -SPAN)
+        return tl.where(live, _exp2(x), 0.0), tl.where(live, _exp2(-x), 0.0) * w
+    else:
+        return _exp2(g), _exp2(-g) * w
 
 
 @triton.jit
-def _reference(g):
-    return -SPAN * (-g / SPAN).to(tl.int32).to(tl.float32)
+def _gate_sums(la, C: tl.constexpr, GD: tl.constexpr):
+    """g of log2 gates la. Gate products in bfloat16 go with gates to 11 bits: that moves no weight by 2^-13."""
+    if GD == tl.bfloat16:
+        return _cumsum(la, C, 1)
+    else:
+        return _cumsum(la, C, 3)
 
 
 @triton.jit
@@ -178,10 +224,10 @@ def _levels(g):
 
 @triton.jit
 def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-          HAS_DOC: tl.constexpr):
+          HAS_DOC: tl.constexpr, GD: tl.constexpr):
     """g and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
-    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC)
-    return _cumsum(la * LOG2E, C), w
+    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
+    return _gate_sums(la * LOG2E, C, GD), w
 
 
 @triton.jit
@@ -190,7 +236,7 @@ def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.
     """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
     y = _mm(x, b0, y0, PREC) * e0
     if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype)
         for n in range(1, levels):
             e, b = _level(g, w, n)
             y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
@@ -203,23 +249,11 @@ def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.conste
     """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
     a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
     if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
+        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype)
         for n in range(1, levels):
             e, b = _level(g, w, n)
             a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
     return a
-
-
-@triton.jit
-def _put_level(ptr, p, e0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-               GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, rows, ok):
-    """Store p[t,m] 2^(g_tm - r) with r the reference of g_tm's level; returns the p that the rounded product means."""
-    if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC)
-        e0 = _stack(tl.exp2(g - _reference(g)), GB, C, MB)
-    y = (p * e0).to(ptr.dtype.element_ty)
-    _put(ptr, y, rows, ok, M, M, MB)
-    return y.to(tl.float32) / e0
 
 
 @triton.jit
@@ -231,13 +265,13 @@ def _chunk(pid, NHG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, NC):
 
 @triton.jit
 def _strong(strong_ptr, pid, total, NHG: tl.constexpr, GB: tl.constexpr, G: tl.constexpr, H: tl.constexpr, NC):
-    """Whether the chunk of a program needs more than one level (or a document ends in it).
+    """Whether the chunk of a program needs more than one level.
 
     Such chunks run a copy of a kernel's body of their own (STRONG), in a second launch, which writes
     into the first one's outputs: the common copy has no trace of the levels, which cost registers.
     """
     h0, h, c, b = _chunk(pid, NHG, GB, G, NC)
-    return tl.load(strong_ptr + (b * H + h) * NC + c, mask=pid < total, other=0) != 0
+    return tl.load(strong_ptr + (b * H + h) * NC + c, mask=pid < total, other=0) == 2
 
 
 @triton.jit
@@ -250,43 +284,6 @@ def _rotate(x1, x2, c, s):
 @triton.jit
 def _safe(m):
     return tl.where(m == NINF, 0.0, m)
-
-
-@triton.jit
-def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, strong_ptr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """What chunk c adds to the state, at st[c + 1], how much of the earlier state it keeps, at dec[c], and
-    whether its gates are strong."""
-    h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
-    i = tl.arange(0, C)
-    t0 = c * C
-    row0 = halo + t0 - LAG
-    n = T - t0
-    doc = doc_ptr + b * S
-    la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC)
-    la = la * LOG2E
-    g = _cumsum(la, C)
-    total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
-    keep = tl.exp2(total)
-    end = w * tl.exp2(tl.minimum(total[None, :] - g, 0.0))
-    if HAS_DOC:
-        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-        dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
-        end = tl.where((dq == cur_end)[:, None], end, 0.0)
-        keep = tl.where(cur_end == cur_start, keep, 0.0)
-    cols = tl.arange(0, MB)
-    tl.store(dec_ptr + ((b * H + h) * NC + c) * M + cols, keep, mask=cols < M)
-    tl.store(strong_ptr + (b * H + h) * NC + c, (tl.min(keep) < 1.3e-29).to(tl.int32))
-    wt = tl.trans(end.to(GD))
-    kbase = k_ptr + (b * S + row0) * (H * D) + h * D
-    k = _phi(_tile(kbase, i, act, H * D, D, DB), FM)
-    base = st_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
-    ok = cols < M
-    _put(base, _mm0(wt, k.to(GD), GPREC), cols, ok, D + V, D, DB)
-    v = _tile(v_ptr + (b * S + row0) * (H * V) + h * V, i, act, H * V, V, VB)
-    _put(base + D, _mm0(wt, v.to(GD), GPREC), cols, ok, D + V, V, VB)
 
 
 @triton.jit
@@ -379,689 +376,3 @@ def _visible(t, live, qdoc, doc_ptr, vis_ptr, b, halo, LAG: tl.constexpr, ZERO: 
                 first = first & (qdoc == 1)
             seen = seen | first
     return seen
-
-
-@triton.jit
-def _output(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-                  T, S, halo, NC, rope_batch,
-                  o_ptr, lse_s_ptr, lse_w_ptr,
-                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    R: tl.constexpr = GB * C
-    DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
-    SD: tl.constexpr = st_ptr.dtype.element_ty
-    NHG: tl.constexpr = HQ // GB
-    NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
-    MERGED: tl.constexpr = SLOTS and WINDOW > 0 and NP > 0 and LAG == NP * C
-    TWO: tl.constexpr = MERGED and NP == 1
-    h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
-    t0 = c * C
-    r0 = halo + t0
-    i = tl.arange(0, R)
-    tok = i % C
-    j = tl.arange(0, C)
-    live = t0 + tok < T
-    doc = doc_ptr + b * S
-    qdoc = tok
-    if HAS_DOC:
-        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
-    qrows = tok * HQ + i // C
-    qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
-    q1 = _tile(qbase, qrows, live, D, DH, DB)
-    q2 = _tile(qbase + DH, qrows, live, D, DH, DB)
-    kbase = k_ptr + (b * S * H + h) * D
-    vbase = v_ptr + (b * S * H + h) * V
-    cs = cos_ptr + b * rope_batch * DH
-    sn = sin_ptr + b * rope_batch * DH
-    sc = scale * LOG2E
-
-    acc = tl.zeros((R, VB), tl.float32)
-    m_s = tl.full((R,), NINF, tl.float32)
-    l_s = tl.zeros((R,), tl.float32)
-    m_w = tl.full((R,), NINF, tl.float32)
-    l_w = tl.zeros((R,), tl.float32)
-    m = tl.full((R,), NINF, tl.float32)
-    if SLOTS:
-        row0 = r0 - LAG
-        lab = la_ptr + (b * S * H + h) * M
-        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
-        levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, w)
-        b0 = b0.to(GD)
-        e0 = _stack(e0, GB, C, MB)
-        krow = row0 + j
-        kok = (krow >= 0) & (krow < S)
-        k1 = _tile(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
-        k2 = _tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok, H * D, DH, DB)
-        mm = tl.arange(0, MB)
-        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-        s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
-        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
-        f1 = _phi(q1, FM)
-        f2 = _phi(q2, FM)
-        causal = tok[:, None] >= j[None, :]
-        if HAS_DOC:
-            jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
-            causal = causal & (qdoc[:, None] == jdoc[None, :])
-        x = _mm0(f1, tl.trans(_phi(k1, FM)), PREC)
-        x = _mm(f2, tl.trans(_phi(k2, FM)), x, PREC)
-        x = tl.where(causal, x, 0.0).to(GD)
-        y = _mm0(f1.to(SD), tl.trans(s1), PREC)
-        y = _mm(f2.to(SD), tl.trans(s2), y, PREC)
-        if HAS_DOC:
-            cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-            old = qdoc == cur_start
-            y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
-        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
-        if M != MB:
-            y = tl.where(seen[:, None] & (mm < M)[None, :], y, NINF)
-        else:
-            y = tl.where(seen[:, None], y, NINF)
-        m_s = tl.max(y, 1)
-        y = tl.exp2(y - _safe(m_s)[:, None])
-        l_s = tl.sum(y, 1)
-        m = m_s
-
-    if WINDOW > 0:
-        if SLOTS:
-            q1 = _tile(qbase, qrows, live, D, DH, DB, True)
-            q2 = _tile(qbase + DH, qrows, live, D, DH, DB, True)
-        if ROPE:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
-            q1, q2 = _rotate(q1, q2, qc, qs)
-        qrow = (r0 + tok)[:, None]
-        if MERGED:
-            # the tile that is leaving the window is the tile being written: one A for both
-            k1, k2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, True)
-            s = _mm0(q1, tl.trans(k1), PREC)
-            s = _mm(q2, tl.trans(k2), s, PREC) * sc
-            kdoc = qdoc
-            if HAS_DOC:
-                kdoc = tl.load(doc + krow, mask=kok, other=0)
-            s = _window_mask(s, qrow, krow[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
-            m_w = tl.max(s, 1)
-    if TWO:
-        # window tiles: this one and the diagonal; logits first, so that no accumulator waits on them
-        jrow = r0 + j
-        jok = jrow < S
-        k1, k2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
-        s2 = _mm0(q1, tl.trans(k1), PREC)
-        s2 = _mm(q2, tl.trans(k2), s2, PREC) * sc
-        keep = jrow[None, :] <= qrow
-        if HAS_DOC:
-            keep = keep & (qdoc[:, None] == jdoc[None, :]) & (qdoc != 0)[:, None]
-        s2 = tl.where(keep, s2, NINF)
-        m_w = tl.maximum(m_w, tl.max(s2, 1))
-        s = tl.exp2(s - _safe(m_w)[:, None])
-        s2 = tl.exp2(s2 - _safe(m_w)[:, None])
-        l_w = tl.sum(s, 1) + tl.sum(s2, 1)
-        m = tl.maximum(m_s, m_w)
-        fs = tl.exp2(m_s - _safe(m))
-        fw = tl.exp2(m_w - _safe(m))
-        y = y * fs[:, None]
-        a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-        a = (tl.where(causal, a, 0.0) + s * fw[:, None]).to(TD)
-        s2 = (s2 * fw[:, None]).to(TD)
-        y = y * e0
-        if HAS_DOC:
-            y = tl.where(old[:, None], y, 0.0)
-        acc = _mm0(y.to(SD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
-        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-        acc = _mm(a, vt, acc, PREC)
-        vt = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
-        acc = _mm(s2, vt, acc, PREC)
-    else:
-        if SLOTS:
-            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-            a = tl.where(causal, a, 0.0)
-            y = y * e0
-            if HAS_DOC:
-                y = tl.where(old[:, None], y, 0.0)
-            acc = _mm0(y.to(SD), _tile(stb + D, mm, mm < M, D + V, V, VB), PREC)
-            vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-            if MERGED:
-                s = tl.exp2(s - _safe(m_w)[:, None])
-                l_w = tl.sum(s, 1)
-                m = tl.maximum(m_s, m_w)
-                fs = tl.exp2(m_s - _safe(m))
-                fw = tl.exp2(m_w - _safe(m))
-                acc = acc * fs[:, None]
-                a = a * fs[:, None] + s * fw[:, None]
-            acc = _mm(a.to(TD), vt, acc, PREC)
-        if WINDOW > 0:
-            for n in range(tl.maximum(1 - NP if MERGED else -NP, -((r0 + C - 1) // C)), 1):
-                row = r0 + n * C
-                rows_k = row + j
-                ok_k = (rows_k >= 0) & (rows_k < S)
-                kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, False)
-                vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB)
-                sw = _mm0(q1, tl.trans(kw1), PREC)
-                sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
-                doc_k = qdoc
-                if HAS_DOC:
-                    doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
-                sw = _window_mask(sw, qrow, rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
-                mw = tl.maximum(m_w, tl.max(sw, 1))
-                mj = tl.maximum(m, mw)
-                pw = tl.exp2(sw - _safe(mw)[:, None])
-                l_w = l_w * tl.exp2(m_w - _safe(mw)) + tl.sum(pw, 1)
-                acc = acc * tl.exp2(m - _safe(mj))[:, None]
-                acc = _mm((pw * tl.exp2(mw - _safe(mj))[:, None]).to(TD), vw, acc, PREC)
-                m_w = mw
-                m = mj
-
-    total = l_s * tl.exp2(m_s - _safe(m)) + l_w * tl.exp2(m_w - _safe(m))
-    if HAS_DOC:
-        total = tl.where(qdoc == 0, 0.0, total)
-    acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
-    _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
-    lse = (b * T + t0) * HQ + h0 + qrows
-    tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + tl.log2(l_s)) * LN2, NINF), mask=live)
-    tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + tl.log2(l_w)) * LN2, NINF), mask=live)
-
-
-@triton.jit
-def output_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-                  T, S, halo, NC, rope_batch, total,
-                  o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
-                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """Output and both log-sum-exps of one chunk, GB query heads."""
-    if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
-                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _output(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
-                        S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-                        LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
-    else:
-        mine = True
-        if SLOTS:
-            mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
-        if mine:
-            _output(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, T,
-                S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale, WINDOW,
-                LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
-
-
-@triton.jit
-def _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-              o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
-              T, S, halo, NC, rope_batch,
-              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr,
-              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-              PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, their share of the gate gradient, lse (base 2, +inf for empty rows), the window side's delta,
-    and, where a program has all heads of a group, what dstate_kernel gives."""
-    R: tl.constexpr = GB * C
-    DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
-    SD: tl.constexpr = st_ptr.dtype.element_ty
-    ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
-    NHG: tl.constexpr = HQ // GB
-    NP: tl.constexpr = (WINDOW + C - 2) // C
-    h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
-    t0 = c * C
-    r0 = halo + t0
-    i = tl.arange(0, R)
-    tok = i % C
-    j = tl.arange(0, C)
-    live = t0 + tok < T
-    doc = doc_ptr + b * S
-    qdoc = tok
-    if HAS_DOC:
-        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
-    qrows = tok * HQ + i // C
-    kbase = k_ptr + (b * S * H + h) * D
-    vbase = v_ptr + (b * S * H + h) * V
-    cs = cos_ptr + b * rope_batch * DH
-    sn = sin_ptr + b * rope_batch * DH
-    sc = scale * LOG2E
-    first = (b * T + t0) * HQ + h0
-    do = _tile(do_ptr + first * V, qrows, live, V, V, VB)
-    o = _tile(o_ptr + first * V, qrows, live, V, V, VB)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    rows = first + qrows
-    ls = tl.load(lse_s_ptr + rows, mask=live, other=NINF) * LOG2E
-    lw = tl.load(lse_w_ptr + rows, mask=live, other=NINF) * LOG2E
-    top = _safe(tl.maximum(ls, lw))
-    lse = top + tl.log2(tl.exp2(ls - top) + tl.exp2(lw - top))
-    none = lse == NINF
-    lse = tl.where(none, 0.0, lse)
-    dls = tl.load(dls_ptr + rows, mask=live, other=0.0)
-    dlw = tl.load(dlw_ptr + rows, mask=live, other=0.0)
-    delta_s = delta - dls * tl.exp2(tl.minimum(lse - tl.where(ls == NINF, lse, ls), 100.0))
-    delta_w = delta - dlw * tl.exp2(tl.minimum(lse - tl.where(lw == NINF, lse, lw), 100.0))
-    tl.store(lse_ptr + rows, tl.where(none, float("inf"), lse), mask=live)
-    tl.store(delta_ptr + rows, delta_w, mask=live)
-    q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB)
-    q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB)
-    dq1 = tl.zeros((R, DB), tl.float32)
-    dq2 = tl.zeros((R, DB), tl.float32)
-    if SLOTS:
-        row0 = r0 - LAG
-        lab = la_ptr + (b * S * H + h) * M
-        mm = tl.arange(0, MB)
-        krow = row0 + j
-        kok0 = (krow >= 0) & (krow < S)
-        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-        k1 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB), FM)
-        k2 = _phi(_tile(kbase + row0.to(tl.int64) * (H * D) + DH, j, kok0, H * D, DH, DB), FM)
-        s1 = _tile(stb, mm, mm < M, D + V, DH, DB)
-        s2 = _tile(stb + DH, mm, mm < M, D + V, DH, DB)
-        f1 = _phi(q1, FM)
-        f2 = _phi(q2, FM)
-        causal = tok[:, None] >= j[None, :]
-        if HAS_DOC:
-            jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
-            causal = causal & (qdoc[:, None] == jdoc[None, :])
-            cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-            old = qdoc == cur_start
-        x = _mm0(f1, tl.trans(k1), PREC)
-        x = _mm(f2, tl.trans(k2), x, PREC)
-        x = tl.where(causal, x, 0.0).to(GD)
-        y = _mm0(f1.to(SD), tl.trans(s1), PREC)
-        y = _mm(f2.to(SD), tl.trans(s2), y, PREC)
-        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC)
-        levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, w)
-        b0 = b0.to(GD)
-        e0 = _stack(e0, GB, C, MB)
-        if HAS_DOC:
-            y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC) * sc
-        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
-        shown = seen[:, None] & (mm < M)[None, :]
-        p = tl.where(shown, tl.exp2(y - lse[:, None]), 0.0)
-        pr = _put_level(p_ptr + first * M, p, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
-        if ALONE:
-            pe = p * e0
-            if HAS_DOC:
-                pe = tl.where(old[:, None], pe, 0.0)
-            dst = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-            _put(dst + D, _mm0(tl.trans(pe.to(GD)), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
-        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
-        x = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0).to(GD)
-        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-        z = _mm0(do.to(SD), tl.trans(sv), PREC)
-        if HAS_DOC:
-            z = tl.where(old[:, None], z, 0.0)
-        z = _decayed(z, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-        dl = p * (z - delta_s[:, None]) * scale
-        dlr = _put_level(dl_ptr + first * M, dl, e0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, qrows, live)
-        # dl l + p dp, of the rounded dl and p that dslot_kernel subtracts from: their errors cancel there.
-        # The logit l is log p + lse.
-        side = dlr * ((tl.log2(tl.maximum(p, 1e-37)) + lse[:, None]) * (LN2 / scale)) + pr * z
-        _put(side_ptr + first * M, side, qrows, live, M, M, MB)
-        a = _pairs(dl, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
-        a = tl.where(causal, a, 0.0).to(GD)
-        de = dl * e0
-        if HAS_DOC:
-            de = tl.where(old[:, None], de, 0.0)
-        de = de.to(GD)
-        if ALONE:
-            _put(dst, _mm0(tl.trans(de), f1.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
-            _put(dst + DH, _mm0(tl.trans(de), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
-        dq1 = _mm0(de, s1.to(GD), GPREC)
-        dq1 = _mm(a, k1.to(GD), dq1, GPREC)
-        dq2 = _mm0(de, s2.to(GD), GPREC)
-        dq2 = _mm(a, k2.to(GD), dq2, GPREC)
-        dq1 = _dphi(dq1, q1, FM)
-        dq2 = _dphi(dq2, q2, FM)
-    if WINDOW > 0:
-        if SLOTS:
-            q1 = _tile(q_ptr + first * D, qrows, live, D, DH, DB, True)
-            q2 = _tile(q_ptr + first * D + DH, qrows, live, D, DH, DB, True)
-            do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
-        if ROPE:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
-            q1, q2 = _rotate(q1, q2, qc, qs)
-            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
-        for n in range(tl.maximum(-NP, -((r0 + C - 1) // C)), 1):
-            row = r0 + n * C
-            rows_k = row + j
-            ok_k = (rows_k >= 0) & (rows_k < S)
-            kw1, kw2 = _key_tile(kbase, row, j, ok_k, cs, sn, H, D, DH, DB, ROPE, True)
-            sw = _mm0(q1, tl.trans(kw1), PREC)
-            sw = _mm(q2, tl.trans(kw2), sw, PREC) * sc
-            doc_k = qdoc
-            if HAS_DOC:
-                doc_k = tl.load(doc + rows_k, mask=ok_k, other=0)
-            sw = _window_mask(sw, (r0 + tok)[:, None], rows_k[None, :], WINDOW, qdoc[:, None], doc_k[None, :], HAS_DOC)
-            sw = tl.exp2(sw - lse[:, None])
-            vw = _tile(vbase + row.to(tl.int64) * (H * V), j, ok_k, H * V, V, VB, True)
-            zw = _mm0(do, tl.trans(vw), PREC)
-            dsw = (sw * (zw - delta_w[:, None]) * scale).to(TD)
-            dq1 = _mm(dsw, kw1, dq1, PREC)
-            dq2 = _mm(dsw, kw2, dq2, PREC)
-        if ROPE:
-            qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB, True)
-            qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB, True)
-            dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
-    _put(dq_ptr + first * D, dq1, qrows, live, D, DH, DB)
-    _put(dq_ptr + first * D + DH, dq2, qrows, live, D, DH, DB)
-
-
-@triton.jit
-def dq_kernel(q_ptr, k_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
-              o_ptr, do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr,
-              T, S, halo, NC, rope_batch, total,
-              dq_in, dl_in, p_in, side_in, lse_in, delta_in, dst_in,
-              dq_ptr, dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr,
-              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-              SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-              PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """dq; and for the kernels that follow: slot probabilities p and logit gradients dl of every query
-    head, their share of the gate gradient, lse (base 2, +inf for empty rows), the window side's delta,
-    and, where a program has all heads of a group, what dstate_kernel gives."""
-    if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
-                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _dq(pid, q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
-                        do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-                        dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
-    else:
-        mine = True
-        if SLOTS:
-            mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
-        if mine:
-            _dq(tl.program_id(0), q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
-                do_ptr, lse_s_ptr, lse_w_ptr, dls_ptr, dlw_ptr, T, S, halo, NC, rope_batch, dq_ptr,
-                dl_ptr, p_ptr, side_ptr, lse_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
-
-
-@triton.jit
-def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur_ptr,
-                  T, S, halo, NC, dst_ptr, HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-                  M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
-                  GPREC: tl.constexpr, GD: tl.constexpr,
-                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """What chunk c's own queries ask of the state before it, at dst[c]."""
-    G: tl.constexpr = HQ // H
-    pid = tl.program_id(0)
-    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
-    t0 = c * C
-    r0 = halo + t0
-    j = tl.arange(0, C)
-    live = t0 + j < T
-    doc = doc_ptr + b * S
-    mm = tl.arange(0, MB)
-    strong = tl.load(strong_ptr + (b * H + h) * NC + c)  # rows of a later level or document must not count
-    dk = tl.zeros((MB, DB), tl.float32)
-    dv = tl.zeros((MB, VB), tl.float32)
-    for gi in range(G):
-        rows = (b * T + t0) * HQ + h * G + gi
-        dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
-        p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
-        if strong:
-            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC)
-            first = tl.cumsum(la * LOG2E, 0) > -SPAN
-            if HAS_DOC:
-                cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-                qdoc = tl.load(doc + r0 + j, mask=live, other=0)
-                first = first & (qdoc == cur_start)[:, None]
-            dl = tl.where(first, dl, 0.0).to(GD)
-            p = tl.where(first, p, 0.0).to(GD)
-        q = _phi(_tile(q_ptr + rows * D, j, live, HQ * D, D, DB), FM)
-        dk = _mm(tl.trans(dl), q.to(GD), dk, GPREC)
-        do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-        dv = _mm(tl.trans(p), do.to(GD), dv, GPREC)
-    base = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-    _put(base, dk, mm, mm < M, D + V, D, DB)
-    _put(base + D, dv, mm, mm < M, D + V, V, VB)
-
-
-@triton.jit
-def _slot_pass(x, y_ptr, pl_ptr, dx, dw, bw, g, level, h, b, t0, live, after, qrows, T,
-               N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
-               M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
-               PREC: tl.constexpr, GPREC: tl.constexpr, STRONG: tl.constexpr):
-    """One level of the pairs inside a chunk, for keys (x, y, pl = k, q, dl) or values (v, do, p)."""
-    for gi in range(G // GB):
-        rows = (b * T + t0) * HQ + h * G + gi * GB
-        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
-        pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
-        if STRONG:
-            e, inv = _level(g, 1.0, level)
-            pe = tl.where(_stack(e, GB, C, MB) > 0, pe, 0.0).to(GD)
-        a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
-        dx = _mm(a, y.to(GD), dx, GPREC)
-        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0).to(GD)
-        dw = _mm(a, pe, dw, GPREC)
-    return dx, dw
-
-
-@triton.jit
-def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
-           T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
-           HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-           LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
-           PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-           C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-           STRONG: tl.constexpr):
-    G: tl.constexpr = HQ // H
-    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
-    t0 = c * C
-    kr = halo + t0 - LAG
-    j = tl.arange(0, C)
-    krow = kr + j
-    kok = (krow >= 0) & (krow < S)
-    doc = doc_ptr + b * S
-    mm = tl.arange(0, MB)
-    kb = (b * S + kr) * H + h
-    lab = la_ptr + (b * S * H + h) * M
-    i = tl.arange(0, GB * C)
-    tok = i % C
-    qrows = tok * HQ + i // C
-    live = t0 + tok < T
-    after = j[:, None] <= tok[None, :]  # [written, query]
-    if HAS_DOC:
-        jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
-        qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
-        after = after & (jdoc[:, None] == qdoc[None, :])
-        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-
-    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-    total = tl.min(g, 0)
-    levels = _levels(g) if STRONG else 1
-    bw = _level_first(g, w)[1].to(GD)
-    end = tl.exp2(total[None, :] - g) * w
-    if HAS_DOC:
-        end = tl.where((jdoc == cur_end)[:, None], end, 0.0)
-    end = end.to(GD)
-    nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
-
-    # u: gradient of the writes through the state after the chunk; all of them give it `through`
-    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
-    u = _mm0(x.to(GD), tl.trans(ds), GPREC)
-    x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, DB), FM)
-    ds = _tile(dst_ptr + nb, mm, mm < M, D + V, D, DB)
-    u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
-    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)
-    if STRONG:
-        # own: weight times gradient of each write, with the weight as rounded; dw: the gradient
-        own = end.to(tl.float32) * u
-        through += tl.sum(own, 0)
-        dw = tl.exp2(tl.minimum(total[None, :] - g, 0.0)) * u
-        if HAS_DOC:
-            dw = tl.where((jdoc == cur_end)[:, None], dw, 0.0)
-    else:
-        # dw: the gradient times 2^g
-        dw = u * tl.exp2(total)[None, :]
-        through += tl.sum(bw.to(tl.float32) * dw, 0)
-
-    dx = _mm0(end, ds, GPREC)
-    if STRONG:
-        for n in range(levels):
-            e, inv = _level(g, 1.0, n)
-            bn = (inv * w).to(GD)
-            db = tl.zeros((C, MB), tl.float32)
-            dx, db = _slot_pass(x, q_ptr, dl_ptr, dx, db, bn, g, n, h, b, t0, live, after, qrows,
-                                T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
-            dw += db * inv
-            own += db * bn.to(tl.float32)
-    else:
-        dx, dw = _slot_pass(x, q_ptr, dl_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
-                            D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
-    if FM != "none":
-        dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM)
-    _put(dk_ptr + kb * D, dx, j, kok, H * D, D, DB)
-
-    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
-    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB, True)
-    dx = _mm0(end, ds, GPREC)
-    if STRONG:
-        for n in range(levels):
-            e, inv = _level(g, 1.0, n)
-            bn = (inv * w).to(GD)
-            db = tl.zeros((C, MB), tl.float32)
-            dx, db = _slot_pass(x, do_ptr, p_ptr, dx, db, bn, g, n, h, b, t0, live, after, qrows,
-                                T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
-            dw += db * inv
-            own += db * bn.to(tl.float32)
-    else:
-        dx, dw = _slot_pass(x, do_ptr, p_ptr, dx, dw, bw, g, 0, h, b, t0, live, after, qrows, T,
-                            V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
-    _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
-
-    # Gates: what passes through step s is what queries from s on read (side, and the states after the
-    # chunk: through) less what rows from s on wrote of it.
-    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC)
-    la = la * LOG2E
-    if STRONG:
-        dw *= tl.exp2(la)
-    else:
-        own = dw * bw.to(tl.float32)
-        dw *= tl.exp2(la - _cumsum(la, C))
-    dla = -own
-    for gi in range(G):
-        rows = ((b * T + t0) * HQ + h * G + gi) * M
-        dla += _tile(side_ptr + rows, j, t0 + j < T, HQ * M, M, MB)
-    if STRONG and HAS_DOC:
-        same = (j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :])
-        dla = _mm0(tl.where(same, 1.0, 0.0), dla, "tf32x3")
-        dla += tl.where((jdoc == cur_end)[:, None], through[None, :], 0.0) - dw
-    else:
-        dla = _cumsum(dla, C, True) + through[None, :] - dw
-    _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
-
-
-@triton.jit
-def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
-                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
-                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """Slot side of the gradients of the rows that chunk c writes: keys, values and gates."""
-    if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
-                if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
-                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                        side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-                        C, GB, DB, VB, MB, STRONG)
-    else:
-        if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
-            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD,
-                C, GB, DB, VB, MB, STRONG)
-
-
-@triton.jit
-def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in,
-                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr,
-                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-                   ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in."""
-    DH: tl.constexpr = D // 2
-    TD: tl.constexpr = v_ptr.dtype.element_ty
-    G: tl.constexpr = HQ // H
-    NP: tl.constexpr = (WINDOW + C - 2) // C
-    pid = tl.program_id(0)
-    h = pid % H
-    tile = (pid // H) % NK
-    b = (pid // H // NK).to(tl.int64)
-    kr = tile * C
-    j = tl.arange(0, C)
-    krow = kr + j
-    kok = krow < S
-    doc = doc_ptr + b * S
-    kb = (b * S + kr) * H + h
-    k1 = _tile(k_ptr + kb * D, j, kok, H * D, DH, DB)
-    k2 = _tile(k_ptr + kb * D + DH, j, kok, H * D, DH, DB)
-    vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    if ROPE:
-        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
-        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB)
-        k1, k2 = _rotate(k1, k2, kc, kn)
-    kdoc = j
-    if HAS_DOC:
-        kdoc = tl.load(doc + krow, mask=kok, other=0)
-    dk1 = tl.zeros((C, DB), tl.float32)
-    dk2 = tl.zeros((C, DB), tl.float32)
-    dv = tl.zeros((C, VB), tl.float32)
-    for it in range(G * (NP + 1)):
-        qr = kr + it % (NP + 1) * C
-        t0 = qr - halo
-        live = (t0 + j >= 0) & (t0 + j < T)
-        rows = (b * T + t0) * HQ + h * G + it // (NP + 1)
-        q1 = _tile(q_ptr + rows * D, j, live, HQ * D, DH, DB)
-        q2 = _tile(q_ptr + rows * D + DH, j, live, HQ * D, DH, DB)
-        if ROPE:
-            qc = _tile(cos_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-            qs = _tile(sin_ptr + (b * rope_batch + qr) * DH, j, live, DH, DH, DB)
-            q1, q2 = _rotate(q1, q2, qc, qs)
-        s = _mm0(k1, tl.trans(q1), PREC)
-        s = _mm(k2, tl.trans(q2), s, PREC) * (scale * LOG2E)
-        qdoc = kdoc
-        if HAS_DOC:
-            qdoc = tl.load(doc + qr + j, mask=live, other=0)
-        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
-        lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
-        s = tl.exp2(s - lse[None, :])
-        do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-        dv = _mm(s.to(TD), do, dv, PREC)
-        z = _mm0(vt, tl.trans(do), PREC)
-        delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-        ds = (s * (z - delta[None, :]) * scale).to(TD)
-        dk1 = _mm(ds, q1, dk1, PREC)
-        dk2 = _mm(ds, q2, dk2, PREC)
-    if ROPE:
-        kc = _tile(cos_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
-        kn = _tile(sin_ptr + (b * rope_batch + kr) * DH, j, kok, DH, DH, DB, True)
-        dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
-    if ADD:
-        t = krow + LAG - halo
-        had = kok & (t >= 0) & (t < T)
-        dk1 += _tile(dk_in + kb * D, j, had, H * D, DH, DB)
-        dk2 += _tile(dk_in + kb * D + DH, j, had, H * D, DH, DB)
-        dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
-    _put(dk_ptr + kb * D, dk1, j, kok, H * D, DH, DB)
-    _put(dk_ptr + kb * D + DH, dk2, j, kok, H * D, DH, DB)
-    _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)

@@ -28,8 +28,11 @@ PLAIN = Launch()
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), and
-    how each kernel is launched."""
+    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how
+    each kernel is launched; merged: 1 where dslot has the window side of dk, dv too, if it can.
+
+    Stages above 1 of ``output``, where window, lag and chunk are one: every tile is loaded ahead,
+    which takes shared memory; with wider windows, the depth of the pipeline of key tiles."""
 
     chunk: int = 64
     state: Launch = PLAIN
@@ -38,25 +41,29 @@ class Tiles:
     dstate: Launch = PLAIN
     dslot: Launch = PLAIN
     dwindow: Launch = PLAIN
+    merged: int = 0
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:
         """The inverse of ``to_json``."""
-        launches = {k: Launch(*v) for k, v in found.items() if k != "chunk"}
-        return cls(found["chunk"], **launches)
+        values: dict[str, Any] = {
+            k: v if isinstance(v, int) else Launch(*v) for k, v in found.items()
+        }
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and lists of them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-KERNELS = tuple(f.name for f in dataclasses.fields(Tiles) if f.name != "chunk")
+KERNELS = tuple(f.name for f in dataclasses.fields(Tiles) if f.type == "Launch")
 
 
 def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
     """The choice where no tuned one is committed."""
     if itemsize == 4 or max(d, v, m) > 128:
-        return Tiles(32, *[Launch(warps=8)] * len(KERNELS))
+        all_warps: dict[str, Any] = dict.fromkeys(KERNELS, Launch(warps=8))
+        return Tiles(32, **all_warps)
     if max(d, v) > 64 and group % 2 == 0:
         pair = Launch(warps=8, heads=2)
         return Tiles(output=pair, dq=pair)

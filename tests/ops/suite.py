@@ -160,9 +160,9 @@ def run(case: Case, impl: str, dtype, seed: int = 0) -> dict[str, np.ndarray]:
 
     Gradients are those of random cotangents of every output and state.
     """
-    x = {name: jnp.asarray(a, dtype) for name, a in inputs(case, seed).items()}
-    if dtype != jnp.float64:
-        x["log_alpha"] = x["log_alpha"].astype(jnp.float32)
+    x = inputs(case, seed)
+    wide = {"log_alpha": jnp.promote_types(dtype, jnp.float32)}  # float16 would round small gates
+    x = {name: jnp.asarray(a, wide.get(name, dtype)) for name, a in x.items()}
     if case.window is None:
         x["log_alpha"] = x["log_alpha"][..., :0]
     state = before(case, jnp.promote_types(dtype, jnp.float32))

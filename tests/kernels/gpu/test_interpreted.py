@@ -13,12 +13,18 @@ from pallas_kernels.gpu.tiles import Launch, Tiles
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
 
 CASES = {
-    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6)),
+    "merged_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6, merged=1)),
     "slots_only": dict(window=0, lag=0, init=True),
     "unaligned": dict(window=9, lag=5, fm="silu"),
     "halo": dict(halo=21, init=True, empty="zero"),
     "strong_gates": dict(gate=40.0),
+    "open_gates": dict(T=20, open_=True, tiles=Tiles(16, merged=1)),
     "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
+    "documents_whole": dict(
+        T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1, tiles=Tiles(16, merged=1)
+    ),
+    "long_window": dict(T=72, window=48, HQ=1, tiles=Tiles(16, merged=1)),
+    "wide_window": dict(T=75, window=41),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
@@ -41,12 +47,14 @@ def interpreted(monkeypatch):
 
 
 def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none",
-          empty="masked", rope=True, doc=None, init=False, gate=1.0, tiles=None):  # fmt: skip
+          empty="masked", rope=True, doc=None, init=False, gate=1.0, open_=False,
+          tiles=None):  # fmt: skip
     r = np.random.default_rng(0)
     s = halo + T
     n = r.standard_normal
     arrays = [n((1, T, HQ, D)), n((1, s, H, D)), n((1, s, H, V))]
-    arrays.append(-gate * np.log1p(np.exp(-2 * n((1, s, H, M)))))
+    gates = -gate * np.log1p(np.exp(-2 * n((1, s, H, M))))
+    arrays.append(-30 - 10 * r.random(gates.shape) if open_ else gates)
     arrays += [n((1, H, M, D)), n((1, H, M, V))] if init else [None, None]
     angle = np.arange(s)[:, None] * 1e4 ** (-np.arange(D // 2) / (D // 2))
     tables = [np.cos(angle), np.sin(angle)] if rope else [None, None]

@@ -1,0 +1,321 @@
+# ruff: noqa: E501, RUF059, SIM300
+# fmt: off
+"""Triton kernels of the forward pass: states, then outputs. Notation and shared parts: kernels.py."""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.gpu.kernels import (
+    BATCH,
+    LN2,
+    NINF,
+    SPAN,
+    _chunk,
+    _decayed,
+    _exp2,
+    _key_tile,
+    _level_first,
+    _levels,
+    _log2,
+    _mm,
+    _mm0,
+    _pairs,
+    _phi,
+    _put,
+    _rotate,
+    _safe,
+    _stack,
+    _strong,
+    _sums,
+    _tile,
+    _visible,
+)
+
+
+@triton.jit
+def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, total_ptr, strong_ptr,
+                 H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """What chunk c adds to the state, at st[c + 1].
+
+    Of each chunk: how much of the earlier state it keeps, dec (0 where a document ends in it); 2^total; and
+    strong: 2 where its gates need levels, else 1 where a document ends in it.
+    """
+    h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
+    i = tl.arange(0, C)
+    cols = tl.arange(0, MB)
+    ok = cols < M
+    doc = doc_ptr + b * S
+    t0 = c * C
+    row0 = halo + t0 - LAG
+    n = T - t0
+    at = b * S + row0.to(tl.int64)
+    act = (i < n) & (row0 + i >= 0)
+    k = _phi(_tile(k_ptr + (at * H + h) * D, i, act, H * D, D, DB), FM)
+    v = _tile(v_ptr + (at * H + h) * V, i, act, H * V, V, VB)
+    g, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD)
+    total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
+    decay = _exp2(total)
+    keep = decay
+    end = w * _exp2(tl.minimum(total[None, :] - g, 0.0))
+    if HAS_DOC:
+        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
+        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+        dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
+        end = tl.where((dq == cur_end)[:, None], end, 0.0)
+        keep = tl.where(cur_end == cur_start, keep, 0.0)
+    row = (b * H + h) * NC + c
+    tl.store(dec_ptr + row * M + cols, keep, mask=ok)
+    tl.store(total_ptr + row * M + cols, decay, mask=ok)
+    # the gates' gradient needs them too where a short last chunk sums to much (docs/gpu_kernels.md)
+    most = -tl.minimum(SPAN - 0.05, 4.0 * n)
+    strong = tl.where(tl.min(total) < most, 2, (tl.min(keep) == 0).to(tl.int32))
+    tl.store(strong_ptr + row, strong)
+    wt = tl.trans(end.to(GD))
+    base = st_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
+    _put(base, _mm0(wt, k.to(GD), GPREC), cols, ok, D + V, D, DB)
+    _put(base + D, _mm0(wt, v.to(GD), GPREC), cols, ok, D + V, V, VB)
+
+
+@triton.jit
+def _before(c, C: tl.constexpr, tok, j, row0, WINDOW: tl.constexpr, qdoc, kdoc, HAS_DOC: tl.constexpr):
+    """Pairs of a query and a key of the tile that starts C rows before the queries'."""
+    reach = tl.where(row0 + j >= 0, j, -WINDOW)
+    keep = reach[None, :] > (tok + (C - WINDOW))[:, None]
+    if HAS_DOC:
+        keep = keep & (qdoc[:, None] == kdoc[None, :]) & (qdoc != 0)[:, None]
+    return keep
+
+
+@triton.jit
+def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w, l_w, POST: tl.constexpr, PRE: tl.constexpr,
+                 EDGE: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_DOC: tl.constexpr,
+                 PREC: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr):
+    """One more tile of C rotated keys for the online softmax. Not EDGE: every query sees all of it."""
+    DH: tl.constexpr = D // 2
+    rows = row + j
+    ok = (rows >= 0) & (rows < S)
+    at = row.to(tl.int64)
+    k1 = _tile(kr_ptr + at * (H * D), j, ok, H * D, DH, DB)
+    k2 = _tile(kr_ptr + at * (H * D) + DH, j, ok, H * D, DH, DB)
+    v = _tile(v_ptr + at * (H * V), j, ok, H * V, V, VB)
+    s = _mm0(q1, tl.trans(k1), PREC)
+    s = _mm(q2, tl.trans(k2), s, PREC)
+    if PRE != 1.0:
+        s = s * PRE
+    if EDGE or HAS_DOC:
+        keep = (rows[None, :] <= qrow[:, None]) & (tl.where(rows >= 0, rows, -WINDOW)[None, :] > (qrow - WINDOW)[:, None])
+        if HAS_DOC:
+            kdoc = tl.load(doc_ptr + rows, mask=ok, other=0)
+            keep = keep & (qdoc[:, None] == kdoc[None, :]) & (qdoc != 0)[:, None]
+        s = tl.where(keep, s, NINF)
+    m = tl.maximum(m_w, tl.max(s, 1) * POST)
+    s = _exp2(s * POST - _safe(m)[:, None])
+    fade = _exp2(m_w - _safe(m))
+    l_w = l_w * fade + tl.sum(s, 1)
+    acc = _mm(s.to(v.dtype), v, acc * fade[:, None], PREC)
+    return acc, m, l_w
+
+
+@triton.jit
+def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+            T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
+            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+            scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+            SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+            GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+    R: tl.constexpr = GB * C
+    DH: tl.constexpr = D // 2
+    TD: tl.constexpr = v_ptr.dtype.element_ty
+    # logits are base 2; a positive scale is applied to their maximum and within the exponent
+    POST: tl.constexpr = scale * 1.4426950408889634 if scale > 0 else 1.0
+    PRE: tl.constexpr = 1.0 if scale > 0 else scale * 1.4426950408889634
+    NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
+    FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C else 0  # of them, seen whole by every query
+    # the tile leaving the window is the tile being written, and there are no others
+    TWO: tl.constexpr = SLOTS and NP == 1 and LAG == C
+    # all loads first, if shared memory is to hold every tile at once
+    AHEAD: tl.constexpr = STAGES > 1 and TWO and GD == tl.bfloat16
+    h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
+    i = tl.arange(0, R)
+    tok = i % C if GB > 1 else i
+    j = tl.arange(0, C)
+    mm = tl.arange(0, MB)
+    qrows = tok * HQ + i // C
+    doc = doc_ptr + b * S
+    kbase = k_ptr + (b * S * H + h) * D
+    krbase = kr_ptr + (b * S * H + h) * D
+    vbase = v_ptr + (b * S * H + h) * V
+    lab = la_ptr + (b * S * H + h) * M
+    cs = cos_ptr + b * rope_batch * DH
+    sn = sin_ptr + b * rope_batch * DH
+    t0 = c * C
+    r0 = halo + t0
+    live = t0 + tok < T
+    qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
+    q1 = _tile(qbase, qrows, live, D, DH, DB)
+    q2 = _tile(qbase + DH, qrows, live, D, DH, DB)
+    qdoc = tok
+    if HAS_DOC:
+        qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
+        jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
+    if ROPE and WINDOW > 0:
+        qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
+        qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
+    if SLOTS:
+        row0 = r0 - LAG
+        krow = row0 + j
+        kok = (krow >= 0) & (krow < S)
+        at0 = row0.to(tl.int64)
+        stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+    if AHEAD or TWO:
+        f = _tile(qbase, qrows, live, D, D, DF)
+        k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
+        sk = _tile(stb, mm, mm < M, D + V, D, DF)
+    if AHEAD:
+        v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
+        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
+    if TWO:
+        p1, p2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, False)
+        jok = t0 + j < T
+        d1, d2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
+        if AHEAD:
+            v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+    if ROPE and WINDOW > 0:
+        q1, q2 = _rotate(q1, q2, qc, qs)
+
+    acc = tl.zeros((R, VB), tl.float32)
+    m_w = tl.full((R,), NINF, tl.float32)
+    l_w = tl.zeros((R,), tl.float32)
+    if WINDOW > 0 and not TWO:
+        qrow = r0 + tok
+        oldest = tl.maximum(-NP, -((r0 + C - 1) // C))
+        inner = tl.maximum(-FULL, -(r0 // C))
+        for e in tl.range(0, inner - oldest + 1):
+            n = tl.where(e < inner - oldest, oldest + e, 0)
+            acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
+                True, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
+        if FULL > 0:
+            for n in tl.range(inner, 0, num_stages=STAGES):
+                acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
+                    False, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
+    m_s = tl.full((R,), NINF, tl.float32)
+    l_s = tl.zeros((R,), tl.float32)
+    m = m_w
+    if SLOTS:
+        if not (AHEAD or TWO):
+            f = _tile(qbase, qrows, live, D, D, DF)
+            k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
+            sk = _tile(stb, mm, mm < M, D + V, D, DF)
+        f = _phi(f, FM)
+        k0 = _phi(k0, FM)
+        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
+        levels = _levels(g) if STRONG else 1
+        e0, b0 = _level_first(g, w, STRONG)
+        b0 = b0.to(GD)
+        e0 = _stack(e0, GB, C, MB)
+        causal = tok[:, None] >= j[None, :]
+        if HAS_DOC:
+            causal = causal & (qdoc[:, None] == jdoc[None, :])
+            cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+            old = qdoc == cur_start
+        x = tl.where(causal, _mm0(f, tl.trans(k0), PREC), 0.0).to(GD)
+        y = _mm0(f.to(GD), tl.trans(sk), PREC)
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        if PRE != 1.0:
+            y = y * PRE
+        if M != MB:
+            y = tl.where((mm < M)[None, :], y, NINF)
+        seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
+        m_s = tl.where(seen, tl.max(y, 1) * POST, NINF)
+        y = _exp2(y * POST - tl.where(seen, m_s, float("inf"))[:, None])
+        l_s = tl.sum(y, 1)
+        p = (y * e0).to(GD)  # what reads the state and, through b0, the chunk's own rows
+        if TWO:
+            kdoc = qdoc
+            if HAS_DOC:
+                kdoc = tl.load(doc + krow, mask=kok, other=0)
+            s = _mm0(q1, tl.trans(p1), PREC)
+            s = _mm(q2, tl.trans(p2), s, PREC)
+            d = _mm0(q1, tl.trans(d1), PREC)
+            d = _mm(q2, tl.trans(d2), d, PREC)
+            if PRE != 1.0:
+                s = s * PRE
+                d = d * PRE
+            s = tl.where(_before(c, C, tok, j, row0, WINDOW, qdoc, kdoc, HAS_DOC), s, NINF)
+            near = causal
+            if HAS_DOC:
+                near = near & (qdoc != 0)[:, None]
+            d = tl.where(near, d, NINF)
+            m_w = tl.maximum(tl.max(s, 1), tl.max(d, 1)) * POST
+            s = _exp2(s * POST - _safe(m_w)[:, None])
+            d = _exp2(d * POST - _safe(m_w)[:, None])
+            l_w = tl.sum(s, 1) + tl.sum(d, 1)
+        if not AHEAD:
+            v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
+            sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
+            if TWO:
+                v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+        m = tl.maximum(m_s, m_w)
+        fs = _exp2(m_s - _safe(m))
+        fw = _exp2(m_w - _safe(m))
+        if STRONG:
+            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        else:
+            a = _mm0(p, tl.trans(b0), GPREC)
+        a = tl.where(causal, a, 0.0) * fs[:, None]
+        if HAS_DOC:
+            p = tl.where(old[:, None], p, 0.0)
+        slots = _mm0(p, sv, PREC)
+        if TWO:
+            acc = _mm((a + s * fw[:, None]).to(TD), v0, slots * fs[:, None], PREC)
+            acc = _mm((d * fw[:, None]).to(TD), v1, acc, PREC)
+        else:
+            slots = slots * fs[:, None]
+            if WINDOW > 0:
+                slots += acc * fw[:, None]
+            acc = _mm(a.to(TD), v0, slots, PREC)
+
+    total = l_s * _exp2(m_s - _safe(m)) + l_w * _exp2(m_w - _safe(m))
+    if HAS_DOC:
+        total = tl.where(qdoc == 0, 0.0, total)
+    acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    live = live & mine
+    _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
+    lse = (b * T + t0) * HQ + h0 + qrows
+    tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + _log2(l_s)) * LN2, NINF), mask=live)
+    tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + _log2(l_w)) * LN2, NINF), mask=live)
+
+
+@triton.jit
+def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+                  T, S, halo, NC, rope_batch, total,
+                  o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
+                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                  scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
+                  SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+                  GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+    """Output and both log-sum-exps of one chunk, GB query heads."""
+    if STRONG:
+        start = tl.program_id(0) * BATCH
+        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
+            for pid in range(start, tl.minimum(start + BATCH, total)):
+                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
+                    _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
+                        vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
+                        scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, GB,
+                        DB, DF, VB, MB, STRONG)
+    else:
+        pid = tl.program_id(0)
+        mine = pid < total
+        if SLOTS:
+            # looked at only when results are stored: nothing waits for it
+            mine = not _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC)
+        _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
+            vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
+            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, GB, DB, DF, VB, MB, STRONG)
