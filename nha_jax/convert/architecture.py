@@ -164,7 +164,7 @@ def hf_config(model: ModelConfig, like: Mapping[str, Any] | None = None) -> dict
         config["nha"] = {name: getattr(model, name) for name in NHA_FIELDS}
         return config
     windows = _every_layer(model)
-    (window,) = {w for w in windows if w is not None} or {None}
+    window = next((w for w in windows if w is not None), None)
     if window is not None and kind != "mistral":
         names = ["full_attention" if w is None else "sliding_attention" for w in windows]
         first = windows.index(window)

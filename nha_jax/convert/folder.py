@@ -195,7 +195,7 @@ class Writer:
         data = np.ascontiguousarray(array.astype(self.dtype, copy=False))
         with file.open("r+b") as opened:
             opened.seek(offset + start * row)
-            opened.write(memoryview(data.view(np.uint8).reshape(-1)))
+            opened.write(data.view(np.uint8).reshape(-1).data)
 
 
 def copy_companions(source: Path, target: Path) -> None:

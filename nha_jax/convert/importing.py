@@ -1,7 +1,6 @@
 """A Hugging Face folder becomes a checkpoint."""
 
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

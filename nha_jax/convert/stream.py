@@ -60,8 +60,8 @@ class _StreamHandler(type_handlers.NumpyHandler):
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
         async with self._one:
             array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            step = array.chunk_layout.write_chunk.shape[value.axis]
-            for place, block in value.blocks(step):
+            step: Any = array.chunk_layout.write_chunk.shape
+            for place, block in value.blocks(step[value.axis]):
                 value.checksum = (value.checksum + checksum(block, place, value.shape)) % 2**32
                 await array[place].write(block)
 

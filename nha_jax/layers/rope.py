@@ -9,7 +9,6 @@ import numpy as np
 
 from nha_jax.errors import UserError
 
-
 ROPE_TYPES = ("llama3", "linear")
 
 

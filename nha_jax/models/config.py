@@ -53,7 +53,7 @@ class ModelConfig:
     """Tokens before a token is written to the slots. None: each layer's window."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    """Built from a mapping too, with the names of a Hugging Face `rope_scaling` (llama3, linear)."""
+    """Built from a mapping too, with the names of a Hugging Face `rope_scaling`."""
     qkv_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head's query and key."""

@@ -9,6 +9,7 @@ from ml_collections.config_dict import placeholder
 from nha_jax.data import data_config
 from nha_jax.errors import UserError, nearest
 from nha_jax.models import model_config
+from nha_jax.training.distill import check_distill
 from nha_jax.training.optimizer import SCHEDULES
 
 # A run may be taken up again with other values of these: they change how long it runs, where,
@@ -30,6 +31,8 @@ def default_config() -> ConfigDict:
             "accumulate": 1,  # micro-batches per step
             "stop_after_nonfinite": 10,  # steps skipped in a row that end the run
             "compilation_cache": True,  # keep compiled programs in the workdir
+            "init_from": "",  # the parameters begin as in the last checkpoint of this workdir
+            "freeze": "",  # those that stay so, by path: "embedding,blocks.mlp.*"
             "model": model_config(),
             "data": data_config(),
             "optimizer": {
@@ -48,6 +51,14 @@ def default_config() -> ConfigDict:
             "loss": {
                 "z_loss": 0.0,  # times log(Z)^2 per asked label
                 "chunk_tokens": 4096,  # tokens of a device whose logits exist at one time
+            },
+            # Besides the labels, what the weights of the beginning say with other windows.
+            "distill": {
+                "kl": 0.0,  # weight of the divergence of the next-token distributions
+                "labels": 0.0,  # weight that the labels keep beside it
+                "temperature": 1.0,  # of both distributions
+                "attention_steps": 0,  # first steps, which match each layer's attention output
+                "windows": "full",  # of the teacher
             },
             # Devices per axis; -1: all that the other axes leave.
             "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "strategy": "standard"},
@@ -71,6 +82,7 @@ def check_config(config: ConfigDict) -> None:
         **dict.fromkeys(("optimizer.weight_decay", "optimizer.clip_norm"), 0),
         **dict.fromkeys(("checkpoint.keep_every", "profile.start", "profile.steps"), 0),
         **dict.fromkeys(("optimizer.skip_spikes",), 0),
+        **dict.fromkeys(("distill.kl", "distill.labels", "distill.attention_steps"), 0),
     }
     for key, least in at_least.items():
         value = _get(config, key)
@@ -86,6 +98,7 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} is not divisible by "
             f"config.accumulate={config.accumulate}; change one of them."
         )
+    check_distill(config)
     if config.optimizer.schedule not in SCHEDULES:
         hint = nearest(config.optimizer.schedule, SCHEDULES)
         raise UserError(f"config.optimizer.schedule={config.optimizer.schedule!r} is none.{hint}")
