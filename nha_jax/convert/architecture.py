@@ -42,6 +42,9 @@ SIZES = {
 }
 
 
+SLIDING = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
 def model_values(config: Mapping[str, Any], file: Any) -> dict[str, Any]:
     """Fields of `ModelConfig` for a config.json, read from ``file``; windows as the source's own.
 
@@ -120,7 +123,7 @@ def _windows(
     if kind == "llama" or (kind != "mistral" and not config.get("use_sliding_window", False)):
         window = None
     if window is None:
-        return (None,)
+        return (None,) * layers
     types = config.get("layer_types")
     if types is None:
         first = 0 if kind == "mistral" else config.get("max_window_layers", 28)
@@ -138,9 +141,13 @@ def hf_config(model: ModelConfig, like: Mapping[str, Any] | None = None) -> dict
     """
     kept = dict(like or {})
     kind = plain_type(model, kept.get("model_type"))
-    for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
-        kept.pop(name, None)
-    for name in ("quantization_config", "auto_map", "nha", "attention_bias", "mlp_bias"):
+    windows = _every_layer(model)
+    said = (
+        kind is not None
+        and kind == kept.get("model_type")
+        and _windows(kept, kind, model.layers, "config.json") == windows
+    )
+    for name in ("nha", *(() if said else SLIDING)):
         kept.pop(name, None)
     config = kept | {name: getattr(model, ours) for ours, name in SIZES.items()}
     config |= {
@@ -163,7 +170,8 @@ def hf_config(model: ModelConfig, like: Mapping[str, Any] | None = None) -> dict
     if kind is None:
         config["nha"] = {name: getattr(model, name) for name in NHA_FIELDS}
         return config
-    windows = _every_layer(model)
+    if said:
+        return config
     window = next((w for w in windows if w is not None), None)
     if window is not None and kind != "mistral":
         names = ["full_attention" if w is None else "sliding_attention" for w in windows]

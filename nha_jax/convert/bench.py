@@ -37,13 +37,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "slots": 64,
         "window": 64,
         "base": (
-            "--config.steps=1200 --config.batch_size=32 --config.data.seq_len=1024 "
+            "--config.steps=700 --config.batch_size=16 --config.data.seq_len=1024 "
             "--config.data.bpe_size=4096 --config.model.vocab_size=4096 --config.model.hidden=256 "
             "--config.model.ffn=768 --config.model.dtype=bfloat16 "
-            "--config.optimizer.learning_rate=2e-3 --config.optimizer.warmup_steps=100"
+            "--config.optimizer.learning_rate=3e-3 --config.optimizer.warmup_steps=50"
         ),
-        "tune": "--config.steps=400 --config.batch_size=16 --config.model.dtype=bfloat16",
-        "stage": 150,
+        "tune": "--config.steps=200 --config.batch_size=16 --config.model.dtype=bfloat16",
+        "stage": 60,
     },
     "tiny": {
         "seq_len": 64,
@@ -75,13 +75,13 @@ class Case:
 CASES = (
     Case("all: key gates, attention stage, divergence"),
     Case("random gates", gates="random"),
-    Case("pooled gates", gates="pooled"),
     Case("no attention stage", stage=False),
-    Case("attention stage only", kl=False),
     Case("no teacher: labels only", stage=False, kl=False),
     Case("no full layer", full_layer=False),
     Case("no slots", gates="none"),
+    Case("pooled gates", gates="pooled"),
     Case("empty slots read as zeros", overrides=("--config.model.empty_slots=zero",)),
+    Case("attention stage only", kl=False),
     Case("nothing frozen", overrides=("--config.freeze=",)),
 )
 
@@ -131,6 +131,7 @@ def main() -> int:
                 name = f"{kind} gates, {empty}, {windows}"
                 before[name] = loss - full
                 print(f"before: {name}: gap {loss - full:.4f}", flush=True)
+                write(report, workdir)
 
         gap = before[f"key gates, masked, {hybrid}"]
         report["after"] = {}
@@ -141,7 +142,7 @@ def main() -> int:
             report["after"][case.name] = {"gap": left, "closed": 1 - left / gap, "s": seconds}
             print(f"after: {case.name}: gap {left:.4f}, closed {1 - left / gap:.1%}", flush=True)
             report["seconds"] = time.perf_counter() - began
-            (workdir / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
+            write(report, workdir)
     print(f"{time.perf_counter() - began:.0f} s")
     return 0
 
@@ -154,6 +155,7 @@ def overrides(case: Case, args: Any, size: dict[str, Any]) -> list[str]:
         f"--config.optimizer.learning_rate={args.learning_rate}",
         "--config.optimizer.warmup_steps=2",
         "--config.model.remat=none",
+        "--config.model.scan_runs=true",
         f"--config.seed={args.seed + 1}",
     ]
     if not case.full_layer:
@@ -164,6 +166,10 @@ def overrides(case: Case, args: Any, size: dict[str, Any]) -> list[str]:
         steps = size["stage"] if case.kl else 10**6
         given.append(f"--config.distill.attention_steps={steps}")
     return given
+
+
+def write(report: dict[str, Any], workdir: Path) -> None:
+    (workdir / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def train(location: str, overrides: Sequence[str], workdir: Path) -> float:

@@ -56,14 +56,23 @@ class _StreamHandler(type_handlers.NumpyHandler):
     def __init__(self) -> None:
         super().__init__()
         self._one = asyncio.Lock()
+        self.failure: Exception | None = None
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
         async with self._one:
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            step: Any = array.chunk_layout.write_chunk.shape
-            for place, block in value.blocks(step[value.axis]):
-                value.checksum = (value.checksum + checksum(block, place, value.shape)) % 2**32
-                await array[place].write(block)
+            if self.failure:  # nothing may go on writing once the save has been given up
+                return
+            try:
+                await self._write(value, tspec, ts_context)
+            except Exception as error:
+                self.failure = error
+
+    async def _write(self, value: Stream, tspec: dict[str, Any], ts_context: Any) -> None:
+        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        step: Any = array.chunk_layout.write_chunk.shape
+        for place, block in value.blocks(step[value.axis]):
+            value.checksum = (value.checksum + checksum(block, place, value.shape)) % 2**32
+            await array[place].write(block)
 
 
 def write_checkpoint(workdir: Path, params: Any, config: str) -> None:
@@ -74,7 +83,8 @@ def write_checkpoint(workdir: Path, params: Any, config: str) -> None:
     """
     step = workdir.absolute() / "checkpoints" / "0"
     step.mkdir(parents=True)
-    registry = type_handlers.create_type_handler_registry((Stream, _StreamHandler()))
+    streams = _StreamHandler()
+    registry = type_handlers.create_type_handler_registry((Stream, streams))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
     def how(stream: Stream) -> ocp.SaveArgs:
@@ -82,10 +92,13 @@ def write_checkpoint(workdir: Path, params: Any, config: str) -> None:
         return ocp.SaveArgs(chunk_byte_size=BLOCK_BYTES, shard_axes=axes)
 
     tree = {"params": params}
+    args = ocp.args.PyTreeSave(tree, save_args=jax.tree.map(how, tree))
     with ocp.Checkpointer(handler) as writer:
-        writer.save(
-            step / "state", args=ocp.args.PyTreeSave(tree, save_args=jax.tree.map(how, tree))
-        )
+        try:
+            writer.save(step / "state", args=args)
+        finally:
+            if streams.failure:
+                raise streams.failure
     total = fold(leaf.checksum for leaf in jax.tree.leaves(params))
     meta = {"data": {}, "config": config, "checksums": {"params": total}}
     (step / "meta").mkdir()

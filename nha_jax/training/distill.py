@@ -5,8 +5,10 @@ state keeps the values of the beginning, so that a run resumes with the same tea
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -146,10 +148,9 @@ def match_attention(
     repeats = config.layers // period
     stacked = jax.tree.map(lambda a: a.reshape(repeats, period, *a.shape[1:]), (mine, theirs))
 
-    def layer(i: int, params: Any, x: jax.Array) -> Any:
-        own, other = jax.tree.map(lambda a: a[i], params)
-        learner, master = nnx.merge(graph, own), nnx.merge(teacher_graph, other)
-        window, wanted_window = pairs[i]
+    def layer(pair: tuple[int | None, int | None], x: jax.Array, params: Any) -> Any:
+        learner, master = nnx.merge(graph, params[0]), nnx.merge(teacher_graph, params[1])
+        window, wanted_window = pair
         wanted, _, _ = master.attention(master.attention_norm(x), window=wanted_window, **options)
         wanted = jax.lax.stop_gradient(wanted)
         got, _, stats = learner.attention(learner.attention_norm(x), window=window, **options)
@@ -164,11 +165,14 @@ def match_attention(
         layer = jax.checkpoint(layer, static_argnums=0)
 
     def repeat(x: jax.Array, params: Any) -> Any:
-        found = []
-        for i in range(period):
-            x, one = layer(i, params, x)
+        found, start = [], 0
+        for pair, run in itertools.groupby(pairs):
+            end = start + len(list(run))
+            part = jax.tree.map(lambda a, s=start, e=end: a[s:e], params)
+            x, one = jax.lax.scan(partial(layer, pair), x, part)
             found.append(one)
-        return x, jax.tree.map(lambda *a: jnp.stack(a), *found)
+            start = end
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *found)
 
     x = jnp.take(teacher.embedding[...], tokens, axis=0).astype(config.dtype)
     _, (errors, stats) = jax.lax.scan(repeat, x, stacked)

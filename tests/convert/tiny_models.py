@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 DATA = Path(__file__).parent / "data"
-VOCAB, LONG, LAST, NEW = 40, 600, 8, 12
+VOCAB, LONG, LAST, NEW = 32, 600, 8, 12
 
 COMMON = dict(
     vocab_size=VOCAB,
-    hidden_size=24,
-    intermediate_size=20,
+    hidden_size=16,
+    intermediate_size=12,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -46,10 +46,10 @@ MODELS = {
     ),
     "mistral": ("mistral", dict(sliding_window=None, num_key_value_heads=1)),
     "mistral_sliding": ("mistral", dict(sliding_window=10)),
-    "qwen2": ("qwen2", dict(head_dim=6, tie_word_embeddings=True)),
+    "qwen2": ("qwen2", dict(head_dim=4, tie_word_embeddings=True)),
     "qwen2_sliding": (
         "qwen2",
-        dict(use_sliding_window=True, sliding_window=10, max_window_layers=1, head_dim=6),
+        dict(use_sliding_window=True, sliding_window=10, max_window_layers=1, head_dim=4),
     ),
     "qwen3": ("qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
 }
