@@ -35,24 +35,38 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpu": {
         "seq_len": 1024,
         "slots": 64,
-        "window": 64,
+        "windows": ("64", "64*7,full"),
+        "dtype": "bfloat16",
+        "held_out": (32, 8),  # rows of a batch, batches
         "base": (
-            "--config.steps=700 --config.batch_size=16 --config.data.seq_len=1024 "
-            "--config.data.bpe_size=4096 --config.model.vocab_size=4096 --config.model.hidden=256 "
-            "--config.model.ffn=768 --config.model.dtype=bfloat16 "
+            "--config.steps=700 --config.batch_size=16 --config.data.bpe_size=4096 "
+            "--config.model.vocab_size=4096 --config.model.hidden=256 --config.model.ffn=768 "
+            "--config.model.layers=8 --config.model.heads=4 --config.model.kv_heads=2 "
             "--config.optimizer.learning_rate=3e-3 --config.optimizer.warmup_steps=50"
         ),
-        "tune": "--config.steps=200 --config.batch_size=16 --config.model.dtype=bfloat16",
+        "tune": "--config.steps=200 --config.batch_size=16",
         "stage": 60,
+    },
+    "cpu": {
+        "seq_len": 256,
+        "slots": 16,
+        "windows": ("16", "16*3,full"),
+        "dtype": "float32",
+        "held_out": (16, 4),
+        "base": "",
+        "tune": "--config.steps=80 --config.batch_size=8",
+        "stage": 25,
     },
     "tiny": {
         "seq_len": 64,
         "slots": 4,
-        "window": 8,
+        "windows": ("8", "8*3,full"),
+        "dtype": "float32",
+        "held_out": (4, 2),
         "base": (
-            "--config.steps=20 --config.batch_size=4 --config.data.seq_len=64 "
-            "--config.data.bpe_size=512 --config.model.vocab_size=512 --config.model.hidden=32 "
-            "--config.model.ffn=32 --config.optimizer.warmup_steps=2"
+            "--config.steps=20 --config.batch_size=4 --config.data.bpe_size=512 "
+            "--config.model.vocab_size=512 --config.model.hidden=32 --config.model.ffn=32 "
+            "--config.optimizer.warmup_steps=2"
         ),
         "tune": "--config.steps=6 --config.batch_size=4",
         "stage": 3,
@@ -102,11 +116,13 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as one:
         seed = f"--config.seed={args.seed}"
-        one.submit(train, "configs/stdlib.py:full", [*size["base"].split(), seed], base).result()
+        given = [*size["base"].split(), seed, f"--config.data.seq_len={size['seq_len']}"]
+        given.append(f"--config.model.dtype={size['dtype']}")
+        one.submit(train, "configs/stdlib.py:full", given, base).result()
     print(f"base trained, {time.perf_counter() - began:.0f} s", flush=True)
     folder = workdir / "base-hf"
     export_model(base, folder)
-    hybrid = f"{size['window']}*7,full"
+    short, hybrid = size["windows"]
     for kind in (*GATES, "none"):
         slots = 0 if kind == "none" else size["slots"]
         gate_init = "key" if kind == "none" else kind
@@ -125,7 +141,7 @@ def main() -> int:
         report: dict[str, Any] = {"full": full, "size": args.size, "seed": args.seed}
         report["device"] = jax.devices()[0].device_kind
         report["before"] = before = {}
-        for kind, windows in itertools.product((*GATES, "none"), (str(size["window"]), hybrid)):
+        for kind, windows in itertools.product((*GATES, "none"), (short, hybrid)):
             for empty in ("masked", "zero") if kind != "none" else ("masked",):
                 loss = measure(workdir / kind, windows=windows, empty_slots=empty)
                 name = f"{kind} gates, {empty}, {windows}"
@@ -152,6 +168,7 @@ def overrides(case: Case, args: Any, size: dict[str, Any]) -> list[str]:
     given = [
         *(*size["tune"].split(), *case.overrides, f"--config.data.path={args.workdir}/base/stdlib"),
         f"--config.data.seq_len={size['seq_len']}",
+        f"--config.model.dtype={size['dtype']}",
         f"--config.optimizer.learning_rate={args.learning_rate}",
         "--config.optimizer.warmup_steps=2",
         "--config.model.remat=none",
@@ -159,7 +176,7 @@ def overrides(case: Case, args: Any, size: dict[str, Any]) -> list[str]:
         f"--config.seed={args.seed + 1}",
     ]
     if not case.full_layer:
-        given.append(f"--config.model.windows={size['window']}")
+        given.append(f"--config.model.windows={size['windows'][0]}")
     if case.kl:
         given.append("--config.distill.kl=1")
     if case.stage:
@@ -192,10 +209,10 @@ class Measure:
         config.data.path, config.data.seq_len = f"{base}/stdlib", size["seq_len"]
         self._config = config
         data.ready(config.data, like)
-        batch = 4 if size is SIZES["tiny"] else 32
+        batch, count = size["held_out"]
         rows = data.build(config.data, batch, split="eval", workdir=like)
-        self._batches = list(itertools.islice(iter(rows), 2 if size is SIZES["tiny"] else 8))
-        self._dtype = "float32" if size is SIZES["tiny"] else "bfloat16"
+        self._batches = list(itertools.islice(iter(rows), count))
+        self._dtype = size["dtype"]
         self._steps: dict[ModelConfig, Any] = {}
 
     def __call__(self, workdir: Path, **fields: Any) -> float:

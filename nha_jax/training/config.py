@@ -108,6 +108,9 @@ def check_same(config: ConfigDict, saved: str, workdir: Any) -> None:
     """Refuses to go on with the checkpoints of a run whose config differs in what matters."""
     theirs = _flat(json.loads(saved))
     ours = _flat(json.loads(to_json(config)))
+    defaults = _flat(json.loads(to_json(default_config())))
+    # A field that is younger than the checkpoint had its default, unless it belongs to the data.
+    theirs = {key: defaults[key] for key in defaults.keys() & ours.keys()} | theirs
     for key in sorted(ours.keys() | theirs.keys()):
         harmless = any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
         if not harmless and ours.get(key) != theirs.get(key):
