@@ -20,13 +20,16 @@ class Architecture:
     name: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    # What transformers takes where a config.json is silent; None: as many as heads, hidden / heads.
+    kv_heads: int | None = None
+    head_dim: int | None = None
 
 
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM"),
-    "mistral": Architecture("MistralForCausalLM"),
-    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Architecture("Qwen3ForCausalLM", qk_norm=True),
+    "mistral": Architecture("MistralForCausalLM", kv_heads=8),
+    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, kv_heads=32),
+    "qwen3": Architecture("Qwen3ForCausalLM", qk_norm=True, kv_heads=32, head_dim=128),
 }
 # Fields of ModelConfig that the "nha" entry of an exported config.json holds.
 NHA_FIELDS = (
@@ -72,11 +75,11 @@ def model_values(config: Mapping[str, Any], file: Any) -> dict[str, Any]:
         if not isinstance(config.get(theirs), int):
             raise UserError(f"{file}: {theirs} is {config.get(theirs)!r}; it must be an integer.")
         values[ours] = config[theirs]
+    silent = ARCHITECTURES.get(kind, Architecture(""))
     values |= {
-        "kv_heads": config.get("num_key_value_heads") or values["heads"],
-        "head_dim": config.get("head_dim"),
+        "kv_heads": config.get("num_key_value_heads", silent.kv_heads) or values["heads"],
+        "head_dim": config.get("head_dim", silent.head_dim),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        # What transformers takes where the file is silent.
         "tied_embeddings": config.get("tie_word_embeddings", False),
         **_rope(config, file),
     }
@@ -119,7 +122,7 @@ def _rope(config: Mapping[str, Any], file: Any) -> dict[str, Any]:
 def _windows(
     config: Mapping[str, Any], kind: str, layers: int, file: Any
 ) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096)
     if kind == "llama" or (kind != "mistral" and not config.get("use_sliding_window", False)):
         window = None
     if window is None:

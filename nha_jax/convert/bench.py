@@ -2,10 +2,10 @@
 
   python -m nha_jax.convert.bench --workdir runs/bench --size gpu --jobs 10
 
-Trains a small model with full attention on the standard library, exports it to a Hugging Face
-folder, imports that with several gates, and finetunes each as configs/hybridize.py does. Prints
-losses on held-out rows in nats per token, and writes them to bench.json in the workdir. Run it in
-the root of the repository.
+Trains a small model with full attention, exports it to a Hugging Face folder, imports that with
+several gates, and finetunes each as configs/hybridize.py does. Prints losses on held-out rows in
+nats per label, and writes them to bench.json in the workdir. Sizes: gpu and tiny (a rehearsal of
+it) on the standard library, recall on MQAR, minutes on a CPU. Run it in the root of the repository.
 """
 
 import concurrent.futures
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from nha_jax import cli, data, training
 from nha_jax.convert import export_model, import_model
@@ -33,40 +34,40 @@ from nha_jax.training.step import eval_step
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpu": {
-        "seq_len": 1024,
+        "config": "configs/stdlib.py:full",
         "slots": 64,
-        "windows": ("64", "64*7,full"),
+        "windows": ("64*7,full", "64"),
         "dtype": "bfloat16",
         "held_out": (32, 8),  # rows of a batch, batches
         "base": (
             "--config.steps=700 --config.batch_size=16 --config.data.bpe_size=4096 "
-            "--config.model.vocab_size=4096 --config.model.hidden=256 --config.model.ffn=768 "
-            "--config.model.layers=8 --config.model.heads=4 --config.model.kv_heads=2 "
-            "--config.optimizer.learning_rate=3e-3 --config.optimizer.warmup_steps=50"
+            "--config.data.seq_len=1024 --config.model.vocab_size=4096 --config.model.hidden=256 "
+            "--config.model.ffn=768 --config.model.layers=8 --config.model.heads=4 "
+            "--config.model.kv_heads=2 --config.optimizer.learning_rate=3e-3"
         ),
         "tune": "--config.steps=200 --config.batch_size=16",
         "stage": 60,
     },
-    "cpu": {
-        "seq_len": 256,
-        "slots": 16,
-        "windows": ("16", "16*3,full"),
+    "recall": {
+        "config": "configs/mqar.py",
+        "slots": 32,
+        "windows": ("4", "4,full"),
         "dtype": "float32",
-        "held_out": (16, 4),
-        "base": "",
-        "tune": "--config.steps=80 --config.batch_size=8",
-        "stage": 25,
+        "held_out": (256, 4),
+        "base": "--config.steps=500 --config.model.slots=0 --config.model.windows=full "
+        "--config.model.layers=2",
+        "tune": "--config.steps=150 --config.batch_size=64",
+        "stage": 50,
     },
     "tiny": {
-        "seq_len": 64,
+        "config": "configs/stdlib.py:full",
         "slots": 4,
-        "windows": ("8", "8*3,full"),
+        "windows": ("8*3,full", "8"),
         "dtype": "float32",
         "held_out": (4, 2),
         "base": (
-            "--config.steps=20 --config.batch_size=4 --config.data.bpe_size=512 "
-            "--config.model.vocab_size=512 --config.model.hidden=32 --config.model.ffn=32 "
-            "--config.optimizer.warmup_steps=2"
+            "--config.steps=20 --config.batch_size=4 --config.data.seq_len=64 "
+            "--config.model.hidden=32 --config.model.ffn=32 --config.optimizer.warmup_steps=2"
         ),
         "tune": "--config.steps=6 --config.batch_size=4",
         "stage": 3,
@@ -80,7 +81,7 @@ class Case:
 
     name: str
     gates: str = "key"
-    full_layer: bool = True
+    other_windows: bool = False
     overrides: tuple[str, ...] = ()
     stage: bool = True
     kl: bool = True
@@ -91,7 +92,7 @@ CASES = (
     Case("random gates", gates="random"),
     Case("no attention stage", stage=False),
     Case("no teacher: labels only", stage=False, kl=False),
-    Case("no full layer", full_layer=False),
+    Case("the other windows", other_windows=True),
     Case("no slots", gates="none"),
     Case("pooled gates", gates="pooled"),
     Case("empty slots read as zeros", overrides=("--config.model.empty_slots=zero",)),
@@ -116,13 +117,12 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as one:
         seed = f"--config.seed={args.seed}"
-        given = [*size["base"].split(), seed, f"--config.data.seq_len={size['seq_len']}"]
-        given.append(f"--config.model.dtype={size['dtype']}")
-        one.submit(train, "configs/stdlib.py:full", given, base).result()
+        given = [*size["base"].split(), seed, f"--config.model.dtype={size['dtype']}"]
+        one.submit(train, size["config"], given, base).result()
     print(f"base trained, {time.perf_counter() - began:.0f} s", flush=True)
     folder = workdir / "base-hf"
     export_model(base, folder)
-    short, hybrid = size["windows"]
+    hybrid, other = size["windows"]
     for kind in (*GATES, "none"):
         slots = 0 if kind == "none" else size["slots"]
         gate_init = "key" if kind == "none" else kind
@@ -133,7 +133,7 @@ def main() -> int:
         for number, case in enumerate(CASES[: args.cases]):
             out = workdir / f"tuned-{number}"
             location = f"configs/hybridize.py:{workdir / case.gates}"
-            runs[pool.submit(train, location, overrides(case, args, size), out)] = case, out
+            runs[pool.submit(train, location, overrides(case, args, size), out, base)] = case, out
 
         measure = Measure(base, workdir / "key", size)
         full = measure(workdir / "key", windows="full")
@@ -141,7 +141,7 @@ def main() -> int:
         report: dict[str, Any] = {"full": full, "size": args.size, "seed": args.seed}
         report["device"] = jax.devices()[0].device_kind
         report["before"] = before = {}
-        for kind, windows in itertools.product((*GATES, "none"), (short, hybrid)):
+        for kind, windows in itertools.product((*GATES, "none"), (hybrid, other)):
             for empty in ("masked", "zero") if kind != "none" else ("masked",):
                 loss = measure(workdir / kind, windows=windows, empty_slots=empty)
                 name = f"{kind} gates, {empty}, {windows}"
@@ -166,8 +166,7 @@ def main() -> int:
 def overrides(case: Case, args: Any, size: dict[str, Any]) -> list[str]:
     """The arguments of a finetuning."""
     given = [
-        *(*size["tune"].split(), *case.overrides, f"--config.data.path={args.workdir}/base/stdlib"),
-        f"--config.data.seq_len={size['seq_len']}",
+        *(*size["tune"].split(), *case.overrides),
         f"--config.model.dtype={size['dtype']}",
         f"--config.optimizer.learning_rate={args.learning_rate}",
         "--config.optimizer.warmup_steps=2",
@@ -175,8 +174,8 @@ def overrides(case: Case, args: Any, size: dict[str, Any]) -> list[str]:
         "--config.model.scan_runs=true",
         f"--config.seed={args.seed + 1}",
     ]
-    if not case.full_layer:
-        given.append(f"--config.model.windows={size['windows'][0]}")
+    if case.other_windows:
+        given.append(f"--config.model.windows={size['windows'][1]}")
     if case.kl:
         given.append("--config.distill.kl=1")
     if case.stage:
@@ -189,16 +188,31 @@ def write(report: dict[str, Any], workdir: Path) -> None:
     (workdir / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def train(location: str, overrides: Sequence[str], workdir: Path) -> float:
-    """One run in a process of its own, its output in a file beside the workdir. Its seconds."""
+def train(
+    location: str, overrides: Sequence[str], workdir: Path, base: Path | None = None
+) -> float:
+    """One run in a process of its own, its output in a file beside the workdir. Its seconds.
+
+    ``base``: a run whose data it takes.
+    """
     began = time.perf_counter()
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with workdir.with_suffix(".log").open("w") as log, contextlib.redirect_stdout(log):
         config = cli.load_config(location)
+        if base:
+            config.data = data_of(base)
         cli.apply_overrides(config, overrides)
         if training.run(config, workdir):
             raise UserError(f"the run in {workdir} ended early.")
     return time.perf_counter() - began
+
+
+def data_of(workdir: Path) -> ConfigDict:
+    """``config.data`` of a run, for another one."""
+    config = Checkpoint(workdir).config.data
+    if "path" in config:
+        config.path = config.path.replace("{workdir}", str(workdir))
+    return config
 
 
 class Measure:
@@ -206,7 +220,7 @@ class Measure:
 
     def __init__(self, base: Path, like: Path, size: dict[str, Any]):
         config = Checkpoint(like).config
-        config.data.path, config.data.seq_len = f"{base}/stdlib", size["seq_len"]
+        config.data = data_of(base)
         self._config = config
         data.ready(config.data, like)
         batch, count = size["held_out"]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import DATA, MODELS, rows
 
 from nha_jax.convert import export_model, import_model
-from nha_jax.convert.architecture import plain_type
+from nha_jax.convert.architecture import model_values, plain_type
 from nha_jax.convert.folder import Folder
 from nha_jax.convert.stream import checksum, fold
 from nha_jax.convert.tensors import tensors
@@ -146,6 +146,25 @@ def leaves(tree):
 )
 def test_which_models_have_a_plain_architecture(fields, kind):
     assert plain_type(ModelConfig(32, 16, 2, 4, **fields)) == kind
+
+
+def test_what_a_silent_config_means():
+    """As in transformers' own classes."""
+    sizes = dict(vocab_size=8, hidden_size=512, num_hidden_layers=30, intermediate_size=8)
+    found = {}
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+        config = sizes | dict(model_type=kind, num_attention_heads=32, use_sliding_window=True)
+        found[kind] = ModelConfig(**model_values(config, "config.json"))
+    kv_heads = {kind: model.num_kv_heads for kind, model in found.items()}
+    assert kv_heads == {"llama": 32, "mistral": 8, "qwen2": 32, "qwen3": 32}
+    assert {kind: model.head_width for kind, model in found.items()} == {
+        **dict.fromkeys(("llama", "mistral", "qwen2"), 16),
+        "qwen3": 128,
+    }
+    windows = {kind: model.windows for kind, model in found.items()}
+    upper = "full*28,4096*2"
+    assert windows == {"llama": "full", "mistral": "4096", "qwen2": upper, "qwen3": upper}
+    assert {model.rope_theta for model in found.values()} == {10_000.0}
 
 
 def test_checksum_is_that_of_checkpoints():
