@@ -2,6 +2,7 @@
 
 python train.py --config configs/stdlib.py
 python eval.py --checkpoint runs/stdlib --suite perplexity
+python train.py --config configs/stdlib.py:full        full attention, for docs/hybridize.md
 python train.py --config configs/stdlib.py:gpu         97M parameters, bfloat16; not run yet
 
 No download: the sources (12 MB, without tests) are prepared in the workdir on first use. Expect
@@ -16,7 +17,7 @@ from nha_jax.errors import UserError, nearest
 from nha_jax.models import model_config
 from nha_jax.training import default_config
 
-VARIANTS = ("", "gpu")
+VARIANTS = ("", "gpu", "full")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -44,6 +45,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.every = 200
     config.log.every = 50
     config.eval.examples = 256
+    if variant == "full":  # bytes, in an architecture that transformers has
+        config.steps = 400
+        config.data.bpe_size, config.model.vocab_size = 0, 257
+        config.model.update(hidden=64, layers=4, kv_heads=1, ffn=160)
+        config.model.update(slots=0, windows="full", conv=0)
+        config.optimizer.learning_rate = 4e-3
     if variant == "gpu":
         config.steps = 1200  # 32,768 tokens each: about ten epochs
         config.batch_size = 32

@@ -6,7 +6,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -20,11 +20,12 @@ TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: 
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose refusals are ``UserError``."""
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, **options: Any) -> None:
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
 
     def error(self, message: str) -> NoReturn:

@@ -53,7 +53,7 @@ class ModelConfig:
     """Tokens before a token is written to the slots. None: each layer's window."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    """Built from a mapping too, with the names of a Hugging Face `rope_scaling` of type llama3."""
+    """Built from a mapping too, with the names of a Hugging Face `rope_scaling`."""
     qkv_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head's query and key."""
@@ -301,7 +301,7 @@ def _check_fields(values: Mapping[str, Any]) -> None:
 
 def _rope_scaling(mapping: Any) -> RopeScaling:
     if not isinstance(mapping, Mapping):
-        raise UserError(f"rope_scaling is {mapping!r}; it must be a mapping of a llama3 scaling.")
+        raise UserError(f"rope_scaling is {mapping!r}; it must be a mapping of a RopeScaling.")
     values = dict(mapping)
     if "type" in values:  # the older spelling in Hugging Face configs
         values.setdefault("rope_type", values.pop("type"))

@@ -9,6 +9,7 @@ from ml_collections.config_dict import placeholder
 from nha_jax.data import data_config
 from nha_jax.errors import UserError, nearest
 from nha_jax.models import model_config
+from nha_jax.training.distill import check_distill
 from nha_jax.training.optimizer import MOMENTS, SCHEDULES
 
 # A run may be taken up again with other values of these: they change how long it runs, where,
@@ -32,6 +33,8 @@ def default_config() -> ConfigDict:
             "stop_after_nonfinite": 10,  # steps skipped in a row that end the run
             "compilation_cache": True,  # keep compiled programs in the workdir
             "xla_options": "",  # of the step's compiler: "NAME=VALUE NAME=VALUE"
+            "init_from": "",  # the parameters begin as in the last checkpoint of this workdir
+            "freeze": "",  # those that stay so, by path: "embedding,blocks.mlp.*"
             "model": model_config(),
             "data": data_config(),
             "optimizer": {
@@ -51,6 +54,14 @@ def default_config() -> ConfigDict:
             "loss": {
                 "z_loss": 0.0,  # times log(Z)^2 per asked label
                 "chunk_tokens": 4096,  # tokens of a device whose logits exist at one time
+            },
+            # Besides the labels, what the weights of the beginning say with other windows.
+            "distill": {
+                "kl": 0.0,  # weight of the divergence of the next-token distributions
+                "labels": 0.0,  # weight that the labels keep beside it
+                "temperature": 1.0,  # of both distributions
+                "attention_steps": 0,  # first steps, which match each layer's attention output
+                "windows": "full",  # of the teacher
             },
             # Devices per axis; -1: all that the other axes leave.
             "mesh": {"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "strategy": "standard"},
@@ -74,6 +85,7 @@ def check_config(config: ConfigDict) -> None:
         **dict.fromkeys(("optimizer.weight_decay", "optimizer.clip_norm"), 0),
         **dict.fromkeys(("checkpoint.keep_every", "profile.start", "profile.steps"), 0),
         **dict.fromkeys(("optimizer.skip_spikes",), 0),
+        **dict.fromkeys(("distill.kl", "distill.labels", "distill.attention_steps"), 0),
     }
     for key, least in at_least.items():
         value = _get(config, key)
@@ -94,19 +106,19 @@ def check_config(config: ConfigDict) -> None:
             f"config.optimizer.mu_dtype={config.optimizer.mu_dtype!r} is none of "
             f"{', '.join(MOMENTS)}."
         )
+    check_distill(config)
     if config.optimizer.schedule not in SCHEDULES:
         hint = nearest(config.optimizer.schedule, SCHEDULES)
         raise UserError(f"config.optimizer.schedule={config.optimizer.schedule!r} is none.{hint}")
 
 
 def check_same(config: ConfigDict, saved: str, workdir: Any) -> None:
-    """Refuses to go on with the checkpoints of a run whose config differs in what matters.
-
-    A value that the run's config did not have yet was the default.
-    """
+    """Refuses to go on with the checkpoints of a run whose config differs in what matters."""
+    theirs = _flat(json.loads(saved))
     ours = _flat(json.loads(to_json(config)))
     defaults = _flat(json.loads(to_json(default_config())))
-    theirs = {key: defaults.get(key) for key in ours} | _flat(json.loads(saved))
+    # A field that is younger than the checkpoint had its default, unless it belongs to the data.
+    theirs = {key: defaults[key] for key in defaults.keys() & ours.keys()} | theirs
     for key in sorted(ours.keys() | theirs.keys()):
         harmless = any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
         if not harmless and ours.get(key) != theirs.get(key):

@@ -32,6 +32,7 @@ from nha_jax.training.program import (
     program,
     put,
 )
+from nha_jax.training.starting_weights import StartingWeights
 from nha_jax.training.step import batch_sharding
 
 
@@ -62,6 +63,8 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     if config.log.tensorboard:
         check_tensorboard()
 
+    weights = StartingWeights(config.init_from, model) if config.init_from and not saved else None
+
     part, count = parallel.data_part(batch_sharding(mesh, config.mesh.strategy), config.batch_size)
     source = partial(
         data.build,
@@ -91,6 +94,9 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             state, position = restored
             batches.set_state(position)
             terminal.tell(f"Carrying on in {workdir} after step {state.step}.")
+        elif weights:
+            state = built.create(config.seed, weights.read(built.abstract.params))
+            terminal.tell(f"Beginning with the weights of {weights.path}.")
         else:
             state = built.create(config.seed)
         start = int(state.step)

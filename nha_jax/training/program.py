@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from nha_jax.errors import UserError
 from nha_jax.models import ModelConfig
+from nha_jax.training.distill import remember_start, teaches
+from nha_jax.training.freeze import Split
 from nha_jax.training.optimizer import learning_rate, make_optimizer
 from nha_jax.training.state import Params, TrainState, describe_model, state_maker
 from nha_jax.training.step import Batch, Metrics, batch_sharding, eval_step, loss_of, train_step
@@ -38,8 +41,8 @@ class Program:
     mesh: Mesh
     abstract: TrainState
     """Shapes, dtypes and places of the state."""
-    create: Callable[[int], TrainState]
-    """From a seed; every array is made in its places."""
+    create: Callable[..., TrainState]
+    """From a seed, and parameters if they are given; every array is made in its places."""
     batch: NamedSharding
     """Place of every array of a batch."""
     flags: NamedSharding
@@ -60,9 +63,12 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh, batch: AbstractB
     check_batch(config, model, mesh, batch["inputs"].shape[1])
     described = describe_model(model)
     schedule = learning_rate(config.optimizer, config.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, described.axes)
+    split = Split.of(config.freeze, described.abstract)
+    optimizer = make_optimizer(config.optimizer, schedule, split.trained(described.axes))
+    if teaches(config):
+        optimizer = optax.chain(remember_start(), optimizer)
     strategy = config.mesh.strategy
-    create, abstract = state_maker(described, optimizer, mesh, strategy)
+    create, abstract = state_maker(described, optimizer, mesh, strategy, split)
     sharding = batch_sharding(mesh, strategy)
     flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     places = jax.tree.map(lambda x: x.sharding, abstract)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nha_jax import parallel
 from nha_jax.models import LanguageModel, ModelConfig
+from nha_jax.training.freeze import ALL_TRAINED, Split
 
 Params = Any  # nested dict of arrays, named as in the model
 
@@ -78,17 +79,27 @@ def matrices(axes: Params) -> Params:
 
 
 def state_maker(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, strategy: str
-) -> tuple[Callable[[int], TrainState], TrainState]:
-    """How to create a state, sharded from the start, and its abstract form with shardings."""
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    strategy: str,
+    split: Split = ALL_TRAINED,
+) -> tuple[Callable[..., TrainState], TrainState]:
+    """How to create a state, sharded from the start, and its abstract form with shardings.
 
-    def create(seed: jax.Array) -> TrainState:
+    It is created from a seed, and from parameters where those are given.
+    """
+
+    def create(seed: jax.Array, params: Params = None) -> TrainState:
         key, rng = jax.random.split(jax.random.key(seed))
-        params = model.create(key)
+        if params is None:
+            params = model.create(key)
+        params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, model.abstract)
         zero = jnp.zeros((), jnp.int32)
         rng = jax.random.key_data(rng)
         norm = jnp.zeros((), jnp.float32)
-        return TrainState(zero, params, optimizer.init(params), zero, zero, norm, rng)
+        opt_state = optimizer.init(split.trained(params))
+        return TrainState(zero, params, opt_state, zero, zero, norm, rng)
 
     seed = jax.ShapeDtypeStruct((), jnp.uint32)
     abstract = jax.eval_shape(create, seed)
@@ -100,7 +111,7 @@ def state_maker(
         optimizer,
         lambda _, sharding: sharding,
         abstract.opt_state,
-        params,
+        split.trained(params),
         transform_non_params=lambda _: whole,
     )
     shardings = dataclasses.replace(
@@ -108,4 +119,4 @@ def state_maker(
     )
     abstract = jax.tree.map(lambda x, place: x.update(sharding=place), abstract, shardings)
     jitted = jax.jit(create, out_shardings=shardings)
-    return lambda seed: jitted(jnp.uint32(seed)), abstract
+    return lambda seed, *params: jitted(jnp.uint32(seed), *params), abstract

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from nha_jax import parallel
 from nha_jax.training.cross_entropy import IGNORE, cross_entropy
+from nha_jax.training.distill import distilled, start_of, teaches
+from nha_jax.training.freeze import Split
 from nha_jax.training.state import Model, Params, TrainState
 
 # inputs, labels, when packed segment_ids and positions: int32 [B,T]
@@ -35,9 +37,23 @@ def train_step(
     maximum is among the metrics, so that all see it at the same step.
     """
     spike = config.optimizer.skip_spikes
+    split = Split.of(config.freeze, model.abstract)
+    taught = distilled(model, config) if teaches(config) else None
 
-    def loss(params: Params, batch: Batch, asked: jax.Array, tokens: jax.Array):
-        sums, stats = _apply(model, params, batch, config)
+    def loss(
+        trained: Params,
+        frozen: Params,
+        state: TrainState,
+        batch: Batch,
+        asked: jax.Array,
+        tokens: jax.Array,
+    ) -> Any:
+        params = split.merge(trained, frozen)
+        if taught:
+            teacher = split.merge(start_of(state.opt_state), frozen)
+            sums, stats = taught(params, teacher, batch, state.step)
+        else:
+            sums, stats = _apply(model, params, batch, config)
         weight = _tokens(batch) / tokens  # of this micro-batch in means over tokens
         aux = weight * stats.pop("aux_loss")
         stats = jax.tree.map(lambda x: weight * x, stats)
@@ -58,9 +74,15 @@ def train_step(
         def gradient(micro: Batch) -> Any:
             value_and_grad = jax.value_and_grad(loss, has_aux=True)
             (value, stats), gradients = value_and_grad(
-                cast, micro, jnp.maximum(asked, 1), jnp.maximum(tokens, 1)
+                split.trained(cast),
+                split.frozen(cast),
+                state,
+                micro,
+                jnp.maximum(asked, 1),
+                jnp.maximum(tokens, 1),
             )
-            as_stored = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, state.params)
+            stored = split.trained(state.params)
+            as_stored = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, stored)
             return value, stats, as_stored
 
         if config.accumulate == 1:
@@ -92,8 +114,10 @@ def train_step(
         # A mean over all steps at first, then over about the last SPIKES_AFTER.
         weight = 1 / jnp.minimum(taken + 1, SPIKES_AFTER).astype(jnp.float32)
         usual_norm = state.usual_norm + weight * (norm - state.usual_norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = split.trained(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        params = split.merge(trained, split.frozen(state.params))
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
