@@ -1,6 +1,7 @@
 """NHA 1.3B on 100B tokens, the published settings (context 2,048, 524,288 tokens per step).
 
 python train.py --config configs/nha_1_3b.py --config.data.path=DIR
+python train.py --config configs/nha_1_3b.py:gpu --config.data.path=DIR     one 80 GB GPU
 
 DIR is a set from `python -m nha_jax.data.prepare` with a tokenizer of at most 32,000 tokens;
 several with weights are `DIR=0.8,DIR2=0.2`. Published, on SlimPajama: WikiText perplexity 16.16,
@@ -10,11 +11,17 @@ commonsense average 52.89, recall-intensive average 46.43. Not run here to the e
 from ml_collections import ConfigDict
 
 from nha_jax.data import data_config
+from nha_jax.errors import UserError, nearest
 from nha_jax.models import model_config
 from nha_jax.training import default_config
 
+VARIANTS = ("", "gpu")
 
-def get_config() -> ConfigDict:
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in VARIANTS:
+        hint = nearest(variant, VARIANTS[1:])
+        raise UserError(f"configs/nha_1_3b.py has no variant {variant!r}.{hint}")
     config = default_config()
     config.steps = 190_735  # 100B tokens
     config.batch_size = 256  # x 2,048 tokens = 524,288 tokens per step
@@ -28,4 +35,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 1000
     config.eval.every = 5000
     config.eval.examples = 1024
+    if variant == "gpu":  # docs/training_speed.md
+        config.accumulate = 32  # 16,384 tokens at a time
+        config.model.update(remat="dots", unroll=True)
     return config

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     generator.check(ids, args.max_new_tokens)
     longest = max(map(len, ids)) + args.max_new_tokens
-    rows = min(len(ids), args.batch_size)
+    rows = generator.rows(len(ids))
     room = generator.room(longest)
     _say(
         f"step {found.step}, windows {shape.windows}, {shape.slots} slots; state of {rows} "

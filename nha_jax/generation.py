@@ -157,7 +157,8 @@ class Generator:
             order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)
         ):
             batch = _Batch(rows, prompts, limits, stop, on_token, on_done)
-            self._run(batch, seeds, sampling, sorted(set(stop_tokens)), return_logits)
+            idle = self.rows(len(prompts)) - len(rows)
+            self._run(batch, idle, seeds, sampling, sorted(set(stop_tokens)), return_logits)
             for row, completion in zip(rows, batch.completions, strict=True):
                 done[row] = completion
         return [completion for completion in done if completion is not None]
@@ -207,13 +208,13 @@ class Generator:
     def _run(
         self,
         batch: "_Batch",
+        idle: int,
         seeds: Sequence[int],
         sampling: Sampling,
         stop_tokens: Sequence[int],
         keep_logits: bool,
     ) -> None:
-        rows = self._padded(len(batch.rows))
-        idle = rows - len(batch.rows)
+        rows = len(batch.rows) + idle
         before = [[*prompt[:-1]] for prompt in batch.prompts] + [[]] * idle
         tokens = [prompt[-1] for prompt in batch.prompts] + [0] * idle
         limits = np.array([*batch.limits, *[0] * idle], np.int32)
@@ -271,9 +272,10 @@ class Generator:
                 f"{self.config.vocab_size}; use the tokenizer that the model was trained with."
             )
 
-    def _padded(self, rows: int) -> int:
-        """Rows of a batch: powers of two up to the batch size, so that few are compiled."""
-        return min(1 << (rows - 1).bit_length(), max(self.batch_size, rows))
+    def rows(self, prompts: int) -> int:
+        """Rows of each batch of so many prompts: a power of two up to the batch size, so that few
+        are compiled."""
+        return min(1 << (prompts - 1).bit_length(), self.batch_size)
 
     def room(self, tokens: int) -> int | None:
         """Tokens that the caches of full layers are made for where a row needs ``tokens``: the

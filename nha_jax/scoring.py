@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nha_jax.errors import UserError
 from nha_jax.generation import LEAST_PIECE, Generator
 from nha_jax.models.language_model import Cache
 
@@ -32,8 +31,7 @@ def score(
         UserError: an empty context, an id outside the vocabulary, or more tokens than
             ``generator.max_length`` where there are full layers.
     """
-    for context, continuation in pairs:
-        generator.check([[*context, *continuation]] if len(context) else [[]], 0)
+    generator.check([[*context, *more] if len(context) else [] for context, more in pairs], 0)
     by_context: dict[tuple[int, ...], list[int]] = {}
     for i, (context, _) in enumerate(pairs):
         by_context.setdefault(tuple(context), []).append(i)
@@ -127,12 +125,3 @@ def _score(
     real = ids != 0
     right = (logits.argmax(-1) == labels) | ~real
     return out.cache, jnp.sum(jnp.where(real, nats, 0), axis=1), right.all(axis=1)
-
-
-def check_one_process() -> None:
-    """Raises UserError where several processes would each ask for something else."""
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this suite drives one process, and the run has {jax.process_count()}; start eval.py "
-            "on one host alone."
-        )

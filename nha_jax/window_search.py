@@ -22,6 +22,7 @@ from typing import Any
 from nha_jax import cli
 from nha_jax.errors import UserError, nearest
 
+MARKERS = "osD^vP*X"
 Windows = tuple[int | None, ...]
 """One per layer, None for full."""
 
@@ -184,14 +185,14 @@ class _Trial:
     def cost(self, windows: str, context: int) -> dict[str, Any]:
         """Bytes of state and tokens/s of decoding one row."""
         from nha_jax.decode_bench import prepare
-        from nha_jax.generation import Generator
+        from nha_jax.generation import Generator, state_bytes
 
         generator = Generator(self._model(windows))
         run = prepare(generator, 1, context, float("inf"))
         assert run is not None
         return {
-            "state_bytes": generator.state_bytes(1, context),
-            "tokens_per_second": run(3),
+            "state_bytes": state_bytes(generator.model, 1, context),
+            "tokens_per_second": run(3, context),
         }
 
     def _model(self, windows: str) -> Any:
@@ -246,26 +247,30 @@ def _figure(report: dict[str, Any]) -> Any:
     none = report["points"][0]["value"]
     layers = report["one_at_a_time"]
     alone.bar([row["layer"] for row in layers], [scale * (row["value"] - none) for row in layers])
+    alone.set_xticks([row["layer"] for row in layers])
     alone.set_xlabel("the layer that alone is full")
+    alone.set_ylabel(label)
     alone.set_title(f"change against no full layer ({scale * none:.4g})")
     for axes, key, unit in ((size, "state_bytes", 1e6), (speed, "tokens_per_second", 1)):
-        rows = sorted(report["points"], key=lambda row: row[key])
-        for row in rows:
-            x, y = row[key] / unit, scale * row["value"]
-            axes.plot(x, y, "o", color="tab:blue" if row["pareto"] else "0.6")
-            axes.annotate(row["name"], (x, y), xytext=(4, 4), textcoords="offset points", size=8)
+        for i, row in enumerate(report["points"]):
+            axes.plot(
+                row[key] / unit, scale * row["value"], MARKERS[i % len(MARKERS)],
+                fillstyle="full" if row["pareto"] else "none", label=row["name"],
+                color=f"C{i % 10}", markersize=10, linestyle="none",
+            )  # fmt: skip
         axes.set_ylabel(label)
+    speed.legend()
     best = sorted(
         (row for row in report["points"] if row["pareto"]), key=lambda r: r["state_bytes"]
     )
     size.step(
         [r["state_bytes"] / 1e6 for r in best], [scale * r["value"] for r in best],
-        where="post", color="tab:blue", linewidth=1,
+        where="post", color="0.5", linewidth=1, zorder=0,
     )  # fmt: skip
     size.set_xscale("log")
     size.set_xlabel(f"state of a row behind {report['context']:,} tokens, MB")
     speed.set_xlabel("tokens/s, one row")
-    size.set_title("blue: best at its size")
+    size.set_title("filled: best at its size")
     speed.set_title(f"on {report['device']}")
     for axes in (alone, size, speed):
         axes.grid(alpha=0.3)

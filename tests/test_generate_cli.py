@@ -64,7 +64,7 @@ def test_texts_in_order_and_a_file(workdir, tmp_path, call):
         f"--- {i}: {json.dumps(row['prompt'], ensure_ascii=False)}\n" for i, row in enumerate(rows)
     ]
     assert shown == "".join(f"{head}{row['text']}\n" for head, row in zip(heads, rows, strict=True))
-    assert "state of 3 rows: 4.1 KB, whatever their length" in told
+    assert "state of 4 rows: 5.4 KB, whatever their length" in told
     assert "tokens read, " in told
 
 

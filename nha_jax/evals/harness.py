@@ -14,10 +14,11 @@ from lm_eval.api.registry import register_model
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals.answering import encode
+from nha_jax.evals.lm_eval import check_one_process
 from nha_jax.evals.suite import Track
 from nha_jax.generation import Generator, Sampling, StopStrings
 from nha_jax.models import LanguageModel, ModelConfig
-from nha_jax.scoring import Pair, check_one_process, score
+from nha_jax.scoring import Pair, score
 
 NEW_TOKENS = 256  # where a task does not say
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")

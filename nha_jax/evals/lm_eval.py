@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
@@ -21,7 +22,6 @@ from nha_jax.evals import answering
 from nha_jax.evals.checkpoint import tokenizer_of
 from nha_jax.evals.suite import Z95, Result, Suite, Track, score
 from nha_jax.models import LanguageModel
-from nha_jax.scoring import check_one_process
 
 # Metrics that are shares of examples; others are told in their own unit.
 SHARES = {"acc", "acc_norm", "acc_bytes", "exact_match", "contains", "f1", "em", "mc1", "mc2"}
@@ -89,6 +89,15 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
             bootstrap_iters=1000,
         )
     return _result(found, names)
+
+
+def check_one_process() -> None:
+    """Raises UserError in a run of several processes, whose requests could come in other orders."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"suite lm_eval works in one process, and this run has {jax.process_count()}; start "
+            "eval.py on one host alone."
+        )
 
 
 def _result(found: Any, names: list[str]) -> Result:

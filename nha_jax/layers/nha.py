@@ -1,5 +1,6 @@
 """The Native Hybrid Attention layer."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -174,9 +175,10 @@ class NHA(nnx.Module):
         )
         stats = None
         if cache is None:
-            o, (lse_slot, lse_window) = nha_attention(
-                q, k, v, log_alpha, return_lse=True, **options
-            )
+            with jax.named_scope("attention_op"):
+                o, (lse_slot, lse_window) = nha_attention(
+                    q, k, v, log_alpha, return_lse=True, **options
+                )
             stats = self._stats(log_alpha, lse_slot, lse_window, segment_ids)
         else:
             if x.shape[1] == 1:
@@ -186,7 +188,6 @@ class NHA(nnx.Module):
                     q, k, v, log_alpha, initial_state=cache.attention, return_state=True, **options
                 )
             cache = LayerCache(state, tails)
-        o = checkpoint_name(o, "attention")
         if self.o_norm is not None:
             o = self.o_norm(jax.nn.silu(o))
         return jnp.einsum("bthd,hdc->btc", o, self.o[...].astype(dtype)), cache, stats
@@ -236,10 +237,7 @@ class NHA(nnx.Module):
             return None
         if self.f is None:
             return jnp.zeros((*x.shape[:2], self.kv_heads, 0), jnp.float32)
-        f = jnp.einsum(
-            "btc,chm->bthm", x, self.f[...].astype(x.dtype), preferred_element_type=jnp.float32
-        )
-        return jax.nn.log_sigmoid(f) / self.gate_normalizer
+        return _log_gates(x, self.f[...].astype(x.dtype), self.gate_normalizer)
 
     def _stats(
         self,
@@ -269,6 +267,35 @@ class NHA(nnx.Module):
             gate_min=stop(jnp.min(alpha, where=real[:, :, None, None], initial=1.0)),
             aux_loss=aux_loss,
         )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_gates(x: jax.Array, kernel: jax.Array, normalizer: float) -> jax.Array:
+    """``log_sigmoid(x kernel) / normalizer`` in float32, of ``x [B,T,C]`` and ``kernel [C,H,M]``.
+
+    In the backward pass the factors of the products have the dtype of x, as those of every other
+    projection, and the gates themselves are all that is kept besides.
+    """
+    f = jnp.einsum("btc,chm->bthm", x, kernel, preferred_element_type=jnp.float32)
+    return jax.nn.log_sigmoid(f) / normalizer
+
+
+def _log_gates_forward(x: jax.Array, kernel: jax.Array, normalizer: float) -> tuple:
+    gates = checkpoint_name(_log_gates(x, kernel, normalizer), "gates")
+    return gates, (x, kernel, gates)
+
+
+def _log_gates_backward(
+    normalizer: float, kept: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel, gates = kept
+    slope = -jnp.expm1(gates * normalizer)  # 1 - sigmoid(f)
+    df = (cotangent * slope / normalizer).astype(x.dtype)
+    dx = jnp.einsum("bthm,chm->btc", df, kernel)
+    return dx, jnp.einsum("btc,bthm->chm", x, df)
+
+
+_log_gates.defvjp(_log_gates_forward, _log_gates_backward)
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:

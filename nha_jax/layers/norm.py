@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.layers.params import param
 
@@ -27,5 +28,6 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...].astype(jnp.float32)
         y = x.astype(jnp.float32)
         axes = tuple(range(-scale.ndim, 0))
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.eps)
+        inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.eps)
+        y = y * checkpoint_name(inverse, "norm")
         return (y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(x.dtype)

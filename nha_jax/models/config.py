@@ -77,7 +77,11 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     """What the backward pass computes anew, per block: nothing (none), everything (full), all
-    but the matrix products (dots), or all but the attention op (save_attention)."""
+    but matrix products and the attention op (dots), or all but the attention op
+    (save_attention)."""
+    unroll: bool = False
+    """Without a cache, no loop over the layers: more to compile, and what the backward pass needs
+    is not copied into and out of a loop's arrays."""
     scan_runs: bool = False
     """Without a cache, neighbours of one window are one loop: much less to compile, for a second
     copy of the blocks' parameters in memory."""
@@ -134,6 +138,10 @@ class ModelConfig:
                 f"layers {self.layers}; give one window per layer or a pattern that divides them."
             )
         object.__setattr__(self, "windows", windows_text(pattern))
+        if self.unroll and self.scan_runs:
+            raise UserError(
+                "unroll and scan_runs are both true, and scan_runs is a loop; set one to false."
+            )
         if self.slots == 0 and 0 in pattern:
             raise UserError(
                 "slots is 0 where a layer's window is 0, which leaves it nothing to attend to; "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.errors import UserError
 from nha_jax.layers import (
@@ -22,10 +23,33 @@ from nha_jax.layers import (
 from nha_jax.layers.params import fan_in_normal, param
 from nha_jax.models.config import ModelConfig
 
+# Primitives that run an attention kernel. What a backward kernel asks of the forward one is among
+# its results; those of the xla backend have the name "attention".
+KERNELS = (
+    *("triton_kernel_call", "pallas_call"),
+    *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
+)
+
+
+def _save(*names: str, dots: bool = False) -> Callable[..., bool]:
+    """A remat policy: keeps what kernels of attention give, values of these names and, with
+    ``dots``, products with a weight."""
+    named = jax.checkpoint_policies.save_only_these_names("attention", *names)
+    product = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+
+    def keeps(primitive: Any, *avals: Any, **params: Any) -> bool:
+        if primitive.name in KERNELS or named(primitive, *avals, **params):
+            return True
+        return dots and product(primitive, *avals, **params)
+
+    return keeps
+
+
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    "save_attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    # Where the backward pass asks for a sum or a gate, that is kept in place of the product in it.
+    "dots": _save("residual", "gates", "norm", dots=True),
+    "save_attention": _save(),
 }
 
 Cache = tuple[LayerCache, ...]
@@ -94,7 +118,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, LayerStats | None]:
         """``[B,T,hidden]`` -> the same; options, cache and statistics as in `NHA`."""
         y, cache, stats = self.attention(self.attention_norm(x), cache=cache, **options)
-        x = x + y
+        x = checkpoint_name(x + y, "residual")
         return x + self.mlp(self.mlp_norm(x)), cache, stats
 
 
@@ -232,7 +256,8 @@ class LanguageModel(nnx.Module):
             block = nnx.merge(graphdef, jax.tree.map(lambda a: a[i], params))
             return block(x, cache, window=window, **options)
 
-        in_loop = repeats > 1 or (self.config.scan_runs and cache is None)
+        unroll = self.config.unroll and cache is None
+        in_loop = (repeats > 1 and not unroll) or (self.config.scan_runs and cache is None)
         if self.config.remat != "none":
             # Within a scan the backward pass is a loop of its own, which nothing is shared with.
             run = jax.checkpoint(
@@ -256,7 +281,7 @@ class LanguageModel(nnx.Module):
                 return x, (None, jax.tree.map(lambda *a: jnp.stack(a), *stats))
             return x, (tuple(caches), None)
 
-        x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache))
+        x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache), unroll=unroll)
         stats = jax.tree.map(lambda a: a.reshape(-1), stats)
         return x, cache, stats
 

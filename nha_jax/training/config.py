@@ -9,12 +9,13 @@ from ml_collections.config_dict import placeholder
 from nha_jax.data import data_config
 from nha_jax.errors import UserError, nearest
 from nha_jax.models import model_config
-from nha_jax.training.optimizer import SCHEDULES
+from nha_jax.training.optimizer import MOMENTS, SCHEDULES
 
 # A run may be taken up again with other values of these: they change how long it runs, where,
 # and what it tells, but not the function that a step computes.
 HARMLESS = (
     *("steps", "log", "checkpoint", "eval", "mesh", "compilation_cache", "profile"),
+    *("xla_options", "model.unroll"),
     *("loss.chunk_tokens", "model.remat", "model.scan_runs", "model.impl", "stop_after_nonfinite"),
     *("data.path", "data.damaged"),  # the data themselves have a fingerprint
 )
@@ -30,6 +31,7 @@ def default_config() -> ConfigDict:
             "accumulate": 1,  # micro-batches per step
             "stop_after_nonfinite": 10,  # steps skipped in a row that end the run
             "compilation_cache": True,  # keep compiled programs in the workdir
+            "xla_options": "",  # of the step's compiler: "NAME=VALUE NAME=VALUE"
             "model": model_config(),
             "data": data_config(),
             "optimizer": {
@@ -41,6 +43,7 @@ def default_config() -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.95,
                 "eps": 1e-8,
+                "mu_dtype": "float32",  # of the first moment: or "bfloat16", for 2 bytes less each
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,
                 "skip_spikes": 0.0,  # skip gradients this many times longer than usual; 0: none
@@ -86,15 +89,24 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} is not divisible by "
             f"config.accumulate={config.accumulate}; change one of them."
         )
+    if config.optimizer.mu_dtype not in MOMENTS:
+        raise UserError(
+            f"config.optimizer.mu_dtype={config.optimizer.mu_dtype!r} is none of "
+            f"{', '.join(MOMENTS)}."
+        )
     if config.optimizer.schedule not in SCHEDULES:
         hint = nearest(config.optimizer.schedule, SCHEDULES)
         raise UserError(f"config.optimizer.schedule={config.optimizer.schedule!r} is none.{hint}")
 
 
 def check_same(config: ConfigDict, saved: str, workdir: Any) -> None:
-    """Refuses to go on with the checkpoints of a run whose config differs in what matters."""
-    theirs = _flat(json.loads(saved))
+    """Refuses to go on with the checkpoints of a run whose config differs in what matters.
+
+    A value that the run's config did not have yet was the default.
+    """
     ours = _flat(json.loads(to_json(config)))
+    defaults = _flat(json.loads(to_json(default_config())))
+    theirs = {key: defaults.get(key) for key in ours} | _flat(json.loads(saved))
     for key in sorted(ours.keys() | theirs.keys()):
         harmless = any(key == name or key.startswith(f"{name}.") for name in HARMLESS)
         if not harmless and ours.get(key) != theirs.get(key):

@@ -59,13 +59,15 @@ def _forward(hidden, kernel, labels, z_loss, chunk_tokens, strategy):
 def _backward(z_loss, chunk_tokens, strategy, residuals, cotangent):
     d_hidden, d_kernel, kernel = residuals
     scale = cotangent.objective
-    d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
-    return d_hidden, (d_kernel * scale).astype(kernel.dtype), None
+    with jax.named_scope("cross_entropy"):
+        d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
+        return d_hidden, (d_kernel * scale).astype(kernel.dtype), None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
+@jax.named_scope("cross_entropy")
 def _on_mesh(with_gradient, hidden, kernel, labels, z_loss, chunk_tokens, strategy):
     """(sums, d_hidden, d_kernel), the last two in float32 for an objective's cotangent of 1, or
     (sums,)."""

@@ -20,15 +20,15 @@ PEAK = {
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs of forward and backward (twice the forward) per token, nothing recomputed.
 
-    A weight costs 2 per token, embeddings nothing, the output projection included. Attention
-    costs 4 * head_dim per query head and visible token or slot, and writing a slot 6 * head_dim
-    per kv head: decay, gate and addition for its key and its value.
+    A weight costs 2 per token, embeddings nothing, the output projection included, gates where
+    a layer has slots. Attention costs 4 * head_dim per query head and visible token or slot, and
+    writing a slot 6 * head_dim per kv head: decay, gate and addition for its key and its value.
     """
     width, heads, kv_heads = config.head_width, config.heads, config.num_kv_heads
     projections = 2 * config.hidden * width * (heads + kv_heads)  # q, o, k, v
-    gates = config.hidden * kv_heads * config.slots
-    weights = projections + gates + 3 * config.hidden * config.ffn
+    weights = projections + 3 * config.hidden * config.ffn
     slots = config.slots * width * (4 * heads + 6 * kv_heads)
+    slots += 2 * config.hidden * kv_heads * config.slots  # gates
     forward = 2.0 * config.hidden * config.vocab_size + 2.0 * config.layers * weights
     pattern = config.window_pattern
     for window in pattern:

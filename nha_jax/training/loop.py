@@ -27,6 +27,7 @@ from nha_jax.training.program import (
     abstract_batch,
     check_batch,
     check_rows,
+    claim_memory,
     compile_steps,
     program,
     put,
@@ -46,6 +47,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     check_config(config)
     check_workdir(workdir)
     model = ModelConfig.from_config(config.model)
+    claim_memory()
     mesh = parallel.make_mesh(config.mesh)
     check_rows(config, mesh)
     data.ready(config.data, workdir)
@@ -97,7 +99,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             f"{jax.devices()[0].device_kind} (mesh {dict(mesh.shape)}), workdir {workdir}"
         )
         workdir.mkdir(parents=True, exist_ok=True)
-        step_fn = compile_steps(built, lowered, length)
+        step_fn = compile_steps(built, lowered, config, length)
         work = flops.train_flops_per_token(model, length)  # where they differ: the first
         steps = range(start + 1, config.steps + 1)
         with (

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from nha_jax.errors import UserError
 
 SCHEDULES = ("cosine", "wsd", "constant")
+MOMENTS = ("float32", "bfloat16")
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -68,6 +69,7 @@ def make_optimizer(
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=decay_mask(axes),
+        mu_dtype=config.mu_dtype,
     )
     if not config.clip_norm:
         return adamw

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,11 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     # Weights split over fsdp are gathered, beside other work, and then multiplied. The compiler's
     # own choice multiplies shard by shard, and moves every output once for each of them.
     "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+    # cuBLAS is as fast as what the compiler would find for such products, after minutes. Kernels
+    # of a millisecond gain nothing from CUDA graphs, in which a profile cannot tell their sources.
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_command_buffer": ""},
 }
+GPU_MEMORY = "0.95"  # share of it that JAX may take, in place of its own default of 0.75
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]  # of all processes together
 
@@ -88,22 +94,54 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh, batch: AbstractB
     return Program(mesh, abstract, create, sharding, flags, trace, activations, evaluate)
 
 
-def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiles a step for the mesh's devices."""
+def claim_memory() -> None:
+    """Lets JAX take `GPU_MEMORY`, unless the environment says otherwise; before JAX starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
+
+
+def compiler_options(config: ConfigDict, platform: str) -> dict[str, str | bool]:
+    """`COMPILER_OPTIONS` of the platform and, over them, ``config.xla_options``."""
+    options = dict(COMPILER_OPTIONS.get(platform, {}))
+    for option in config.xla_options.split():
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(
+                f"config.xla_options holds {option!r}; write NAME=VALUE, several apart by spaces."
+            )
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+def compile_step(
+    lowered: jax.stages.Lowered, config: ConfigDict, mesh: Mesh
+) -> jax.stages.Compiled:
+    """Compiles a step for the mesh's devices. Raises ``UserError`` for an unknown option."""
     device: Any = mesh.devices.flat[0]
-    return lowered.compile(compiler_options=COMPILER_OPTIONS.get(device.platform))
+    options = compiler_options(config, device.platform)
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].removesuffix(".")
+        if not re.search("No such compile option|While setting option", reason):
+            raise
+        raise UserError(
+            f"config.xla_options={config.xla_options!r} is not what this compiler takes: {reason}."
+        ) from error
 
 
-def compile_steps(built: Program, lowered: jax.stages.Lowered, length: int) -> Callable[..., Any]:
+def compile_steps(
+    built: Program, lowered: jax.stages.Lowered, config: ConfigDict, length: int
+) -> Callable[..., Any]:
     """The step for batches of any length: compiled from ``lowered`` for ``length``, and for every
     other length when its first batch comes."""
-    compiled = {length: compile_step(lowered, built.mesh)}
+    compiled = {length: compile_step(lowered, config, built.mesh)}
 
     def step(state: TrainState, batch: Batch, flags: jax.Array) -> tuple[TrainState, Metrics]:
         length = batch["inputs"].shape[1]
         if length not in compiled:
             shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in batch.items()}
-            compiled[length] = compile_step(built.trace(shapes).lower(), built.mesh)
+            later = built.trace(shapes).lower()
+            compiled[length] = compile_step(later, config, built.mesh)
         return compiled[length](state, batch, flags)
 
     return step

@@ -71,7 +71,7 @@ def rehearse(config: ConfigDict, topology: str) -> int:
     traced = built.trace()
     flops = hlo.traced_flops(traced.jaxpr.jaxpr) / len(devices)
     try:
-        compiled = compile_step(traced.lower(), mesh)
+        compiled = compile_step(traced.lower(), config, mesh)
     except jax.errors.JaxRuntimeError as error:
         message = str(error).strip().split("\n")[0]
         if "RESOURCE_EXHAUSTED" not in message:

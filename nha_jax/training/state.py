@@ -37,6 +37,8 @@ class Model:
     graph: nnx.GraphDef
     abstract: Params  # ShapeDtypeStructs
     axes: Params  # tuples of logical names
+    dtype: jnp.dtype  # of the computation
+    matrices: Params  # whether a parameter is only ever used in that dtype, as a product's factor
     create: Callable[[jax.Array], Params]  # from a key
 
     def __call__(self, params: Params) -> LanguageModel:
@@ -58,7 +60,21 @@ def describe_model(config: ModelConfig) -> Model:
         state,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
-    return Model(graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes), create)
+    axes = nnx.to_pure_dict(axes)
+    dtype = jnp.dtype(config.dtype)
+    return Model(graph, nnx.to_pure_dict(state), axes, dtype, matrices(axes), create)
+
+
+def matrices(axes: Params) -> Params:
+    """`Model.matrices`: projections, not embeddings, convolutions, norms and biases."""
+
+    def is_one(path: tuple[Any, ...], names: tuple[str | None, ...]) -> bool:
+        label = jax.tree_util.keystr(path).lower()
+        return len(names) > 1 and not any(
+            other in label for other in ("embedding", "conv", "norm", "bias")
+        )
+
+    return jax.tree_util.tree_map_with_path(is_one, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def state_maker(

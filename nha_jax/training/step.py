@@ -49,19 +49,41 @@ def train_step(
     ) -> tuple[TrainState, Metrics]:
         asked = _asked(batch)
         tokens = _tokens(batch)
+        # Once for all micro-batches. A product's gradient has the dtype of the product, so that
+        # these gradients are the same numbers, in half the memory.
+        cast = jax.tree.map(
+            lambda matrix, x: x.astype(model.dtype) if matrix else x, model.matrices, state.params
+        )
 
         def gradient(micro: Batch) -> Any:
             value_and_grad = jax.value_and_grad(loss, has_aux=True)
             (value, stats), gradients = value_and_grad(
-                state.params, micro, jnp.maximum(asked, 1), jnp.maximum(tokens, 1)
+                cast, micro, jnp.maximum(asked, 1), jnp.maximum(tokens, 1)
             )
-            return value, stats, gradients
+            as_stored = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, state.params)
+            return value, stats, as_stored
 
         if config.accumulate == 1:
             value, metrics, gradients = gradient(batch)
         else:
             value, metrics, gradients = _sum_over(gradient, _split(batch, config.accumulate))
+        with jax.named_scope("optimizer"):
+            new, norm, taken = update(state, value, gradients)
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(taken), jnp.float32),
+            "asked": asked,
+            "tokens": tokens,
+            "skipped": new.skipped,
+            "skipped_in_row": new.skipped_in_row,
+            "stop": jnp.max(jnp.asarray(stop)),
+        }
+        return new, metrics
 
+    def update(
+        state: TrainState, value: jax.Array, gradients: Params
+    ) -> tuple[TrainState, Any, Any]:
+        """The state after the step, the gradient's norm, and the updates made before."""
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         taken = state.step - state.skipped
@@ -85,16 +107,7 @@ def train_step(
             usual_norm=keep(usual_norm, state.usual_norm),
             rng=state.rng,
         )
-        metrics |= {
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(taken), jnp.float32),
-            "asked": asked,
-            "tokens": tokens,
-            "skipped": new.skipped,
-            "skipped_in_row": new.skipped_in_row,
-            "stop": jnp.max(jnp.asarray(stop)),
-        }
-        return new, metrics
+        return new, norm, taken
 
     return step
 

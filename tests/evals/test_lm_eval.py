@@ -8,6 +8,7 @@ import pytest
 
 from nha_jax import evals
 from nha_jax.errors import UserError
+from nha_jax.evals import lm_eval
 from nha_jax.generation import Generator
 from nha_jax.models import ModelConfig
 from nha_jax.scoring import score
@@ -33,13 +34,18 @@ doc_to_choice: "{{choices}}"
 UNTIL = """\
 task: local_until
 dataset_path: json
-dataset_kwargs: {data_files: {validation: FILE}}
+dataset_kwargs: {data_files: {validation: TEXTS}}
 validation_split: validation
 output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs: {until: ["\\n", " "], max_gen_toks: 6}
-metric_list: [{metric: exact_match}]
+doc_to_text: "{{text}}"
+doc_to_target: "{{value}}"
+process_results: !function local.contains
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
+metric_list: [{metric: contains, aggregation: mean, higher_is_better: true}]
+"""
+LOCAL = """\
+def contains(doc, results):
+    return {"contains": float(doc["value"].lower() in results[0].lower())}
 """
 ROLLING = """\
 task: local_rolling
@@ -77,8 +83,10 @@ def forward(workdir):
 def tasks(tmp_path):
     pytest.importorskip("lm_eval")
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    (tmp_path / "local.py").write_text(LOCAL)
     for name, text in (("choice", CHOICE), ("until", UNTIL), ("rolling", ROLLING)):
         text = text.replace("FILE", str(tmp_path / "questions.jsonl"))
+        text = text.replace("TEXTS", str(tmp_path / "squad.jsonl"))
         (tmp_path / f"{name}.yaml").write_text(text)
     return tmp_path
 
@@ -110,7 +118,7 @@ def expected_texts(forward):
             if token == 256:
                 break
             new.append(token)
-            if token in b"\n ":
+            if token == 10:
                 new.pop()
                 break
         texts.append(bytes(new).decode(errors="replace"))
@@ -119,6 +127,15 @@ def expected_texts(forward):
 
 @pytest.mark.filterwarnings("ignore")
 def test_same_numbers_as_our_own(tasks, workdir, forward, tmp_path):
+    texts = expected_texts(forward)
+    assert all(texts)
+    values = [texts[0][:2].upper(), "not said", texts[2][-1]]
+    (tmp_path / "squad.jsonl").write_text(
+        "".join(
+            json.dumps({"text": question["question"], "value": value}) + "\n"
+            for question, value in zip(QUESTIONS, values, strict=True)
+        )
+    )
     (report,) = evals.run(
         "lm_eval:local_choice+local_until+local_rolling",
         workdir,
@@ -142,7 +159,16 @@ def test_same_numbers_as_our_own(tasks, workdir, forward, tmp_path):
     assert bits["better"] == "lower"
     records = [json.loads(line) for line in report.with_suffix(".jsonl").read_text().splitlines()]
     answers = [r["filtered_resps"][0] for r in records if r["task"] == "local_until"]
-    assert answers == expected_texts(forward)
+    assert answers == texts
+
+    settings = [f"texts={tasks}", "contexts=(0,)", "new_tokens=6", "batch_size=2"]
+    (own,) = evals.run(
+        "recall:squad", workdir, [BYTES, *(f"--config.eval.{s}" for s in settings)], out=tmp_path
+    )
+    own_records = [json.loads(line) for line in own.with_suffix(".jsonl").read_text().splitlines()]
+    assert [record["answer"] for record in own_records] == answers
+    share = json.loads(own.read_text())["scores"][0]["value"]
+    assert share == scores["local_until/contains"]["value"] == pytest.approx(2 / 3)
 
 
 def test_scores_are_those_of_the_forward_pass():
@@ -215,6 +241,12 @@ def test_data_that_cannot_be_loaded(tasks, workdir):
     (tasks / "questions.jsonl").unlink()
     with pytest.raises(UserError, match="a task or its data cannot be loaded"):
         evals.run("lm_eval:local_choice", workdir, [BYTES, f"--config.eval.include_path={tasks}"])
+
+
+def test_one_process(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="works in one process, and this run has 2"):
+        lm_eval.check_one_process()
 
 
 def test_without_the_harness(workdir, monkeypatch):

@@ -12,6 +12,8 @@ from flax import nnx
 from nha_jax.errors import UserError
 from nha_jax.layers import rope_tables
 from nha_jax.models import LanguageModel, ModelConfig
+from nha_jax.ops import backends
+from nha_jax.training import hlo
 
 # Compiling is most of these tests' time.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -233,9 +235,17 @@ def test_bfloat16_is_finite_and_near():
         assert np.linalg.norm(got - expected) < 0.1 * np.linalg.norm(expected)
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict(remat=remat) for remat in ("full", "dots", "save_attention")),
+        *(dict(remat=remat, unroll=True) for remat in ("none", "dots")),
+    ],
+    ids=str,
+)
+def test_remat_and_unroll_change_no_gradient(change):
     value, gradients = value_and_grad(drawn(PLAIN), TOKENS)
-    other, others = value_and_grad(with_config(drawn(PLAIN), remat="full"), TOKENS)
+    other, others = value_and_grad(with_config(drawn(PLAIN), **change), TOKENS)
     close(other, value)
     for got, expected in zip(jax.tree.leaves(others), jax.tree.leaves(gradients), strict=True):
         close(got, expected)
@@ -257,6 +267,27 @@ def test_remat_saves_what_it_says():
     assert mlp_inner not in saved("save_attention")
     assert saved("save_attention").count(attention) == 1
     assert len(saved("none")) > len(saved("dots")) > len(saved("save_attention"))
+
+
+@pytest.mark.parametrize(
+    ("remat", "forward"), [("none", 1), ("full", 2), ("dots", 1), ("save_attention", 1)]
+)
+def test_forward_kernels_run_once_unless_all_is_recomputed(monkeypatch, remat, forward):
+    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+    config = ModelConfig(
+        vocab_size=64, hidden=128, layers=2, heads=1, ffn=128, slots=64, windows="64", remat=remat
+    )
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+
+    def total(state):
+        hidden = nnx.merge(graphdef, state)(jnp.zeros((1, 256), jnp.int32)).hidden
+        return hidden.astype(jnp.float32).sum()
+
+    def kernels(jaxpr):
+        inner = sum(kernels(part) for e in jaxpr.eqns for part in hlo.branches(e.params))
+        return inner + sum(e.primitive.name == "pallas_call" for e in jaxpr.eqns)
+
+    assert kernels(jax.make_jaxpr(jax.grad(total))(state).jaxpr) == forward + 1  # 1: backward
 
 
 RULES = (

@@ -12,6 +12,7 @@ from nha_jax.models import ModelConfig
 from nha_jax.parallel import AXES
 from nha_jax.training import loop, run
 from nha_jax.training.checkpoint import Checkpoints
+from nha_jax.training.config import check_config, check_same, to_json
 from nha_jax.training.program import check_batch
 
 
@@ -102,3 +103,20 @@ def test_parts_of_the_data():
     assert parallel.data_part(Rows([0, 1, 2, 3, 0, 1, 2, 3]), 32) == (0, 1)  # context over hosts
     with pytest.raises(UserError, match="cuts the batch across processes"):
         parallel.data_part(Rows([0, 0, 0, 1, 1, 1, 2, 2]), 24)
+
+
+def test_a_run_from_before_an_option_goes_on_with_its_default(tmp_path):
+    saved = json.loads(to_json(get_config()))
+    del saved["optimizer"]["mu_dtype"]
+    check_same(get_config(), json.dumps(saved), tmp_path)
+    config = get_config()
+    config.optimizer.mu_dtype = "bfloat16"
+    with pytest.raises(UserError, match=r"mu_dtype was 'float32', now 'bfloat16'"):
+        check_same(config, json.dumps(saved), tmp_path)
+
+
+def test_moments_of_no_known_dtype_are_refused():
+    config = get_config()
+    config.optimizer.mu_dtype = "float16"
+    with pytest.raises(UserError, match=r"config.optimizer.mu_dtype='float16'.*bfloat16"):
+        check_config(config)

@@ -88,8 +88,9 @@ def test_flops_of_a_model_worked_out_by_hand():
     config = ModelConfig(
         vocab_size=10, hidden=4, layers=2, heads=2, head_dim=2, ffn=3, slots=5, windows="2,full"
     )
-    weights = 4 * 4 * 4 + 4 * 10 + 3 * 4 * 3  # q, k, v, o; gates; MLP
-    window = 4 * 2 * 2 * (1 + 2 + 2) / 3 + 5 * 2 * (4 * 2 + 6 * 2)
+    weights = 4 * 4 * 4 + 3 * 4 * 3  # q, k, v, o; MLP
+    gates = 2 * 4 * 10
+    window = 4 * 2 * 2 * (1 + 2 + 2) / 3 + 5 * 2 * (4 * 2 + 6 * 2) + gates
     full = 4 * 2 * 2 * (1 + 2 + 3) / 3
     forward = 2 * 4 * 10 + 2 * 2 * weights + window + full
     assert train_flops_per_token(config, 3) == pytest.approx(3 * forward)

@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import get_config
 
@@ -22,11 +23,12 @@ def made():
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
 
     @functools.cache
-    def step_of(accumulate=1, z_loss=0.0, skip_spikes=0.0):
+    def step_of(accumulate=1, z_loss=0.0, skip_spikes=0.0, mu_dtype="float32"):
         changed = get_config()
         changed.accumulate = accumulate
         changed.loss.z_loss = z_loss
         changed.optimizer.skip_spikes = skip_spikes
+        changed.optimizer.mu_dtype = mu_dtype
         schedule = learning_rate(changed.optimizer, changed.steps)
         optimizer = make_optimizer(changed.optimizer, schedule, model.axes)
         create, _ = state_maker(model, optimizer, mesh, "standard")
@@ -80,6 +82,44 @@ def test_step_that_is_not_finite_changes_only_counters(made):
     assert not np.array_equal(again.params["embedding"], state.params["embedding"])
     # The schedule counts updates: the skipped step has not used up a step of the warm-up.
     assert metrics["learning_rate"] == step(state, batch)[1]["learning_rate"]
+
+
+def test_first_moment_in_bfloat16_is_the_same_step_rounded(made):
+    step_of, batch = made
+    state, exact = step_of()
+    narrow, rounded = step_of(mu_dtype="bfloat16")
+    want, got = state, narrow
+    for _ in range(2):  # the first update does not read the moment
+        want, got = exact(want, batch)[0], rounded(got, batch)[0]
+    moments = optax.tree.get(got.opt_state, "mu")
+    assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype("bfloat16")}
+    rate = get_config().optimizer.learning_rate
+    differs = False
+    for g, w in zip(jax.tree.leaves(got.params), jax.tree.leaves(want.params), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=rate * 2.0**-7)  # a step is about +-lr
+        differs |= not np.array_equal(g, w)
+    assert differs
+    for x in jax.tree.leaves((got.params, optax.tree.get(got.opt_state, "nu"))):
+        assert x.dtype == jnp.float32
+
+
+def test_only_products_factors_are_cast():
+    config = get_config().model
+    config.qkv_bias = config.qk_norm = config.output_norm = True
+    config.conv = 4
+    config.windows = "4"
+    model = describe_model(ModelConfig.from_config(config))
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, cast in jax.tree_util.tree_leaves_with_path(model.matrices)
+        if cast
+    }
+    attention, mlp = "blocks/attention/", "blocks/mlp/"
+    assert names == {
+        "output",
+        *(attention + name for name in "qkvfo"),
+        *(mlp + name for name in ("gate", "up", "down")),
+    }
 
 
 def test_segment_padding_does_not_count_as_tokens(made):
