@@ -217,11 +217,10 @@ class Seen:
         """Numbers of the queries ``among``, by what their pairs came to in the ``heads``."""
         stored = self.stored[..., heads]
         kept = stored & (self.measures["survival"][..., heads] >= KEPT)
-        apart = (kept & (self.measures["separate"][..., heads] > 0)).any(-1)
-        kept, stored = kept.any(-1), stored.any(-1)
-        lost = stored & ~kept
-        met = kept & ~apart
-        numbers = [(among & state).sum() for state in (lost, met, ~lost & ~met)]
+        apart = kept & (self.measures["separate"][..., heads] > 0)
+        lost = np.any(stored, -1) & ~np.any(kept, -1)
+        met = np.any(kept, -1) & ~np.any(apart, -1)
+        numbers = [np.sum(among & state) for state in (lost, met, ~lost & ~met)]
         return dict(zip(CAUSES, map(int, numbers), strict=True))
 
 
