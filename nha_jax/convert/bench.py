@@ -48,20 +48,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "tune": "--config.steps=200 --config.batch_size=16",
         "stage": 60,
     },
-    "text": {
-        "config": "configs/stdlib.py:full",
-        "slots": 64,
-        "windows": ("64*7,full", "64"),
-        "dtype": "float32",
-        "held_out": (16, 8),
-        "base": (
-            "--config.steps=500 --config.batch_size=4 --config.data.bpe_size=1024 "
-            "--config.data.seq_len=512 --config.model.vocab_size=1024 --config.model.hidden=128 "
-            "--config.model.ffn=256 --config.model.layers=8 --config.model.heads=2"
-        ),
-        "tune": "--config.steps=150 --config.batch_size=4",
-        "stage": 40,
-    },
     "recall": {
         "config": "configs/mqar.py",
         "slots": 32,

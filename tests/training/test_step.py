@@ -12,7 +12,7 @@ from nha_jax import data, parallel
 from nha_jax.models import ModelConfig
 from nha_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
 from nha_jax.training.state import describe_model, state_maker
-from nha_jax.training.step import train_step
+from nha_jax.training.step import eval_step, train_step
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +195,19 @@ def test_spikes_are_skipped_and_counted_once_the_usual_norm_is_known(made):
     skipped, in_row, usual = after(norm / 4, 200)
     assert (skipped, in_row) == (3, 0)
     assert usual == pytest.approx(norm / 4 + 0.01 * (norm - norm / 4))
+
+
+def test_an_evaluation_repeats_to_the_last_bit():
+    """jaxlib 0.10's fused products gave NaN or another number now and then: nha_jax/__init__."""
+    config = get_config()
+    config.data.update(vocab_size=64, seq_len=32, num_kv_pairs=4)
+    config.model.update(vocab_size=64, hidden=64, layers=2, ffn=128, slots=32, windows="4,full")
+    config.model.conv = 4
+    model = describe_model(ModelConfig.from_config(config.model))
+    mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
+    create, _ = state_maker(model, optax.sgd(1.0), mesh, "standard")
+    params = create(0).params
+    batch = dict(next(iter(data.build(config.data, 256))))
+    step = jax.jit(eval_step(model, config))
+    losses = {float(step(params, batch)["loss"]) for _ in range(30)}
+    assert len(losses) == 1, losses
