@@ -1,11 +1,12 @@
 """What turning full attention into NHA costs, before and after a short finetuning.
 
-  python -m nha_jax.convert.bench --workdir runs/bench --size gpu --jobs 10
+  python -m nha_jax.convert.bench --workdir runs/bench --size text --jobs 2
 
 Trains a small model with full attention, exports it to a Hugging Face folder, imports that with
 several gates, and finetunes each as configs/hybridize.py does. Prints losses on held-out rows in
-nats per label, and writes them to bench.json in the workdir. Sizes: gpu and tiny (a rehearsal of
-it) on the standard library, recall on MQAR, minutes on a CPU. Run it in the root of the repository.
+nats per label, and writes them to bench.json in the workdir. Sizes: text (standard library) and
+recall (MQAR) take minutes on a CPU; gpu is text for one GPU, tiny its rehearsal. Run it in the root
+of the repository.
 """
 
 import concurrent.futures
@@ -47,6 +48,16 @@ SIZES: dict[str, dict[str, Any]] = {
         ),
         "tune": "--config.steps=200 --config.batch_size=16",
         "stage": 60,
+    },
+    "text": {
+        "config": "configs/stdlib.py:full",
+        "slots": 16,
+        "windows": ("16*3,full", "16"),
+        "dtype": "float32",
+        "held_out": (32, 8),
+        "base": "--config.steps=800",
+        "tune": "--config.steps=200 --config.batch_size=8",
+        "stage": 50,
     },
     "recall": {
         "config": "configs/mqar.py",
