@@ -28,23 +28,10 @@ WIDTHS = [  # head_dim, value_dim, slots
 ]  # fmt: skip
 
 
-# Tolerances of log_alpha's gradient where the suite's cannot hold (docs/gpu_kernels.md): 32 numbers
-# over which the rounding of o in delta = do.o does not average out; sums of gates of -3000, whose
-# float32 spacing is 2e-4.
-GATES = {
-    ("packed", "bfloat16"): 3e-2, ("packed", "float16"): 5e-3, ("open_gates", "float32"): 2e-5,
-}  # fmt: skip
-
-
 def compared(case, dtype):
     with jax.enable_x64(True):
         truth = suite.run(case, "reference", jnp.float64)
     results = suite.run(case, "triton", jnp.dtype(dtype))
-    limit = GATES.get((case.name, dtype))
-    if limit:
-        gates = results.pop("grad x.log_alpha"), truth.pop("grad x.log_alpha")
-        assert suite.error(*gates) <= limit
-        assert suite.error(np.zeros_like(gates[0]), gates[1]) > limit
     return suite.compare(results, truth, dtype, suite.KERNEL_TOLERANCE)
 
 
