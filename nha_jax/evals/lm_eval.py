@@ -31,7 +31,12 @@ RECORDED = ("doc_id", "target", "resps", "filtered_resps", "filter")
 def options(config: ConfigDict) -> ConfigDict:
     """tasks: joined by +. include_path: folders of local tasks, joined by +. limit: the first so
     many examples of each task; 0: all. num_fewshot: -1: as the task says. The rest as in
-    `answering.options`."""
+    `answering.options`. Raises UserError where the harness is not installed, so that no model is
+    read or trained first."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "suite lm_eval needs lm-evaluation-harness; run pip install 'nha_jax[eval]'."
+        )
     return ConfigDict(
         {"tasks": "", "include_path": "", "limit": 0, "num_fewshot": -1, **answering.options()}
     )
@@ -40,10 +45,6 @@ def options(config: ConfigDict) -> ConfigDict:
 def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
     """Runs the tasks through `nha_jax.evals.harness`."""
     asked = config.eval
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "suite lm_eval needs lm-evaluation-harness; run pip install 'nha_jax[eval]'."
-        )
     check_one_process()
     answering.check_at_least(config, limit=0, num_fewshot=-1)
     folders = [Path(name) for name in asked.include_path.split("+") if name]

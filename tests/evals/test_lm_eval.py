@@ -12,6 +12,7 @@ from nha_jax.evals import lm_eval
 from nha_jax.generation import Generator
 from nha_jax.models import ModelConfig
 from nha_jax.scoring import score
+from nha_jax.training import default_config
 from tests.models.test_language_model import PLAIN, drawn, with_config
 from tests.test_generate_cli import save
 
@@ -253,6 +254,13 @@ def test_without_the_harness(workdir, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'nha_jax\[eval\]'"):
         evals.run("lm_eval:piqa", workdir, [BYTES])
+
+
+def test_without_the_harness_nothing_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'nha_jax\[eval\]'"):
+        evals.train_and_run("lm_eval:piqa", default_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
