@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -284,11 +284,16 @@ def _run(work: _Work, tokenizer: Tokenizer, workers: int, console: Console | Non
 
 
 _worker: tuple[_Work, Tokenizer, Callable[[int], None]]  # of this process, if it is one
+_alive: IO[str]  # locked while this worker lives
 
 
 def _start_worker(work: _Work, read: Any) -> None:
-    global _worker
+    global _worker, _alive
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    _alive = open(work.out / ".work" / "workers")  # noqa: SIM115 - closed with the process
+    fcntl.flock(_alive, fcntl.LOCK_SH)
+    _leave_with_parent(0)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer(work.tokenizer)
 
@@ -297,7 +302,6 @@ def _start_worker(work: _Work, read: Any) -> None:
             read.value += count
 
     _worker = (work, tokenizer, tell)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _worker_task(number: int) -> None:
@@ -305,12 +309,12 @@ def _worker_task(number: int) -> None:
     _do_task(work, number, tokenizer, tell)
 
 
-def _leave_with_parent() -> None:
-    """A killed parent cannot end its workers."""
+def _leave_with_parent(seconds: float | None = None) -> None:
+    """Ends this worker if its parent, which cannot once it is killed, ends within the time."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    if multiprocessing.connection.wait([parent.sentinel], seconds):
+        os._exit(1)
 
 
 def _finish(out: Path, plan: dict[str, Any], tokenizer: Tokenizer, tasks: int, dedup: bool) -> None:
@@ -431,6 +435,8 @@ def _claim(out: Path, plan: dict[str, Any], wait: bool = False) -> Iterator[None
             raise UserError(f"--out {out} is being prepared by another process.") from error
         if not finished.is_file():
             work.mkdir(exist_ok=True)
+            with open(work / "workers", "w") as orphans:  # of a killed process still write a moment
+                fcntl.flock(orphans, fcntl.LOCK_EX)
             for draft in [*out.glob("*.partial"), *work.glob("*.partial")]:
                 draft.unlink()
             _write(begun, json.dumps(plan).encode())

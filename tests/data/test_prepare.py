@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -124,13 +126,23 @@ def test_killed_at_any_moment_it_carries_on(tmp_path):
     )
     while not (done := set(out.glob(".work/*.npz"))) and process.poll() is None:
         time.sleep(0.001)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:  # still there when the next run starts
+        os.kill(int(child), signal.SIGSTOP)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert done
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("train-*.array_record")}
     with pytest.raises(UserError, match=r"run its .* command again"):
         Prepared(out)
-    run([source], out, eval_fraction=0.1)
+    carried_on = threading.Thread(target=run, args=([source], out), kwargs={"eval_fraction": 0.1})
+    carried_on.start()
+    carried_on.join(2)
+    waited = carried_on.is_alive()  # for the workers of the killed one
+    for child in children:
+        os.kill(int(child), signal.SIGCONT)
+    carried_on.join()
+    assert waited
     for path in done:  # what was done is not done again
         name = path.with_suffix(".array_record").name.replace("task", "train")
         assert (out / name).stat().st_mtime_ns == kept[name]
