@@ -20,7 +20,7 @@ from rich.table import Table
 from nha_jax.data import data_config, mad
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals.checkpoint import Checkpoint
-from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score
+from nha_jax.evals.suite import Result, Suite, Track, Work, percent, proportion, score
 from nha_jax.models import LanguageModel, ModelConfig
 from nha_jax.training.config import check_config, default_config
 from nha_jax.training.loop import run as train_run
@@ -28,6 +28,8 @@ from nha_jax.training.loop import run as train_run
 SETTINGS = ("all", "baseline")
 Predict = Callable[[np.ndarray], Any]
 """tokens [B,T] -> symbols [B,T]."""
+Plan = list[tuple[str, dict[str, Any], list[ConfigDict]]]
+"""(task, setting, the configs of its sweep)."""
 
 
 def options(config: ConfigDict) -> ConfigDict:
@@ -46,11 +48,14 @@ def options(config: ConfigDict) -> ConfigDict:
     )
 
 
-def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
-    """Trains and tests every setting, in folders of ``mad`` of ``workdir``; a sweep that was ended
+def train(config: ConfigDict) -> Work:
+    """Trains and tests every setting, in folders of ``mad`` of the workdir; a sweep that was ended
     goes on from there."""
+    return partial(_train, config, plan(config))
+
+
+def _train(config: ConfigDict, planned: Plan, workdir: Path, track: Track) -> Result:
     asked = config.eval
-    planned = plan(config)
 
     @nnx.jit
     def answer(model: LanguageModel, tokens: jax.Array) -> jax.Array:
@@ -99,8 +104,8 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
     )
 
 
-def plan(config: ConfigDict) -> list[tuple[str, dict[str, Any], list[ConfigDict]]]:
-    """(task, setting, the configs of its sweep), all checked. Raises UserError."""
+def plan(config: ConfigDict) -> Plan:
+    """What is to be trained, all checked. Raises UserError."""
     asked = config.eval
     if asked.settings not in SETTINGS:
         hint = nearest(asked.settings, SETTINGS)

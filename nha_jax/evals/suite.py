@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
@@ -14,6 +13,9 @@ Item = TypeVar("Item")
 Z95 = 1.959964
 Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 """``track(items, what, count)`` yields the items and shows how far they are."""
+Work = Callable[[Any, Track], "Result"]
+"""What is left of a suite: ``work(model, track)`` tests a trained model; of a suite that trains
+models of its own, ``work(workdir, track)`` trains and tests them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +41,17 @@ class Suite:
 
     ``options(config)`` gives the suite's options with their defaults for this run; the user's
     ``--config.eval.NAME=value`` are then set in them, and found in ``config.eval`` by the others.
-    These raise UserError for values that they cannot take.
 
-    ``evaluate(model, config, track)`` tests a trained model. ``train(config, workdir, track)``
-    trains models of its own, by a config that has no checkpoint yet, and tests them. A suite has
-    one of them or both; without `train`, a config is trained as by train.py and then evaluated.
+    ``evaluate(config)`` plans the test of a trained model, ``train(config)`` that of models which
+    the suite trains itself, by a config that has no checkpoint yet. They raise UserError for
+    whatever they cannot take, files that are missing too, and return the `Work`: all suites of a
+    call are planned before anything is trained or a checkpoint's weights are read. A suite has one
+    of them or both; without `train`, a config is trained as by train.py and then evaluated.
     """
 
     options: Callable[[ConfigDict], ConfigDict]
-    evaluate: Callable[[Any, ConfigDict, Track], Result] | None = None
-    train: Callable[[ConfigDict, Path, Track], Result] | None = None
+    evaluate: Callable[[ConfigDict], Work] | None = None
+    train: Callable[[ConfigDict], Work] | None = None
     argument: str = ""
     """The option that ``--suite NAME:ARGUMENT`` sets; empty: there is none."""
 

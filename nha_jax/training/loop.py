@@ -13,6 +13,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nha_jax import data, parallel
@@ -45,13 +46,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     """
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
-    check_config(config)
-    check_workdir(workdir)
-    model = ModelConfig.from_config(config.model)
-    claim_memory()
-    mesh = parallel.make_mesh(config.mesh)
-    check_rows(config, mesh)
-    data.ready(config.data, workdir)
+    model, mesh = ready(config, workdir)
     settings = config.checkpoint
     checkpoints = Checkpoints(workdir, keep=settings.keep, keep_every=settings.keep_every)
     if saved := checkpoints.config():
@@ -143,6 +138,21 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
             checkpoints.close()
             terminal.tell(f"{log.summary()} Checkpoint: {checkpoints.directory / str(step)}")
     return 0
+
+
+def ready(config: ConfigDict, workdir: Path) -> tuple[ModelConfig, Mesh]:
+    """Checks ``config`` and gets its data ready, which then fill in their fields of it.
+
+    Raises ``UserError``; nothing but data prepared on first use is written.
+    """
+    check_config(config)
+    check_workdir(workdir)
+    model = ModelConfig.from_config(config.model)
+    claim_memory()
+    mesh = parallel.make_mesh(config.mesh)
+    check_rows(config, mesh)
+    data.ready(config.data, workdir)
+    return model, mesh
 
 
 @contextlib.contextmanager

@@ -238,6 +238,16 @@ def test_bad_options(tasks, workdir, options, words):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("names", ["+", "local_chioce"])
+def test_with_bad_tasks_nothing_is_trained(tasks, tmp_path, names):
+    config, options = default_config(), [BYTES, f"--config.eval.include_path={tasks}"]
+    config.model.vocab_size = 257
+    with pytest.raises(UserError, match=r"config\.eval\.tasks"):
+        evals.train_and_run(f"mqar,lm_eval:{names}", config, tmp_path / "run", options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_data_that_cannot_be_loaded(tasks, workdir):
     (tasks / "questions.jsonl").unlink()
     with pytest.raises(UserError, match="a task or its data cannot be loaded"):

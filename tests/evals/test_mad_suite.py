@@ -123,7 +123,7 @@ def test_train_and_go_on(tmp_path, monkeypatch):
     with run.unlocked():
         run.model.update(hidden=16, layers=1, heads=1, ffn=16, slots=4, windows="2", conv=0)
         run.log.every = 1000
-    result = suite.train(run, tmp_path, quiet)
+    result = suite.train(run)(tmp_path, quiet)
     first, second = result.values["tasks"]
     assert (first["task"], first["score"]) == ("memorization", 1.0)
     assert (second["task"], second["settings"][0]["best"]["asked"]) == ("compression", 12 * 8)
@@ -133,5 +133,5 @@ def test_train_and_go_on(tmp_path, monkeypatch):
     files = sorted(tmp_path.rglob("metrics.jsonl"))
     written = [path.read_bytes() for path in files]
     assert len(files) == 2
-    assert suite.train(run, tmp_path, quiet).values == result.values  # trained, so only tested
+    assert suite.train(run)(tmp_path, quiet).values == result.values  # trained, so only tested
     assert [path.read_bytes() for path in files] == written
