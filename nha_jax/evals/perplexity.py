@@ -23,7 +23,7 @@ from nha_jax.data import text
 from nha_jax.data.prepared import Prepared, Split
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError
-from nha_jax.evals.suite import Z95, Result, Suite, Track, Work, score
+from nha_jax.evals.suite import Z95, Result, Suite, Track, Work, score, standard_error
 from nha_jax.models import LanguageModel, ModelConfig
 
 
@@ -211,8 +211,7 @@ def _summary(per_document: np.ndarray) -> dict[str, Any]:
     tokens, nats, size = per_document.sum(axis=0)
     scores = _scores(tokens, nats, size)
     rest = (per_document[:, 1] - nats / max(size, 1) * per_document[:, 2]) / math.log(2)
-    number = len(rest)
-    error = math.sqrt(float(rest @ rest) * number / max(number - 1, 1)) / max(size, 1)
+    number, error = len(rest), standard_error(rest) / max(size, 1)
     middle = scores["bits_per_byte"]
     interval = {"low": None, "high": None}
     if middle is not None and number > 1:

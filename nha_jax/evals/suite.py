@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -83,7 +84,7 @@ def score_of(name: str, share: dict[str, Any]) -> dict[str, Any]:
     return score(name, share["accuracy"], share["low"], share["high"], share["asked"])
 
 
-def proportion(correct: float, asked: int) -> dict[str, Any]:
+def proportion(correct: float, asked: float) -> dict[str, Any]:
     """A share with its 95% Wilson interval, the answers taken as independent.
 
     Answers may be right in part: ``correct`` is the sum of their shares then, and the interval,
@@ -102,6 +103,12 @@ def proportion(correct: float, asked: int) -> dict[str, Any]:
     low = 0.0 if correct == 0 else (centre - spread) / scale
     high = 1.0 if correct == asked else (centre + spread) / scale
     return {**counts, "accuracy": share, "low": low, "high": high}
+
+
+def standard_error(parts: np.ndarray) -> float:
+    """Of a sum over independent examples, by how far each one's part in it, [examples], is from
+    the part to be expected."""
+    return math.sqrt(float(parts @ parts) * len(parts) / max(len(parts) - 1, 1))
 
 
 def percent(value: float | None) -> str:
