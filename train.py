@@ -36,12 +36,5 @@ def main() -> int:
     return training.run(config, args.workdir or f"runs/{cli.config_name(args.config)}")
 
 
-def on_all_hosts() -> int:
-    from nha_jax import parallel
-
-    parallel.connect()
-    return main()
-
-
 if __name__ == "__main__":
-    sys.exit(cli.run(on_all_hosts))
+    sys.exit(cli.run(lambda: cli.on_all_hosts(main)))

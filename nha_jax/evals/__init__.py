@@ -286,7 +286,8 @@ def _report(
 
 
 def _track(console: Console, items: Iterable[Any], what: str, count: int) -> Iterator[Any]:
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    hidden = not (console.is_terminal and parallel.is_first())
+    with Progress(console=console, disable=hidden, transient=True) as progress:
         yield from progress.track(items, total=count, description=what)
 
 

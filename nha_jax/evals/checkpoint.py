@@ -69,7 +69,7 @@ class Checkpoint:
         }
 
     def model(self, config: ModelConfig) -> LanguageModel:
-        """The weights in a model of this config, on the first device.
+        """The weights in a model of this config, on this process's first device.
 
         The config may differ from the trained one in whatever leaves the weights' shapes alone,
         windows above all. Raises UserError if it does not, or if the checkpoint is damaged.
@@ -84,7 +84,7 @@ class Checkpoint:
                     f"{wanted.get(name)}, but the checkpoint's is {saved.get(name)}; override only "
                     "what leaves the weights as they are, such as config.model.windows."
                 )
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), description.abstract
         )

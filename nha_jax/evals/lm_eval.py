@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
@@ -46,7 +45,6 @@ def evaluate(config: ConfigDict) -> Work:
             "suite lm_eval needs lm-evaluation-harness; run pip install 'nha_jax[eval]'."
         )
     asked = config.eval
-    check_one_process()
     answering.check_at_least(config, limit=0, num_fewshot=-1)
     folders = [Path(name) for name in asked.include_path.split("+") if name]
     for folder in folders:
@@ -106,15 +104,6 @@ def _run(
             bootstrap_iters=1000,
         )
     return _result(found, names)
-
-
-def check_one_process() -> None:
-    """Raises UserError in a run of several processes, whose requests could come in other orders."""
-    if jax.process_count() > 1:
-        raise UserError(
-            f"suite lm_eval works in one process, and this run has {jax.process_count()}; start "
-            "eval.py on one host alone."
-        )
 
 
 def _result(found: Any, names: list[str]) -> Result:

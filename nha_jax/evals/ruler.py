@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -215,10 +216,11 @@ def samples_of(
     work = track(work, f"making {task} {length}", count)
     found = [{**sample, "fingerprint": mark} for sample in work]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    # Of each process, if there are several: they make the same.
+    unfinished = path.with_name(f"{path.name}.{jax.process_index()}.partial")
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    unfinished.replace(path)
     return path, found
 
 
