@@ -8,7 +8,8 @@
 
 Any value of the config can be set with --config.KEY=VALUE. Metrics and checkpoints go to the
 workdir; the same command again carries on from the last checkpoint there. Ctrl-C and SIGTERM save
-a checkpoint before leaving (exit codes 130 and 143). Bad input is exit code 2.
+a checkpoint before leaving (exit codes 130 and 143). Bad input is exit code 2; so is a device that
+is out of memory, with what to lower.
 """
 
 import sys

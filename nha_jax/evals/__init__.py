@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nha_jax import cli, parallel
-from nha_jax.errors import UserError, nearest
+from nha_jax.errors import UserError, memory_told, nearest
 from nha_jax.evals import capacity, lm_eval, mad, mqar, perplexity, recall, ruler
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.suite import Result, Suite, Track, Work
@@ -247,7 +247,8 @@ def _report(
     """Runs ``work``, shows its table and writes its files; the path of the JSON file."""
     screen, progress = Console(), Console(stderr=True)
     started = time.perf_counter()
-    result = work(lambda *items: _track(progress, *items))
+    with memory_told(_needs_less(config.eval)):
+        result = work(lambda *items: _track(progress, *items))
     seconds = time.perf_counter() - started
     step = "" if found is None else f"step{found.step}"
     report = out / f"{_file_name(asked, step, overrides, config.eval)}.json"
@@ -283,6 +284,12 @@ def _report(
     told = f"{step.replace('step', 'step ')}, " if step else ""
     screen.print(f"{told}{seconds:.1f} s; written:", *written, soft_wrap=True)
     return report
+
+
+def _needs_less(options: ConfigDict) -> str:
+    """What makes a suite need less memory, with the values that it has now."""
+    names = [name for name in ("batch_size", "piece", "seq_len", "lengths") if name in options]
+    return f"lower {' or '.join(f'config.eval.{name}={options[name]}' for name in names)}"
 
 
 def _track(console: Console, items: Iterable[Any], what: str, count: int) -> Iterator[Any]:

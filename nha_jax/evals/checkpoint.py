@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from nha_jax.data import data_config, text
 from nha_jax.data.tokenizer import BYTES, Tokenizer
-from nha_jax.errors import UserError
+from nha_jax.errors import UserError, memory_told
 from nha_jax.models import LanguageModel, ModelConfig
 from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import default_config
@@ -88,8 +88,10 @@ class Checkpoint:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), description.abstract
         )
-        fields, _ = self._store.read(self.step, {"params": abstract})
-        return description(fields["params"])
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / 1e9
+        with memory_told(f"the weights take {size:.1f} GB; use a device that has more"):
+            fields, _ = self._store.read(self.step, {"params": abstract})
+            return description(fields["params"])
 
 
 def tokenizer_of(

@@ -288,6 +288,19 @@ def test_with_a_bad_option_nothing_is_trained(tmp_path, call, names, change, wor
     assert not (tmp_path / "run").exists()
 
 
+def test_out_of_memory(workdir, call, monkeypatch, exhausted):
+    options = ConfigDict({"batch_size": 9, "piece": 4})
+    hungry = Suite(options=lambda config: options, evaluate=lambda config: exhausted)
+    monkeypatch.setitem(evals.SUITES, "hungry", hungry)
+    code, shown, told = call("--checkpoint", workdir, "--suite", "hungry")
+    assert (code, shown) == (2, "")
+    assert told.endswith(" 9 bytes): lower config.eval.batch_size=9 or config.eval.piece=4.\n")
+    monkeypatch.setattr(Checkpoints, "read", exhausted)
+    code, _, told = call("--checkpoint", workdir, "--suite", "mqar")
+    assert code == 2
+    assert told.endswith("the weights take 0.0 GB; use a device that has more.\n")
+
+
 def test_names_of_files_stay_short(workdir, call):
     for word in ("a", "b"):
         words = "+".join(["word"] * 100 + [word])
