@@ -11,7 +11,8 @@ that). --suite is one suite or several, joined by commas; some take an argument,
 --windows W is short for --config.model.windows=W.
 --config.model.KEY=VALUE changes the model where its weights allow, --config.eval.KEY=VALUE an
 option of every suite that has it. Tables are shown; JSON and pictures go to the folder eval in the
-workdir. python -m nha_jax.evals.report compares them; docs/evaluation.md describes the suites. Bad
+workdir. Over several hosts each does all of the work, and the first one shows and writes it.
+python -m nha_jax.evals.report compares evaluations; docs/evaluation.md describes the suites. Bad
 input is exit code 2.
 """
 
@@ -52,4 +53,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    # Hosts evaluate each at its own pace, so that one may wait long for the last.
+    sys.exit(cli.run(lambda: cli.on_all_hosts(main, patience=3600)))

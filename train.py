@@ -8,7 +8,8 @@
 
 Any value of the config can be set with --config.KEY=VALUE. Metrics and checkpoints go to the
 workdir; the same command again carries on from the last checkpoint there. Ctrl-C and SIGTERM save
-a checkpoint before leaving (exit codes 130 and 143). Bad input is exit code 2.
+a checkpoint before leaving (exit codes 130 and 143). Bad input is exit code 2; so is a device that
+is out of memory, with what to lower.
 """
 
 import sys
@@ -36,12 +37,5 @@ def main() -> int:
     return training.run(config, args.workdir or f"runs/{cli.config_name(args.config)}")
 
 
-def on_all_hosts() -> int:
-    from nha_jax import parallel
-
-    parallel.connect()
-    return main()
-
-
 if __name__ == "__main__":
-    sys.exit(cli.run(on_all_hosts))
+    sys.exit(cli.run(lambda: cli.on_all_hosts(main)))

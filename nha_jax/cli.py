@@ -42,6 +42,14 @@ def run(main: Callable[[], int]) -> int:
         return 2 if isinstance(error, UserError) else 1
 
 
+def on_all_hosts(main: Callable[[], int], patience: int = 300) -> int:
+    """``main`` in each of the processes that one launcher started, joined by `parallel.connect`."""
+    from nha_jax import parallel
+
+    parallel.connect(patience)
+    return main()
+
+
 def add_windows(parser: argparse.ArgumentParser) -> None:
     """``--windows``, short for ``--config.model.windows``."""
     parser.add_argument("--windows", metavar="W", help='such as 64, full or "64*7,full"')

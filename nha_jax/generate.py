@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nha_jax import cli
-from nha_jax.errors import UserError
+from nha_jax.errors import UserError, memory_told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,16 +95,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     show = _Show(prompts, tokenizer, strings)
     started = time.perf_counter()
-    completions: list[Completion] = generator.generate(
-        ids,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        stop_tokens=[tokenizer.end],
-        stop=stops if strings else None,
-        seed=args.seed,
-        on_token=show.token,
-        on_done=lambda row, _: show.done(row),
-    )
+    smaller = f"lower --batch-size={args.batch_size} or --prefill-chunk={args.prefill_chunk}"
+    if room is not None:
+        smaller += f", or take shorter texts than the {room:,} tokens that full layers hold"
+    with memory_told(smaller):
+        completions: list[Completion] = generator.generate(
+            ids,
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            stop_tokens=[tokenizer.end],
+            stop=stops if strings else None,
+            seed=args.seed,
+            on_token=show.token,
+            on_done=lambda row, _: show.done(row),
+        )
     seconds = time.perf_counter() - started
     new = sum(len(completion.tokens) for completion in completions)
     _say(

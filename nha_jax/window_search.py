@@ -172,7 +172,8 @@ class _Trial:
             config = self._config.copy_and_resolve_references()
             with config.unlocked():
                 config.model.windows = text
-            result = self._suite.evaluate(self._model(text), config, lambda items, *_: iter(items))
+            work = self._suite.evaluate(config)
+            result = work(self._model(text), lambda items, *_: iter(items))
             chosen = self._chosen(result.scores)
             found = {name: chosen[name] for name in ("value", "low", "high")}
             if found["value"] is None:

@@ -9,7 +9,7 @@ import pytest
 
 from nha_jax import cli, generate
 from nha_jax.data.tokenizer import Tokenizer
-from nha_jax.generation import TextStream
+from nha_jax.generation import Generator, TextStream
 from nha_jax.models import ModelConfig
 from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import default_config, to_json
@@ -75,6 +75,18 @@ def test_windows_and_room(workdir, call):
     code, shown, told = call(*options, "--windows", "full", "--max-length", 6)
     assert (code, shown) == (2, "")
     assert told.startswith("prompt 0 has 4 tokens, which with 3 new ones exceed max_length 6")
+
+
+def test_out_of_memory(workdir, call, monkeypatch, exhausted):
+    monkeypatch.setattr(Generator, "generate", exhausted)
+    options = ("--checkpoint", workdir, *BYTES, "--prompt", "abc", "--max-new-tokens", 3)
+    code, _, told = call(*options, "--batch-size", 7, "--windows", "full", "--max-length", 7)
+    assert code == 2
+    assert told.splitlines()[-1] == (
+        "the device is out of memory (Out of memory while trying to allocate 9 bytes): lower "
+        "--batch-size=7 or --prefill-chunk=512, or take shorter texts than the 7 tokens that full "
+        "layers hold."
+    )
 
 
 def test_stream_of_text():

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from nha_jax import cli
+from nha_jax.errors import UserError, memory_told
+from nha_jax.training import loop
+from nha_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "training" / "tiny.py")
@@ -130,6 +134,61 @@ def test_overrides_arrive():
 def test_names_of_runs():
     assert cli.config_name("configs/mqar.py") == "mqar"
     assert cli.config_name("configs/mqar.py:hard") == "mqar-hard"
+
+
+def test_out_of_memory_keeps_the_checkpoints(capfd, monkeypatch, tmp_path, exhausted):
+    arguments = [f"--config={TINY}", f"--workdir={tmp_path}", "--config.steps=8"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    own = loop.compile_steps
+
+    def compile_steps(*given):
+        step = own(*given)
+        return lambda state, *rest: (exhausted if state.step == 6 else step)(state, *rest)
+
+    monkeypatch.setattr(loop, "compile_steps", compile_steps)
+    assert cli.run(main) == 2
+    assert capfd.readouterr().err == (
+        "the device is out of memory (Out of memory while trying to allocate 9 bytes): lower "
+        "config.batch_size=8 or lower config.data.seq_len=8 or raise config.accumulate=1 or change "
+        "config.model.remat=none to full.\n"
+    )
+    assert Checkpoints(tmp_path, keep=1).steps() == [5]
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--config.model.remat=full"])
+    assert cli.run(main) == 0
+    assert "after step 5" in capfd.readouterr().out
+    assert Checkpoints(tmp_path, keep=1).steps() == [8, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.",
+            "Out of memory allocating 9 bytes",
+        ),
+        (
+            "INTERNAL: Dispatching: Out of memory allocating 9 bytes.\nx",
+            "Out of memory allocating 9 b",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran.\nUsed",
+            "XLA:TPU compile perma",
+        ),
+        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", "out of memory"),
+    ],
+)
+def test_want_of_memory_in_the_words_of_devices(text, reason):
+    with pytest.raises(UserError) as raised, memory_told("lower x"):
+        raise JaxRuntimeError(text)
+    assert str(raised.value).startswith(f"the device is out of memory ({reason}")
+    assert str(raised.value).endswith("): lower x.")
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_of_a_device_are_not_taken_for_want_of_memory():
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"), memory_told("nothing"):
+        raise JaxRuntimeError("INTERNAL: something else")
 
 
 def test_the_program_itself_has_no_traceback(tmp_path):

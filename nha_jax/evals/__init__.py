@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nha_jax import cli, parallel
-from nha_jax.errors import UserError, nearest
+from nha_jax.errors import UserError, memory_told, nearest
 from nha_jax.evals import capacity, lm_eval, mad, mqar, perplexity, recall, ruler
 from nha_jax.evals.checkpoint import Checkpoint
-from nha_jax.evals.suite import Result, Suite, Track
+from nha_jax.evals.suite import Result, Suite, Track, Work
 from nha_jax.models import ModelConfig
 
 # To add a suite, write a module with a SUITE (see `Suite`) and enter it here.
@@ -54,6 +54,21 @@ class Asked:
         if self.argument:
             options[self.suite.argument] = self.argument
         return options
+
+    def plan(self, config: ConfigDict, *, trains: bool) -> Work:
+        """The suite's work on a checkpoint or, with ``trains``, on models that it trains where it
+        trains any. Raises UserError for what it cannot take."""
+        plan = (trains and self.suite.train) or self.suite.evaluate
+        if plan is None:
+            raise UserError(
+                f"suite {self.name!r} trains models of its own: give --config PATH in place of "
+                "--checkpoint."
+            )
+        return plan(config)
+
+
+Planned = tuple[Asked, ConfigDict, Work]
+"""A suite of a request with its config, and what is left to do."""
 
 
 def parse(suites: str) -> list[Asked]:
@@ -135,17 +150,13 @@ def run(
         The paths of the JSON files.
 
     Raises:
-        UserError: bad input; nothing has been written then but by suites before.
+        UserError: bad input, of any suite; nothing has been written then.
     """
     asked = parse(suites)
-    for one in asked:
-        if one.suite.evaluate is None:
-            raise UserError(
-                f"suite {one.name!r} trains models of its own: give --config PATH in place of "
-                "--checkpoint."
-            )
     found = Checkpoint(checkpoint, step)
-    return _evaluate(asked, found, overrides, out or found.workdir / "eval")
+    configs = configure(asked, found.config, overrides)
+    planned = _plan(asked, configs, found.workdir, trains=False)
+    return _evaluate(planned, found, overrides, out or found.workdir / "eval")
 
 
 def train_and_run(
@@ -162,6 +173,7 @@ def train_and_run(
     and evaluated. ``overrides`` can be of the whole config, ``config.eval`` being the suites'.
 
     Raises:
+        UserError: bad input, of any suite; nothing has been trained then.
         SystemExit: a signal ended the training, with its exit code.
     """
     from nha_jax import training
@@ -170,40 +182,47 @@ def train_and_run(
     out = out or workdir / "eval"
     groups = [name for name in config if name != "eval"]
     configs = configure(asked, config, overrides, groups=groups)
-    if rest := [one for one in asked if one.suite.train is None]:
-        plain = configs[0].copy_and_resolve_references().unlock()
-        plain.eval = config.eval
+    plain = configs[0].copy_and_resolve_references().unlock()
+    plain.eval = config.eval
+    tests = any(one.suite.train is None for one in asked)
+    if tests:
+        training.ready(plain, workdir)
+        for settings in configs:
+            with settings.unlocked():
+                settings.data = plain.data  # with what the data themselves tell
+    planned = _plan(asked, configs, workdir, trains=True)
+    written = []
+    if tests:
         if code := training.run(plain, workdir):
             sys.exit(code)
-        written = _evaluate(rest, Checkpoint(workdir), overrides, out, groups)
-    else:
-        written = []
-    for one, settings in zip(asked, configs, strict=True):
-        if (train := one.suite.train) is not None:
-            place = in_workdir(settings, workdir)
-            work = partial(train, place, workdir)
-            written.append(_report(one, place, None, overrides, out, work))
+        on_it = [one for one in planned if one[0].suite.train is None]
+        written = _evaluate(on_it, Checkpoint(workdir), overrides, out)
+    for one, settings, work in planned:
+        if one.suite.train is not None:
+            work = partial(work, workdir)
+            written.append(_report(one, settings, None, overrides, out, work))
     return written
+
+
+def _plan(
+    asked: Sequence[Asked], configs: Sequence[ConfigDict], workdir: Path, *, trains: bool
+) -> list[Planned]:
+    """Every suite of the request. Raises UserError if one of them cannot be."""
+    placed = [in_workdir(config, workdir) for config in configs]
+    return [
+        (one, config, one.plan(config, trains=trains))
+        for one, config in zip(asked, placed, strict=True)
+    ]
 
 
 def _evaluate(
-    asked: Sequence[Asked],
-    found: Checkpoint,
-    overrides: Sequence[str],
-    out: Path,
-    groups: Sequence[str] = ("model",),
+    planned: Sequence[Planned], found: Checkpoint, overrides: Sequence[str], out: Path
 ) -> list[Path]:
-    configs = [
-        in_workdir(config, found.workdir)
-        for config in configure(asked, found.config, overrides, groups=groups)
+    model = found.model(ModelConfig.from_config(planned[0][1].model))
+    return [
+        _report(one, config, found, overrides, out, partial(work, model))
+        for one, config, work in planned
     ]
-    model = found.model(ModelConfig.from_config(configs[0].model))
-    written = []
-    for one, config in zip(asked, configs, strict=True):
-        assert one.suite.evaluate is not None
-        work = partial(one.suite.evaluate, model, config)
-        written.append(_report(one, config, found, overrides, out, work))
-    return written
 
 
 def in_workdir(config: ConfigDict, workdir: Path) -> ConfigDict:
@@ -228,7 +247,8 @@ def _report(
     """Runs ``work``, shows its table and writes its files; the path of the JSON file."""
     screen, progress = Console(), Console(stderr=True)
     started = time.perf_counter()
-    result = work(lambda *items: _track(progress, *items))
+    with memory_told(_needs_less(config.eval)):
+        result = work(lambda *items: _track(progress, *items))
     seconds = time.perf_counter() - started
     step = "" if found is None else f"step{found.step}"
     report = out / f"{_file_name(asked, step, overrides, config.eval)}.json"
@@ -266,8 +286,15 @@ def _report(
     return report
 
 
+def _needs_less(options: ConfigDict) -> str:
+    """What makes a suite need less memory, with the values that it has now."""
+    names = [name for name in ("batch_size", "piece", "seq_len", "lengths") if name in options]
+    return f"lower {' or '.join(f'config.eval.{name}={options[name]}' for name in names)}"
+
+
 def _track(console: Console, items: Iterable[Any], what: str, count: int) -> Iterator[Any]:
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    hidden = not (console.is_terminal and parallel.is_first())
+    with Progress(console=console, disable=hidden, transient=True) as progress:
         yield from progress.track(items, total=count, description=what)
 
 

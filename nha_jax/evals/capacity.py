@@ -6,6 +6,7 @@ See docs/recall.md for the measures, `nha_jax.evals.interference` for the formul
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nha_jax.errors import UserError
 from nha_jax.evals import mqar
 from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.evals.interference import look_inside
-from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score, score_of
+from nha_jax.evals.suite import Result, Suite, Track, Work, percent, proportion, score, score_of
 from nha_jax.models import LanguageModel, ModelConfig
 from nha_jax.training.config import default_config
 from nha_jax.training.loop import run as train_run
@@ -47,7 +48,7 @@ def options(config: ConfigDict) -> ConfigDict:
     return found
 
 
-def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
+def evaluate(config: ConfigDict) -> Work:
     """Asks the model the questions of ``config.eval``, and looks into its slots at each."""
     shape = ModelConfig.from_config(config.model)
     if config.eval.slots and set(config.eval.slots) != {shape.slots}:
@@ -55,6 +56,11 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
             f"config.eval.slots={config.eval.slots} are other numbers than the trained model's "
             f"{shape.slots} slots: leave it empty, or give --config to train a model for each."
         )
+    check(shape, config.eval)
+    return partial(_look, config, shape)
+
+
+def _look(config: ConfigDict, shape: ModelConfig, model: LanguageModel, track: Track) -> Result:
     values = measure(model, shape, config.eval, track)
     best = values["reader"]
     setting = f"windows {shape.windows}, {shape.slots} slots"
@@ -73,8 +79,8 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
     )
 
 
-def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
-    """Trains one model for each number of slots, in ``capacity`` of ``workdir``."""
+def train(config: ConfigDict) -> Work:
+    """Trains one model for each number of slots, in ``capacity`` of the workdir."""
     most = ModelConfig.from_config(config.model).slots
     numbers = sorted(set(config.eval.slots)) or sorted({max(1, most // i) for i in (8, 4, 2, 1)})
     if most == 0 or min(numbers) < 1:
@@ -87,8 +93,12 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
         one = config.copy_and_resolve_references().unlock()
         one.model.slots = number
         shape = ModelConfig.from_config(one.model)
-        check(shape, config.eval)  # all of them before the first is trained
+        check(shape, config.eval)
         runs.append((one, shape))
+    return partial(_train, runs)
+
+
+def _train(runs: list[tuple[ConfigDict, ModelConfig]], workdir: Path, track: Track) -> Result:
     by_slots = []
     for one, shape in runs:
         place = workdir / "capacity" / f"slots={shape.slots}"
@@ -97,7 +107,8 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
             raise SystemExit(code)
         values = measure(Checkpoint(place).model(shape), shape, settings, track)
         by_slots.append({"slots": shape.slots, **values})
-    setting = f"windows {runs[-1][1].windows}, {numbers[0]} to {numbers[-1]} slots"
+    fewest, most = runs[0][1], runs[-1][1]
+    setting = f"windows {most.windows}, {fewest.slots} to {most.slots} slots"
     return Result(
         values={"by_slots": by_slots},
         title=f"Capacity, queries answered right in %: {setting}",
@@ -120,7 +131,6 @@ def measure(
     ``by_pairs`` and ``by_pairs_and_distance`` have recall (``asked``, ``correct``, ...) and the
     readings of the head that reads most (``reader``); ``heads`` has all heads' by pairs.
     """
-    check(shape, options)
     windows = shape.window_pattern
     cells = mqar.cells(options)
     longest = max(cell.seq_len for cell in cells)
@@ -156,12 +166,7 @@ def check(shape: ModelConfig, options: ConfigDict) -> None:
             f"the model has no layer with slots (windows {shape.windows}, {shape.slots} slots), so "
             "there is nothing to look into: use the mqar suite."
         )
-    if options.vocab_size > shape.vocab_size:
-        raise UserError(
-            f"config.eval.vocab_size={options.vocab_size} is more than the model's "
-            f"vocab_size={shape.vocab_size}: lower it."
-        )
-    mqar.cells(options)
+    mqar.check(shape, options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from nha_jax.data import data_config, text
 from nha_jax.data.tokenizer import BYTES, Tokenizer
-from nha_jax.errors import UserError
+from nha_jax.errors import UserError, memory_told
 from nha_jax.models import LanguageModel, ModelConfig
 from nha_jax.training.checkpoint import Checkpoints
 from nha_jax.training.config import default_config
@@ -69,7 +69,7 @@ class Checkpoint:
         }
 
     def model(self, config: ModelConfig) -> LanguageModel:
-        """The weights in a model of this config, on the first device.
+        """The weights in a model of this config, on this process's first device.
 
         The config may differ from the trained one in whatever leaves the weights' shapes alone,
         windows above all. Raises UserError if it does not, or if the checkpoint is damaged.
@@ -84,12 +84,14 @@ class Checkpoint:
                     f"{wanted.get(name)}, but the checkpoint's is {saved.get(name)}; override only "
                     "what leaves the weights as they are, such as config.model.windows."
                 )
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), description.abstract
         )
-        fields, _ = self._store.read(self.step, {"params": abstract})
-        return description(fields["params"])
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / 1e9
+        with memory_told(f"the weights take {size:.1f} GB; use a device that has more"):
+            fields, _ = self._store.read(self.step, {"params": abstract})
+            return description(fields["params"])
 
 
 def tokenizer_of(

@@ -14,7 +14,6 @@ from lm_eval.api.registry import register_model
 from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals.answering import encode
-from nha_jax.evals.lm_eval import check_one_process
 from nha_jax.evals.suite import Track
 from nha_jax.generation import Generator, Sampling, StopStrings
 from nha_jax.models import LanguageModel, ModelConfig
@@ -55,7 +54,6 @@ class HarnessModel(TemplateLM):
         track: Track = lambda items, *_: iter(items),
     ):
         super().__init__()
-        check_one_process()
         if model is None:
             model, tokenizer = _load(Path(checkpoint), step, windows, str(tokenizer))
         assert isinstance(tokenizer, Tokenizer)

@@ -10,17 +10,18 @@ import contextlib
 import importlib.util
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals import answering
 from nha_jax.evals.checkpoint import tokenizer_of
-from nha_jax.evals.suite import Z95, Result, Suite, Track, score
+from nha_jax.evals.suite import Z95, Result, Suite, Track, Work, score
 from nha_jax.models import LanguageModel
 
 # Metrics that are shares of examples; others are told in their own unit.
@@ -31,35 +32,31 @@ RECORDED = ("doc_id", "target", "resps", "filtered_resps", "filter")
 def options(config: ConfigDict) -> ConfigDict:
     """tasks: joined by +. include_path: folders of local tasks, joined by +. limit: the first so
     many examples of each task; 0: all. num_fewshot: -1: as the task says. The rest as in
-    `answering.options`. Raises UserError where the harness is not installed, so that no model is
-    read or trained first."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "suite lm_eval needs lm-evaluation-harness; run pip install 'nha_jax[eval]'."
-        )
+    `answering.options`."""
     return ConfigDict(
         {"tasks": "", "include_path": "", "limit": 0, "num_fewshot": -1, **answering.options()}
     )
 
 
-def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
+def evaluate(config: ConfigDict) -> Work:
     """Runs the tasks through `nha_jax.evals.harness`."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "suite lm_eval needs lm-evaluation-harness; run pip install 'nha_jax[eval]'."
+        )
     asked = config.eval
-    check_one_process()
     answering.check_at_least(config, limit=0, num_fewshot=-1)
     folders = [Path(name) for name in asked.include_path.split("+") if name]
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"config.eval.include_path: {folder} is no folder.")
+    names = answering.chosen(asked.tasks, ["arc_easy", "piqa", "..."], "tasks")
     tokenizer = tokenizer_of(config, asked.tokenizer)
     with _quiet():
         import lm_eval
         from lm_eval.tasks import TaskManager
 
-        from nha_jax.evals.harness import HarnessModel
-
         manager = TaskManager(include_path=[str(folder) for folder in folders] or None)
-        names = answering.chosen(asked.tasks, ["arc_easy", "piqa", "..."], "tasks")
         for name in names:
             if name not in manager.all_tasks:
                 raise UserError(
@@ -73,6 +70,23 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
                 f"config.eval.tasks={asked.tasks}: a task or its data cannot be loaded "
                 f"({_first_line(error)})."
             ) from error
+    return partial(_run, config, tokenizer, names, manager)
+
+
+def _run(
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    names: list[str],
+    manager: Any,
+    model: LanguageModel,
+    track: Track,
+) -> Result:
+    asked = config.eval
+    with _quiet():
+        import lm_eval
+
+        from nha_jax.evals.harness import HarnessModel
+
         found = lm_eval.simple_evaluate(
             HarnessModel(
                 model,
@@ -90,15 +104,6 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
             bootstrap_iters=1000,
         )
     return _result(found, names)
-
-
-def check_one_process() -> None:
-    """Raises UserError in a run of several processes, whose requests could come in other orders."""
-    if jax.process_count() > 1:
-        raise UserError(
-            f"suite lm_eval works in one process, and this run has {jax.process_count()}; start "
-            "eval.py on one host alone."
-        )
 
 
 def _result(found: Any, names: list[str]) -> Result:

@@ -2,10 +2,12 @@
 
 A task's score is the mean over its settings of the best accuracy on test examples that a sweep over
 learning rates and weight decays reaches; an accuracy is the mean over symbols, as in mad-lab.
+Intervals are those over test examples (docs/recall.md).
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,16 @@ from rich.table import Table
 from nha_jax.data import data_config, mad
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals.checkpoint import Checkpoint
-from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score
+from nha_jax.evals.suite import (
+    Result,
+    Suite,
+    Track,
+    Work,
+    percent,
+    proportion,
+    score,
+    standard_error,
+)
 from nha_jax.models import LanguageModel, ModelConfig
 from nha_jax.training.config import check_config, default_config
 from nha_jax.training.loop import run as train_run
@@ -28,6 +39,8 @@ from nha_jax.training.loop import run as train_run
 SETTINGS = ("all", "baseline")
 Predict = Callable[[np.ndarray], Any]
 """tokens [B,T] -> symbols [B,T]."""
+Plan = list[tuple[str, dict[str, Any], list[ConfigDict]]]
+"""(task, setting, the configs of its sweep)."""
 
 
 def options(config: ConfigDict) -> ConfigDict:
@@ -46,11 +59,14 @@ def options(config: ConfigDict) -> ConfigDict:
     )
 
 
-def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
-    """Trains and tests every setting, in folders of ``mad`` of ``workdir``; a sweep that was ended
+def train(config: ConfigDict) -> Work:
+    """Trains and tests every setting, in folders of ``mad`` of the workdir; a sweep that was ended
     goes on from there."""
+    return partial(_train, config, plan(config))
+
+
+def _train(config: ConfigDict, planned: Plan, workdir: Path, track: Track) -> Result:
     asked = config.eval
-    planned = plan(config)
 
     @nnx.jit
     def answer(model: LanguageModel, tokens: jax.Array) -> jax.Array:
@@ -72,18 +88,12 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
             tried.append({**rates, **found})
         best = max(tried, key=lambda run: run["score"])
         by_task.setdefault(task, []).append({"setting": fields, "best": best, "runs": tried})
-    tasks: list[dict[str, Any]] = [
-        {
-            "task": task,
-            "score": float(np.mean([s["best"]["score"] for s in all_])),
-            "settings": all_,
-        }
-        for task, all_ in by_task.items()
+    tasks = [
+        {"task": task, **_mean([one["best"] for one in settings]), "settings": settings}
+        for task, settings in by_task.items()
     ]
-    values: dict[str, Any] = {
-        "mean": float(np.mean([task["score"] for task in tasks])),
-        "tasks": tasks,
-    }
+    whole = _mean(tasks)
+    values: dict[str, Any] = {"mean": whole, "tasks": tasks}
     shape = ModelConfig.from_config(config.model)
     setting = f"windows {shape.windows}, {shape.slots} slots, width {shape.hidden}"
     return Result(
@@ -91,16 +101,19 @@ def train(config: ConfigDict, workdir: Path, track: Track) -> Result:
         title=f"MAD, test accuracy in %: {setting}",
         table=_table(values),
         scores=[
-            score("mean of tasks", values["mean"], None, None, len(tasks)),
-            *(score(t["task"], t["score"], None, None, len(t["settings"])) for t in tasks),
+            score(name, found["score"], found["low"], found["high"], found["asked"])
+            for name, found in [("mean of tasks", whole), *((task["task"], task) for task in tasks)]
         ],
-        notes="mean over symbols; the best of the sweep over learning rates and weight decays",
+        notes=(
+            "mean over symbols; the best of the sweep over learning rates and weight decays; in "
+            "brackets: 95% interval over test examples"
+        ),
         figure=_figure(values, setting),
     )
 
 
-def plan(config: ConfigDict) -> list[tuple[str, dict[str, Any], list[ConfigDict]]]:
-    """(task, setting, the configs of its sweep), all checked. Raises UserError."""
+def plan(config: ConfigDict) -> Plan:
+    """What is to be trained, all checked. Raises UserError."""
     asked = config.eval
     if asked.settings not in SETTINGS:
         hint = nearest(asked.settings, SETTINGS)
@@ -172,31 +185,55 @@ def test(
     batch_size: int,
     track: Track,
 ) -> dict[str, Any]:
-    """Accuracy on the first ``number`` test examples: over all answers (a `proportion`), and as
-    ``score`` the mean over the symbols that were asked or said, of the share that is right of
-    those asked (0 for one that was only said)."""
+    """Accuracy on the first ``number`` test examples: over all answers, and as `_estimate` the
+    mean over the symbols that were asked or said, of the share that is right of those asked (0 for
+    one that was only said)."""
     source = mad.Test(seed, {k: v for k, v in fields.items() if k in mad.config()})
     size = fields["vocab_size"]
-    asked, said, right = (np.zeros(size, np.int64) for _ in range(3))
+    said = np.zeros(size, np.int64)
+    answers = []  # [3, n] of each batch: example, symbol asked for, whether it was said
 
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for start in range(0, number, batch_size):
             rows = [source[i] for i in range(start, min(start + batch_size, number))]
             inputs, labels = (np.stack([row[n] for row in rows]) for n in ("inputs", "labels"))
-            yield inputs, labels
+            yield start, inputs, labels
 
-    for inputs, labels in track(batches(), fields["task"], -(-number // batch_size)):
+    for start, inputs, labels in track(batches(), fields["task"], -(-number // batch_size)):
         padding = ((0, batch_size - len(inputs)), (0, 0))
         got = np.asarray(predict(np.pad(inputs, padding)))[: len(inputs)]
         where = labels != mad.IGNORE
-        asked += np.bincount(labels[where], minlength=size)
         said += np.bincount(got[where], minlength=size)
-        right += np.bincount(labels[where & (got == labels)], minlength=size)
-    seen = (asked + said) > 0
+        row = start + np.nonzero(where)[0]
+        answers.append(np.stack([row, labels[where], (got == labels)[where]]))
+    example, symbol, right = np.concatenate(answers, axis=1)
+    asked = np.bincount(symbol, minlength=size)
+    share = np.bincount(symbol, right, size) / np.maximum(asked, 1)  # of each symbol
+    symbols = np.count_nonzero(asked + said)
+    answered = np.sqrt(asked * np.maximum(asked - 1, 1))[symbol]  # -1: the share is of them itself
+    parts = np.bincount(example, (right - share[symbol]) / answered, number) / symbols
     return {
-        "score": float((right[seen] / np.maximum(asked[seen], 1)).mean()),
-        **proportion(int(right.sum()), int(asked.sum())),
+        "asked": len(right),
+        "correct": int(right.sum()),
+        "accuracy": float(right.mean()),
+        **_estimate(float(share.sum() / symbols), standard_error(parts), len(right)),
     }
+
+
+def _estimate(value: float, error: float, asked: int) -> dict[str, float]:
+    """A mean of shares: Wilson's interval for so many independent answers as would have the same
+    standard error, for all that were asked where that is 0."""
+    answers = value * (1 - value) / error**2 if error else asked
+    interval = proportion(value * answers, answers)
+    return {"score": value, "error": error, "low": interval["low"], "high": interval["high"]}
+
+
+def _mean(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The `_estimate` of a mean of independent ones, each counted alike."""
+    asked = sum(one["asked"] for one in found)
+    error = math.hypot(*(one["error"] for one in found)) / len(found)
+    mean = float(np.mean([one["score"] for one in found]))
+    return {"asked": asked, **_estimate(mean, error, asked)}
 
 
 def _table(values: dict[str, Any]) -> Table:
@@ -211,13 +248,18 @@ def _table(values: dict[str, Any]) -> Table:
             table.add_row(
                 found["task"],
                 _name(found["task"], one["setting"]),
-                percent(best["score"]),
+                _cell(best),
                 f"{best['learning_rate']:g}",
                 f"{best['weight_decay']:g}",
             )
-        table.add_row(found["task"], "mean", percent(found["score"]), "", "", end_section=True)
-    table.add_row("all", "mean", percent(values["mean"]), "", "")
+        table.add_row(found["task"], "mean", _cell(found), "", "", end_section=True)
+    table.add_row("all", "mean", _cell(values["mean"]), "", "")
     return table
+
+
+def _cell(found: dict[str, Any]) -> str:
+    value, low, high = (percent(found[name]) for name in ("score", "low", "high"))
+    return f"{value} \\[{low}, {high}]"
 
 
 def _figure(values: dict[str, Any], setting: str) -> Figure:

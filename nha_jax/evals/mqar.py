@@ -16,7 +16,7 @@ from rich.table import Table
 
 from nha_jax.data import mqar, mqar_zoology
 from nha_jax.errors import UserError
-from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score_of
+from nha_jax.evals.suite import Result, Suite, Track, Work, percent, proportion, score_of
 from nha_jax.models import LanguageModel, ModelConfig
 
 FILLING = ("power_a", "random_non_queries")
@@ -81,7 +81,7 @@ def cells(options: ConfigDict) -> list[Cell]:
         found = [
             Cell(options.seq_len, number, options.seed) for number in set(options.num_kv_pairs)
         ]
-    for cell in found:  # before the first of them costs time
+    for cell in found:
         mqar.check(options.vocab_size, cell.seq_len, cell.num_kv_pairs, options.power_a)
     return sorted(found)
 
@@ -124,15 +124,24 @@ def bin_edges(longest: int, window: int | None) -> list[int]:
     return sorted(edges)
 
 
-def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
-    """Asks the model every query of the examples that ``config.eval`` describes."""
-    shape = ModelConfig.from_config(config.model)
-    if config.eval.vocab_size > shape.vocab_size:
+def check(shape: ModelConfig, options: ConfigDict) -> None:
+    """Raises UserError unless the model can be asked."""
+    if options.vocab_size > shape.vocab_size:
         raise UserError(
-            f"config.eval.vocab_size={config.eval.vocab_size} is more than the model's "
+            f"config.eval.vocab_size={options.vocab_size} is more than the model's "
             f"vocab_size={shape.vocab_size}: lower it."
         )
+    cells(options)
 
+
+def evaluate(config: ConfigDict) -> Work:
+    """Asks the model every query of the examples that ``config.eval`` describes."""
+    shape = ModelConfig.from_config(config.model)
+    check(shape, config.eval)
+    return partial(_ask, config, shape)
+
+
+def _ask(config: ConfigDict, shape: ModelConfig, model: LanguageModel, track: Track) -> Result:
     @nnx.jit
     def answer(model: LanguageModel, tokens: jax.Array, places: jax.Array) -> jax.Array:
         hidden = model(tokens).hidden  # [B,T,hidden]

@@ -7,6 +7,7 @@ every token is scored once, with everything before it in its document as context
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +20,10 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from nha_jax.data import text
-from nha_jax.data.prepared import Prepared
+from nha_jax.data.prepared import Prepared, Split
+from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError
-from nha_jax.evals.suite import Z95, Result, Suite, Track, score
+from nha_jax.evals.suite import Z95, Result, Suite, Track, Work, score, standard_error
 from nha_jax.models import LanguageModel, ModelConfig
 
 
@@ -39,7 +41,7 @@ def options(config: ConfigDict) -> ConfigDict:
     )
 
 
-def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
+def evaluate(config: ConfigDict) -> Work:
     """Scores the documents that ``config.eval`` describes."""
     shape = ModelConfig.from_config(config.model)
     asked = config.eval
@@ -59,26 +61,34 @@ def evaluate(model: LanguageModel, config: ConfigDict, track: Track) -> Result:
                 f"config.eval.path: {prepared.directory} has ids up to {prepared.vocab_size - 1}, "
                 f"outside the model's vocabulary of {shape.vocab_size}."
             )
+    opened = [(prepared, prepared.split(asked.split), prepared.tokenizer()) for prepared in sets]
+    return partial(_read, config, shape, opened)
 
+
+def _read(
+    config: ConfigDict,
+    shape: ModelConfig,
+    sets: list[tuple[Prepared, Split, Tokenizer]],
+    model: LanguageModel,
+    track: Track,
+) -> Result:
+    asked = config.eval
     found = []
-    for prepared in sets:
-        limit = asked.documents or None
-        split = prepared.split(asked.split)
-        numbers = range(len(split))[:limit]
+    for prepared, split, tokenizer in sets:
+        numbers = range(len(split))[: asked.documents or None]
         documents = [split.document(n)[: asked.max_tokens or None] for n in numbers]
-        spelt = prepared.tokenizer().token_bytes
-        size = np.array([len(token) for token in spelt])
+        size = np.array([len(token) for token in tokenizer.token_bytes])
         stream = Stream(documents, prepared, asked.batch_size, asked.piece)
         found.append(count(model, stream, size, track, prepared.directory.name))
     whole = _summary(np.concatenate([per_document for _, per_document in found]))
     rows = [
         {"set": str(prepared.directory), **_summary(per_document)}
-        for prepared, (_, per_document) in zip(sets, found, strict=True)
+        for (prepared, *_), (_, per_document) in zip(sets, found, strict=True)
     ]
     longest = max(len(bins) for bins, _ in found)
     padded = [np.pad(bins, ((0, longest - len(bins)), (0, 0))) for bins, _ in found]
     by_position = _by_position(np.sum(padded, axis=0))
-    data = ",".join(prepared.fingerprint for prepared in sets)
+    data = ",".join(prepared.fingerprint for prepared, *_ in sets)
     values = {"data": data, "all": whole, "by_set": rows, "by_position": by_position}
     windows = shape.window_pattern
     reach = None if None in windows else max(w for w in windows if w is not None)
@@ -201,8 +211,7 @@ def _summary(per_document: np.ndarray) -> dict[str, Any]:
     tokens, nats, size = per_document.sum(axis=0)
     scores = _scores(tokens, nats, size)
     rest = (per_document[:, 1] - nats / max(size, 1) * per_document[:, 2]) / math.log(2)
-    number = len(rest)
-    error = math.sqrt(float(rest @ rest) * number / max(number - 1, 1)) / max(size, 1)
+    number, error = len(rest), standard_error(rest) / max(size, 1)
     middle = scores["bits_per_byte"]
     interval = {"low": None, "high": None}
     if middle is not None and number > 1:

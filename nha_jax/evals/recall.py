@@ -11,6 +11,7 @@ has their format.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nha_jax.errors import UserError, nearest
 from nha_jax.evals import answering
 from nha_jax.evals.answering import encode, is_text, is_texts
 from nha_jax.evals.checkpoint import tokenizer_of
-from nha_jax.evals.suite import Result, Suite, Track, proportion, score_of
+from nha_jax.evals.suite import Result, Suite, Track, Work, proportion, score_of
 from nha_jax.models import ModelConfig
 
 SAMPLES = "samples"
@@ -117,7 +118,7 @@ def options(config: ConfigDict) -> ConfigDict:
     )
 
 
-def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
+def evaluate(config: ConfigDict) -> Work:
     """Asks every question of the tasks, with its text cut to each of the contexts."""
     asked = config.eval
     tasks = answering.chosen(asked.tasks, list(TASKS), "tasks")
@@ -137,7 +138,20 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     cells = [(name, context) for context in contexts for name in tasks]
     paths = {cell: file_of(*cell, asked.texts) for cell in cells}
     files = {(name, context): read(name, path) for (name, context), path in paths.items()}
+    data = answering.content_hash(*sorted(set(paths.values())))
+    return partial(_ask, config, tokenizer, files, data)
 
+
+def _ask(
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    files: dict[tuple[str, int], list[Row]],
+    data: str,
+    model: Any,
+    track: Track,
+) -> Result:
+    asked = config.eval
+    tasks, contexts = (list(dict.fromkeys(names)) for names in zip(*files, strict=True))
     rows: list[dict[str, Any]] = []
     records = []
     for (name, context), found in files.items():
@@ -191,7 +205,7 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     ]
     whole = answering.mean_over_tasks(rows)
     values = {
-        "data": answering.content_hash(*sorted(set(paths.values()))),
+        "data": data,
         "all": whole,
         "by_context": by_context,
         "by_task_and_context": rows,

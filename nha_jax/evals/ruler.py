@@ -10,9 +10,11 @@ files' format.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -21,7 +23,7 @@ from nha_jax.data.tokenizer import Tokenizer
 from nha_jax.errors import UserError, nearest
 from nha_jax.evals import answering, ruler_samples
 from nha_jax.evals.checkpoint import tokenizer_of
-from nha_jax.evals.suite import Result, Suite, Track, percent, proportion, score_of
+from nha_jax.evals.suite import Result, Suite, Track, Work, percent, proportion, score_of
 from nha_jax.models import ModelConfig
 
 NEW_TOKENS = {
@@ -57,7 +59,7 @@ def options(config: ConfigDict) -> ConfigDict:
     )
 
 
-def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
+def evaluate(config: ConfigDict) -> Work:
     """Asks for every sample of the tasks and lengths that ``config.eval`` names."""
     asked = config.eval
     tasks = answering.chosen(asked.tasks, list(NEW_TOKENS), "tasks")
@@ -73,13 +75,24 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
         hint = nearest(asked.qa_metric, METRICS)
         raise UserError(f"config.eval.qa_metric={asked.qa_metric!r} is unknown.{hint}")
     tokenizer = tokenizer_of(config, asked.tokenizer)
+    for length in lengths:
+        for task in tasks:
+            stored(task, length, config, tokenizer)
+    return partial(_ask, config, tokenizer, tasks, lengths)
 
+
+def _ask(
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    tasks: list[str],
+    lengths: list[int],
+    model: Any,
+    track: Track,
+) -> Result:
+    asked = config.eval
     cells = [(task, length) for length in reversed(lengths) for task in tasks]
-    # All of them there before the first answer, and what must be there before what is made.
-    files = [
-        samples_of(*cell, config, tokenizer, track)[0]
-        for cell in sorted(cells, key=lambda cell: cell[0] in ruler_samples.MAKERS)
-    ]
+    # All of them there before the first answer.
+    files = [samples_of(*cell, config, tokenizer, track)[0] for cell in cells]
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     records = []
     for task, length in cells:
@@ -151,21 +164,20 @@ def evaluate(model: Any, config: ConfigDict, track: Track) -> Result:
     )
 
 
-def samples_of(
-    task: str, length: int, config: ConfigDict, tokenizer: Tokenizer, track: Track
-) -> tuple[Path, list[dict[str, Any]]]:
-    """The task's frozen samples and their file, which is made if the task can be.
+def stored(
+    task: str, length: int, config: ConfigDict, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The task's frozen samples; none if they are still to be made, and can be.
 
     Raises:
         UserError: the file is missing, has too few samples or bad lines, or was made by other
-            parameters than these.
+            parameters than these; or the samples cannot be made.
     """
     asked = config.eval
-    path = Path(asked.samples) / f"{task}-{length}.jsonl"
+    path = file_of(task, length, config)
     makes = task in ruler_samples.MAKERS
-    given = (asked.seed, tokenizer, NEW_TOKENS[task], int(asked.begin))
-    mark = ruler_samples.fingerprint(task, length, *given) if makes else ""
-    found: list[dict[str, Any]] = []
+    given = making(task, length, config, tokenizer)
+    mark = ruler_samples.fingerprint(**given) if makes else ""
     if path.is_file():
         found = list(answering.read_jsonl(path, FIELDS, DESCRIBE))
         made_here = [sample["fingerprint"] for sample in found if "fingerprint" in sample]
@@ -177,22 +189,55 @@ def samples_of(
         if len(found) >= asked.num_samples or not (made_here and makes):
             if not found:
                 raise UserError(f"{path} has no samples; a line has {DESCRIBE}.")
-            return path, found[: asked.num_samples]
+            return found[: asked.num_samples]
     if not makes:
         made = ", ".join(ruler_samples.MAKERS)
         raise UserError(
             f"RULER's {task} needs {path}, which does not exist: put its samples there (see "
             f"docs/evaluation.md), or leave it out of config.eval.tasks. Made here are {made}."
         )
-    work = ruler_samples.make_samples(task, length, asked.num_samples, *given)
-    work = track(work, f"making {task} {length}", asked.num_samples)
+    next(ruler_samples.make_samples(count=1, **given))
+    return []
+
+
+def samples_of(
+    task: str, length: int, config: ConfigDict, tokenizer: Tokenizer, track: Track
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The task's frozen samples and their file, which is made if it is not there.
+
+    Raises UserError as `stored`.
+    """
+    path = file_of(task, length, config)
+    if found := stored(task, length, config, tokenizer):
+        return path, found
+    given, count = making(task, length, config, tokenizer), config.eval.num_samples
+    mark = ruler_samples.fingerprint(**given)
+    work = ruler_samples.make_samples(count=count, **given)
+    work = track(work, f"making {task} {length}", count)
     found = [{**sample, "fingerprint": mark} for sample in work]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    # Of each process, if there are several: they make the same.
+    unfinished = path.with_name(f"{path.name}.{jax.process_index()}.partial")
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    unfinished.replace(path)
     return path, found
+
+
+def file_of(task: str, length: int, config: ConfigDict) -> Path:
+    return Path(config.eval.samples) / f"{task}-{length}.jsonl"
+
+
+def making(task: str, length: int, config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What samples follow from, the arguments of `ruler_samples.fingerprint`."""
+    return {
+        "task": task,
+        "length": length,
+        "seed": config.eval.seed,
+        "tokenizer": tokenizer,
+        "new_tokens": NEW_TOKENS[task],
+        "begin": int(config.eval.begin),
+    }
 
 
 def prompt(sample: dict[str, Any]) -> str:

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.table import Table
@@ -14,6 +14,9 @@ Item = TypeVar("Item")
 Z95 = 1.959964
 Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 """``track(items, what, count)`` yields the items and shows how far they are."""
+Work = Callable[[Any, Track], "Result"]
+"""What is left of a suite: ``work(model, track)`` tests a trained model; of a suite that trains
+models of its own, ``work(workdir, track)`` trains and tests them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +42,17 @@ class Suite:
 
     ``options(config)`` gives the suite's options with their defaults for this run; the user's
     ``--config.eval.NAME=value`` are then set in them, and found in ``config.eval`` by the others.
-    These raise UserError for values that they cannot take.
 
-    ``evaluate(model, config, track)`` tests a trained model. ``train(config, workdir, track)``
-    trains models of its own, by a config that has no checkpoint yet, and tests them. A suite has
-    one of them or both; without `train`, a config is trained as by train.py and then evaluated.
+    ``evaluate(config)`` plans the test of a trained model, ``train(config)`` that of models which
+    the suite trains itself, by a config that has no checkpoint yet. They raise UserError for
+    whatever they cannot take, files that are missing too, and return the `Work`: all suites of a
+    call are planned before anything is trained or a checkpoint's weights are read. A suite has one
+    of them or both; without `train`, a config is trained as by train.py and then evaluated.
     """
 
     options: Callable[[ConfigDict], ConfigDict]
-    evaluate: Callable[[Any, ConfigDict, Track], Result] | None = None
-    train: Callable[[ConfigDict, Path, Track], Result] | None = None
+    evaluate: Callable[[ConfigDict], Work] | None = None
+    train: Callable[[ConfigDict], Work] | None = None
     argument: str = ""
     """The option that ``--suite NAME:ARGUMENT`` sets; empty: there is none."""
 
@@ -80,7 +84,7 @@ def score_of(name: str, share: dict[str, Any]) -> dict[str, Any]:
     return score(name, share["accuracy"], share["low"], share["high"], share["asked"])
 
 
-def proportion(correct: float, asked: int) -> dict[str, Any]:
+def proportion(correct: float, asked: float) -> dict[str, Any]:
     """A share with its 95% Wilson interval, the answers taken as independent.
 
     Answers may be right in part: ``correct`` is the sum of their shares then, and the interval,
@@ -99,6 +103,12 @@ def proportion(correct: float, asked: int) -> dict[str, Any]:
     low = 0.0 if correct == 0 else (centre - spread) / scale
     high = 1.0 if correct == asked else (centre + spread) / scale
     return {**counts, "accuracy": share, "low": low, "high": high}
+
+
+def standard_error(parts: np.ndarray) -> float:
+    """Of a sum over independent examples, by how far each one's part in it, [examples], is from
+    the part to be expected."""
+    return math.sqrt(float(parts @ parts) * len(parts) / max(len(parts) - 1, 1))
 
 
 def percent(value: float | None) -> str:

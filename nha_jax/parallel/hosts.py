@@ -10,8 +10,10 @@ from jax.sharding import Sharding
 from nha_jax.errors import UserError
 
 
-def connect() -> None:
+def connect(patience: int = 300) -> None:
     """Joins the processes that one launcher started, before JAX is used.
+
+    One that has finished waits ``patience`` seconds for the others; then all are ended.
 
     JAX detects TPU VMs, GKE, SLURM and Open MPI. Any other launcher sets JAX_COORDINATOR_ADDRESS
     (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Where there is none of
@@ -31,7 +33,7 @@ def connect() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of clusters that it finds and cannot use
         try:
-            jax.distributed.initialize(**told)
+            jax.distributed.initialize(**told, shutdown_timeout_seconds=patience)
         except ValueError as error:
             if told or "coordinator_address should be defined" not in str(error):
                 raise UserError(_failure(error)) from error

@@ -7,6 +7,7 @@
 Without --setting, the config is measured as it is. Every setting is "NAME: KEY=VALUE ...", over the
 config; all are compiled side by side, each in a process of its own, and then timed one after the
 other. Tokens per step are batch_size x data.seq_len. docs/training_speed.md says what is counted.
+Exit code 2: bad input, or no setting fits into the memory.
 """
 
 import dataclasses
@@ -29,10 +30,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nha_jax import cli, parallel
-from nha_jax.errors import UserError
+from nha_jax.errors import UserError, out_of_memory
 from nha_jax.models import ModelConfig
 from nha_jax.training import breakdown, flops
-from nha_jax.training.config import check_config
+from nha_jax.training.config import check_config, needs_less
 from nha_jax.training.program import (
     Program,
     abstract_batch,
@@ -43,6 +44,7 @@ from nha_jax.training.program import (
 )
 
 PROFILED = 2  # steps in a trace
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclasses.dataclass
@@ -110,7 +112,7 @@ def compiled(setting: Setting) -> Any:
     try:
         step = compile_step(setting.lowered, setting.config, setting.mesh)
     except jax.errors.JaxRuntimeError as error:
-        _note(result, error)
+        _note(setting, error)
         return None
     result.compile_s = time.perf_counter() - began
     if memory := step.memory_analysis():
@@ -140,13 +142,14 @@ def measure(setting: Setting, step: Any, *, steps: int, warm: int, profile: bool
             if profile:
                 _take_apart(step, state, batches, flags, result)
     except jax.errors.JaxRuntimeError as error:
-        _note(result, error)
+        _note(setting, error)
 
 
-def _note(result: Result, error: Exception) -> None:
+def _note(setting: Setting, error: Exception) -> None:
     reason = str(error).splitlines()[0]
-    result.error = "out of memory" if "RESOURCE_EXHAUSTED" in reason else reason[:200]
-    print(f"{result.name}: {reason}", file=sys.stderr)
+    told = out_of_memory(error, needs_less(setting.config))
+    setting.result.error = OUT_OF_MEMORY if told else reason[:200]
+    print(f"{setting.result.name}: {told or reason}", file=sys.stderr)
 
 
 def _timed(
@@ -325,7 +328,7 @@ def main() -> int:
                 Path(args.json).write_text(json.dumps(found, indent=1))
             print(markdown(results[-1:]).splitlines()[2], flush=True)
     print(f"\n{markdown(results)}")
-    return 0
+    return 2 if all(result.error == OUT_OF_MEMORY for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ml_collections.config_dict import placeholder
 
 from nha_jax.data import data_config
 from nha_jax.errors import UserError, nearest
-from nha_jax.models import model_config
+from nha_jax.models import ModelConfig, model_config
 from nha_jax.training.distill import check_distill
 from nha_jax.training.optimizer import MOMENTS, SCHEDULES
 
@@ -110,6 +110,19 @@ def check_config(config: ConfigDict) -> None:
     if config.optimizer.schedule not in SCHEDULES:
         hint = nearest(config.optimizer.schedule, SCHEDULES)
         raise UserError(f"config.optimizer.schedule={config.optimizer.schedule!r} is none.{hint}")
+
+
+def needs_less(config: ConfigDict) -> str:
+    """What makes a step need less memory, with the values that it has now."""
+    options = [
+        f"lower config.batch_size={config.batch_size}",
+        f"raise config.accumulate={config.accumulate}",
+    ]
+    if "seq_len" in config.data:
+        options.insert(1, f"lower config.data.seq_len={config.data.seq_len}")
+    if (remat := ModelConfig.from_config(config.model).remat) != "full":
+        options.append(f"change config.model.remat={remat} to full")
+    return " or ".join(options)
 
 
 def check_same(config: ConfigDict, saved: str, workdir: Any) -> None:

@@ -13,14 +13,15 @@ from typing import Any, Self
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nha_jax import data, parallel
-from nha_jax.errors import RunFailed, UserError
+from nha_jax.errors import RunFailed, UserError, memory_told
 from nha_jax.models import ModelConfig
 from nha_jax.training import flops
 from nha_jax.training.checkpoint import Checkpoints
-from nha_jax.training.config import check_config, check_same, to_json
+from nha_jax.training.config import check_config, check_same, needs_less, to_json
 from nha_jax.training.metrics import Log, Terminal, check_tensorboard
 from nha_jax.training.profile import Profile
 from nha_jax.training.program import (
@@ -45,13 +46,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     """
     workdir = Path(workdir)
     config = config.copy_and_resolve_references()
-    check_config(config)
-    check_workdir(workdir)
-    model = ModelConfig.from_config(config.model)
-    claim_memory()
-    mesh = parallel.make_mesh(config.mesh)
-    check_rows(config, mesh)
-    data.ready(config.data, workdir)
+    model, mesh = ready(config, workdir)
     settings = config.checkpoint
     checkpoints = Checkpoints(workdir, keep=settings.keep, keep_every=settings.keep_every)
     if saved := checkpoints.config():
@@ -87,7 +82,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         jax.set_mesh(mesh),
         Signals() as signals,
         Terminal(config.steps, silent=not parallel.is_first()) as terminal,
-        failures_told(workdir),
+        failures_told(config, workdir, checkpoints),
     ):
         restored = checkpoints.restore(built.abstract, terminal.tell)
         if restored:
@@ -145,11 +140,31 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
     return 0
 
 
+def ready(config: ConfigDict, workdir: Path) -> tuple[ModelConfig, Mesh]:
+    """Checks ``config`` and gets its data ready, which then fill in their fields of it.
+
+    Raises ``UserError``; nothing but data prepared on first use is written.
+    """
+    check_config(config)
+    check_workdir(workdir)
+    model = ModelConfig.from_config(config.model)
+    claim_memory()
+    mesh = parallel.make_mesh(config.mesh)
+    check_rows(config, mesh)
+    data.ready(config.data, workdir)
+    return model, mesh
+
+
 @contextlib.contextmanager
-def failures_told(workdir: Path) -> Iterator[None]:
-    """A full disk or a lost permission becomes ``RunFailed``."""
+def failures_told(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Iterator[None]:
+    """A full disk or a lost permission becomes ``RunFailed``, a device out of memory ``UserError``
+    once the last checkpoint is whole."""
     try:
-        yield
+        with memory_told(needs_less(config)):
+            yield
+    except UserError:
+        checkpoints.close()
+        raise
     except OSError as error:
         raise RunFailed(
             f"the run in {workdir} ended because {error.filename or 'a file'} cannot be written: "

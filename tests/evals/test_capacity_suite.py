@@ -133,7 +133,7 @@ def test_measure_counts_what_mqar_counts():
     model = random_model(run.model)
     shape = ModelConfig.from_config(run.model)
     values = capacity.measure(model, shape, run.eval, quiet)
-    expected = mqar.evaluate(model, run, quiet).values
+    expected = mqar.evaluate(run)(model, quiet).values
     for name in ("by_pairs", "by_pairs_and_distance"):
         for row, same in zip(values[name], expected[name], strict=True):
             assert {key: row[key] for key in same} == same
@@ -179,7 +179,7 @@ def test_causes_and_means_by_hand():
 def test_evaluate_and_bad_input():
     run = small()
     model = random_model(run.model)
-    result = capacity.evaluate(model, run, quiet)
+    result = capacity.evaluate(run)(model, quiet)
     assert list(result.table.columns[0].cells) == ["1 in 16", "3 in 16"]
     names = [score["name"] for score in result.scores]
     assert names[:2] == ["pairs=1,recall", "pairs=1,own"]
@@ -187,12 +187,12 @@ def test_evaluate_and_bad_input():
     assert len(result.figure.axes) == 4
     run.eval.slots = (8,)
     with pytest.raises(UserError, match="other numbers than the trained model's 4 slots"):
-        capacity.evaluate(model, run, quiet)
+        capacity.evaluate(run)
     run.eval.slots = ()
     for change in ({"slots": 0, "windows": "4"}, {"windows": "full"}):
         run.model.update(change)
         with pytest.raises(UserError, match="no layer with slots"):
-            capacity.evaluate(model, run, quiet)
+            capacity.evaluate(run)
 
 
 def test_train_one_model_for_each_number_of_slots(tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_train_one_model_for_each_number_of_slots(tmp_path, monkeypatch):
 
     monkeypatch.setattr(capacity, "train_run", train_run)
     monkeypatch.setattr(capacity, "Checkpoint", Found)
-    result = capacity.train(run.lock(), tmp_path, quiet)
+    result = capacity.train(run.lock())(tmp_path, quiet)
     assert trained == [
         (n, tmp_path / "capacity" / f"slots={n}", {"every": 0, "examples": 0}) for n in (1, 2)
     ]
@@ -224,11 +224,11 @@ def test_train_one_model_for_each_number_of_slots(tmp_path, monkeypatch):
     with run.unlocked():
         run.eval.slots = (0, 4)
     with pytest.raises(UserError, match="a model without slots"):
-        capacity.train(run, tmp_path, quiet)
+        capacity.train(run)
     with run.unlocked():
         run.eval.slots, run.model.windows = (4,), "full"
     with pytest.raises(UserError, match="no layer with slots"):
-        capacity.train(run, tmp_path, quiet)
+        capacity.train(run)
     assert len(trained) == 2
 
 

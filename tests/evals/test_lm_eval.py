@@ -8,12 +8,12 @@ import pytest
 
 from nha_jax import evals
 from nha_jax.errors import UserError
-from nha_jax.evals import lm_eval
 from nha_jax.generation import Generator
 from nha_jax.models import ModelConfig
 from nha_jax.scoring import score
 from nha_jax.training import default_config
 from tests.models.test_language_model import PLAIN, drawn, with_config
+from tests.parallel.test_many_devices import evaluated_by_two
 from tests.test_generate_cli import save
 
 BYTES = "--config.eval.tokenizer=bytes"
@@ -238,16 +238,31 @@ def test_bad_options(tasks, workdir, options, words):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("names", ["+", "local_chioce"])
+def test_with_bad_tasks_nothing_is_trained(tasks, tmp_path, names):
+    config, options = default_config(), [BYTES, f"--config.eval.include_path={tasks}"]
+    config.model.vocab_size = 257
+    with pytest.raises(UserError, match=r"config\.eval\.tasks"):
+        evals.train_and_run(f"mqar,lm_eval:{names}", config, tmp_path / "run", options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_data_that_cannot_be_loaded(tasks, workdir):
     (tasks / "questions.jsonl").unlink()
     with pytest.raises(UserError, match="a task or its data cannot be loaded"):
         evals.run("lm_eval:local_choice", workdir, [BYTES, f"--config.eval.include_path={tasks}"])
 
 
-def test_one_process(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="works in one process, and this run has 2"):
-        lm_eval.check_one_process()
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_find_the_numbers_of_one(tasks, workdir, tmp_path):
+    texts = [{"text": question["question"], "value": "a"} for question in QUESTIONS]
+    (tasks / "squad.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    suite = "lm_eval:local_choice+local_until+local_rolling"
+    options = [BYTES, f"--config.eval.include_path={tasks}"]
+    said = evaluated_by_two(suite, workdir, options, tmp_path)
+    assert "local_rolling" in said[0]
+    assert "local_rolling" not in said[1]
 
 
 def test_without_the_harness(workdir, monkeypatch):

@@ -65,6 +65,91 @@ def test_a_symbol_that_is_only_said_counts(monkeypatch):
     assert (got["asked"], got["correct"]) == (5, 3)
 
 
+class Drawn:
+    """Test examples of 8 answers, symbols 1 to 4 unevenly often; tokens are the labels."""
+
+    def __init__(self, seed, fields):
+        self.rng = np.random.default_rng(seed)
+
+    def __getitem__(self, i):
+        labels = self.rng.choice(4, 8, p=[0.4, 0.4, 0.15, 0.05]) + 1
+        return {"inputs": labels, "labels": labels}
+
+
+def drawn(monkeypatch, seed, number):
+    """What is found of examples in which all answers are right, or each with a half."""
+    monkeypatch.setattr(suite.mad, "Test", Drawn)
+    rng = np.random.default_rng(1000 + seed)
+    told = []
+
+    def predict(tokens):
+        known = rng.random((len(tokens), 1)) < 0.5
+        right = np.where(known, True, rng.random(tokens.shape) < 0.5)
+        told.append(np.where(right, tokens, tokens % 4 + 1))
+        return told[-1]
+
+    found = suite.test(predict, fields("in-context-recall"), seed, number, number, quiet)
+    source = Drawn(seed, {})
+    return found, np.stack([source[i]["labels"] for i in range(number)]), told[0]
+
+
+def test_errors_are_those_of_a_bootstrap(monkeypatch):
+    found, labels, said = drawn(monkeypatch, 0, 300)
+    rng = np.random.default_rng(0)
+    scores = []
+    for _ in range(1000):
+        rows = rng.integers(len(labels), size=len(labels))
+        right = labels[rows] == said[rows]
+        scores.append(np.mean([right[labels[rows] == symbol].mean() for symbol in (1, 2, 3, 4)]))
+    assert found["score"] == pytest.approx(np.mean(scores), abs=0.003)
+    assert found["error"] == pytest.approx(np.std(scores), rel=0.1)
+    half = (found["high"] - found["low"]) / 2
+    assert half == pytest.approx(1.96 * found["error"], rel=0.02)
+    # Answers of an example go together: as independent ones they would seem to tell more.
+    assert found["error"] > 1.1 * np.sqrt(
+        0.75 * 0.25 / 4 * np.mean(1 / np.bincount(labels.flat)[1:])
+    )
+
+
+def test_intervals_hold_the_truth(monkeypatch):
+    found = [drawn(monkeypatch, seed, 60)[0] for seed in range(400)]
+    held = np.mean([one["low"] <= 0.75 <= one["high"] for one in found])
+    assert 0.92 <= held <= 0.98
+    fours = [suite._mean(found[i : i + 4]) for i in range(0, 400, 4)]
+    assert 0.89 <= np.mean([one["low"] <= 0.75 <= one["high"] for one in fours]) <= 1
+    assert fours[0]["error"] == pytest.approx(found[0]["error"] / 2, rel=0.3)
+    assert fours[0]["asked"] == 4 * 60 * 8
+
+
+def test_the_error_of_symbols_that_are_asked_twice(monkeypatch):
+    """The spread of scores over draws of answers, right by half, is the error that is told."""
+    labels = np.tile(np.arange(1, 101), 2).reshape(25, 8)
+
+    class Twice:
+        def __init__(self, seed, fields):
+            pass
+
+        def __getitem__(self, i):
+            return {"inputs": labels[i], "labels": labels[i]}
+
+    monkeypatch.setattr(suite.mad, "Test", Twice)
+    rng = np.random.default_rng(0)
+
+    def guess(tokens):
+        return tokens * (rng.random(tokens.shape) < 0.5)
+
+    task = {"task": "", "vocab_size": 101}
+    found = [suite.test(guess, task, 0, 25, 25, quiet) for _ in range(300)]
+    spread = np.std([one["score"] for one in found])
+    assert np.mean([one["error"] for one in found]) == pytest.approx(spread, rel=0.1)
+
+
+def test_a_full_score_is_not_certain():
+    perfect = score(recalled, fields("in-context-recall", seq_len=32))
+    assert (perfect["error"], perfect["high"]) == (0, 1)
+    assert perfect["low"] == pytest.approx(1 / (1 + 1.96**2 / perfect["asked"]), abs=1e-5)
+
+
 def config(**options):
     one = cli.load_config(CONFIG).unlock()
     one.eval = suite.options(one)
@@ -123,15 +208,19 @@ def test_train_and_go_on(tmp_path, monkeypatch):
     with run.unlocked():
         run.model.update(hidden=16, layers=1, heads=1, ffn=16, slots=4, windows="2", conv=0)
         run.log.every = 1000
-    result = suite.train(run, tmp_path, quiet)
+    result = suite.train(run)(tmp_path, quiet)
     first, second = result.values["tasks"]
     assert (first["task"], first["score"]) == ("memorization", 1.0)
     assert (second["task"], second["settings"][0]["best"]["asked"]) == ("compression", 12 * 8)
-    assert result.values["mean"] == pytest.approx((1 + second["score"]) / 2)
+    assert result.values["mean"]["score"] == pytest.approx((1 + second["score"]) / 2)
     assert [s["name"] for s in result.scores] == ["mean of tasks", "memorization", "compression"]
+    for one in result.scores:
+        assert 0 <= one["low"] <= one["value"] <= one["high"] <= 1
+        assert one["low"] < one["high"]
+    assert list(result.table.columns[2].cells)[1].startswith("100.0 \\[")
     assert list(result.table.columns[1].cells)[-1] == "mean"
     files = sorted(tmp_path.rglob("metrics.jsonl"))
     written = [path.read_bytes() for path in files]
     assert len(files) == 2
-    assert suite.train(run, tmp_path, quiet).values == result.values  # trained, so only tested
+    assert suite.train(run)(tmp_path, quiet).values == result.values  # trained, so only tested
     assert [path.read_bytes() for path in files] == written

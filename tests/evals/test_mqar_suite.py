@@ -199,13 +199,13 @@ def test_a_grid_of_several_lengths():
 
     assert not suite.count(predict, run.eval, 4, quiet)[3].any()
     assert shapes == {((8, 16), (8, 4)), ((8, 32), (8, 4))}
-    result = suite.evaluate(Oracle(), run, quiet)
+    result = suite.evaluate(run)(Oracle(), quiet)
     assert list(result.table.columns[0].cells) == ["2 in 16", "4 in 16", "4 in 32", "all"]
     names = [score["name"] for score in result.scores]
     assert names == ["all", "pairs=2/16", "pairs=4/16", "pairs=4/32"]
     run.eval.grid = "16:2,16:4*"
     with pytest.raises(UserError, match=r"holds '16:4\*'; write each part as LENGTH:PAIRS"):
-        suite.evaluate(Oracle(), run, quiet)
+        suite.evaluate(run)
 
 
 class Oracle(nnx.Module):
@@ -225,7 +225,7 @@ def test_evaluate_an_oracle():
     run = config()
     run.eval = suite.options(run)
     run.eval.num_examples = 20
-    result = suite.evaluate(Oracle(), run, quiet)
+    result = suite.evaluate(run)(Oracle(), quiet)
     assert result.values["window"] == 4
     assert result.values["all"]["accuracy"] == 1
     assert result.values["all"]["asked"] == 20 * (1 + 2 + 4 + 8)
@@ -249,7 +249,7 @@ def test_evaluate_a_model_agrees_with_its_logits(windows):
     run.eval = suite.options(run)
     run.eval.update(num_kv_pairs=(2, 4), num_examples=50, batch_size=40)
     model = random_model(run.model)
-    values = suite.evaluate(model, run, quiet).values
+    values = suite.evaluate(run)(model, quiet).values
     assert values["window"] == (4 if windows == "4" else None)
     everywhere = nnx.jit(lambda model, tokens: model.logits(model(tokens).hidden).argmax(-1))
     for row in values["by_pairs"]:
@@ -264,7 +264,7 @@ def test_table_and_picture():
     run = config()
     run.eval = suite.options(run)
     run.eval.num_examples = 20
-    result = suite.evaluate(Oracle(), run, quiet)
+    result = suite.evaluate(run)(Oracle(), quiet)
     headers = [column.header for column in result.table.columns]
     assert headers == ["pairs", "1", "2-3", "4-7", "8-15", "16-31", "all"]
     assert list(result.table.columns[0].cells) == ["1", "2", "4", "8", "all"]
@@ -291,4 +291,4 @@ def test_bad_options(change, words):
     run = config()
     run.eval = options(**change)
     with pytest.raises(UserError, match=words):
-        suite.evaluate(Oracle(), run, quiet)
+        suite.evaluate(run)

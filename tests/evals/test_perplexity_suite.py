@@ -43,7 +43,7 @@ def track(items, what, count):
 
 def test_scores_are_those_of_whole_documents(prepared):
     model = LanguageModel(ModelConfig(**MODEL), rngs=nnx.Rngs(0))
-    result = perplexity.evaluate(model, configuration(prepared.directory), track)
+    result = perplexity.evaluate(configuration(prepared.directory))(model, track)
     split = prepared.split("eval")
     length = int(split.tokens.max()) + 1
 
@@ -94,13 +94,13 @@ def test_documents_are_cut_and_counted_on_request(prepared, monkeypatch):
         return np.full(inputs.shape, math.log(2)), cache
 
     config = configuration(prepared.directory, documents=3, max_tokens=10, piece=16)
-    result = perplexity.evaluate(Uniform(), config, track)
+    result = perplexity.evaluate(config)(Uniform(), track)
     tokens = sum(min(int(n), 10) + 1 for n in prepared.split("eval").tokens[:3])
     size = tokens - 3  # the end has no byte
     assert result.values["all"]["tokens"] == tokens
     assert result.values["all"]["bits_per_byte"] == pytest.approx(tokens / size)
     both = f"{prepared.directory}=1,{prepared.directory}/.=2"
-    result = perplexity.evaluate(Uniform(), configuration(both, documents=3, max_tokens=10), track)
+    result = perplexity.evaluate(configuration(both, documents=3, max_tokens=10))(Uniform(), track)
     assert result.values["all"]["tokens"] == 2 * tokens
     assert [row["tokens"] for row in result.values["by_set"]] == [tokens, tokens]
 
@@ -143,6 +143,6 @@ def test_bad_options(prepared, change, words):
     else:
         config.eval.update(change)
     with pytest.raises(UserError, match=re.escape(words)) as raised:
-        perplexity.evaluate(None, config, track)
+        perplexity.evaluate(config)
     assert "\n" not in str(raised.value)
     assert Prepared(prepared.directory).fingerprint == prepared.fingerprint

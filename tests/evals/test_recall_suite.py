@@ -91,7 +91,7 @@ def test_shipped_samples_and_known_speakers(monkeypatch):
 
     def speak(answer, **options):
         monkeypatch.setattr(answering, "Generator", oracle(answer, calls))
-        return recall.evaluate(None, configuration(**options), track)
+        return recall.evaluate(configuration(**options))(None, track)
 
     result = speak(lambda prompt: f" It is {answers[prompt][-1].upper()}.\nAnd")
     assert {score["value"] for score in result.scores} == {1.0}
@@ -123,7 +123,7 @@ def test_what_a_cut_leaves_out(tmp_path, monkeypatch):
     write(tmp_path, "nq_512", {**question, "answers": ["Rome"]})
     monkeypatch.setattr(answering, "Generator", oracle(lambda prompt: "Rome 7", []))
     config = configuration(texts=str(tmp_path), tasks="nq", contexts=(0, 100, 512))
-    rows = recall.evaluate(None, config, track).values["by_task_and_context"]
+    rows = recall.evaluate(config)(None, track).values["by_task_and_context"]
     assert [(row["context"], row["asked"], row["left_out"]) for row in rows] == [
         (0, 2, 0), (100, 1, 1), (512, 1, 0),
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_model_answers():
     """The whole way, with a model of random weights: its answers are its most likely tokens."""
     model = LanguageModel(ModelConfig(**SHAPE), rngs=nnx.Rngs(0))
     config = configuration(tasks="squad", num_samples=2, new_tokens=3, contexts=(150,))
-    result = recall.evaluate(model, config, track)
+    result = recall.evaluate(config)(model, track)
     (first, _) = result.records
     row = recall.cut(shipped("squad")[0], recall.TASKS["squad"], BYTES, 100)
     tokens = [256, *row["text"].strip().encode()]
@@ -153,7 +153,7 @@ def test_a_model_answers():
     assert first["answer"] == text
     config.eval.max_length = 60
     with pytest.raises(UserError, match="exceed max_length 60 of the full layers' cache"):
-        recall.evaluate(model, config, track)
+        recall.evaluate(config)(model, track)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_model_answers():
 )
 def test_bad_options(options, words):
     with pytest.raises(UserError) as raised:
-        recall.evaluate(None, configuration(**options), track)
+        recall.evaluate(configuration(**options))
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -186,11 +186,11 @@ def test_bad_options(options, words):
 def test_bad_lines_are_named(tmp_path, row, words):
     path = write(tmp_path, "fda", {"text": "a", "key": "b", "value": "c"}, row)
     with pytest.raises(UserError) as raised:
-        recall.evaluate(None, configuration(texts=str(tmp_path), tasks="fda"), track)
+        recall.evaluate(configuration(texts=str(tmp_path), tasks="fda"))
     told = str(raised.value)
     assert told.startswith(f"{path}, line 2")
     assert words in told
     assert told.endswith('a line has "text" (a text), "key" (a text), "value" (a text).')
     path.write_text("\n")
     with pytest.raises(UserError, match="has no lines"):
-        recall.evaluate(None, configuration(texts=str(tmp_path), tasks="fda"), track)
+        recall.evaluate(configuration(texts=str(tmp_path), tasks="fda"))

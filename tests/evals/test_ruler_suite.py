@@ -173,7 +173,7 @@ def test_perfect_wrong_and_partial_speakers(tmp_path, monkeypatch):
     def speak(answer):
         monkeypatch.setattr(answering, "Generator", oracle(answer, calls))
         config = configuration(tmp_path, lengths=(8192, 10_000))
-        return ruler.evaluate(None, config, track)
+        return ruler.evaluate(config)(None, track)
 
     known = {}
 
@@ -219,7 +219,7 @@ def test_tasks_from_local_files(tmp_path, monkeypatch):
     monkeypatch.setattr(answering, "Generator", oracle(lambda prompt: "ann", calls))
     for metric, share in [("part", 1 / 2), ("all", 1 / 4)]:
         config = configuration(tmp_path, tasks="ruler_qa_squad", qa_metric=metric)
-        result = ruler.evaluate(None, config, track)
+        result = ruler.evaluate(config)(None, track)
         assert result.values["all"]["accuracy"] == share
         assert result.values["all"]["asked"] == 2
     assert sorted(calls)[-1] == ("Text. Question: who? Answer:", 32)
@@ -240,7 +240,7 @@ def test_tasks_from_local_files(tmp_path, monkeypatch):
 )
 def test_bad_options(tmp_path, options, words):
     with pytest.raises(UserError) as raised:
-        ruler.evaluate(None, configuration(tmp_path, **options), track)
+        ruler.evaluate(configuration(tmp_path, **options))
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
@@ -261,7 +261,7 @@ def test_bad_lines_are_named(tmp_path, line, words):
     path = tmp_path / "qa_hotpot-4096.jsonl"
     path.write_text(f'{{"input": "a", "outputs": ["b"]}}\n\n{line}\n')
     with pytest.raises(UserError) as raised:
-        ruler.evaluate(None, configuration(tmp_path, tasks="qa_hotpot"), track)
+        ruler.evaluate(configuration(tmp_path, tasks="qa_hotpot"))
     assert str(raised.value).startswith(f"{path}, line 3")
     assert words in str(raised.value)
     assert 'a line has the fields "input" (a text), "outputs" (a list of texts)' in str(
@@ -274,8 +274,8 @@ def test_a_tokenizer_that_does_not_fit_the_model(tmp_path):
     config = configuration(tmp_path)
     config.model.vocab_size = 100
     with pytest.raises(UserError, match="ids up to 256, outside the model's vocabulary of 100"):
-        ruler.evaluate(None, config, track)
+        ruler.evaluate(config)
     config = configuration(tmp_path)
     config.data.tokenizer = "0123"
     with pytest.raises(UserError, match=r"is another tokenizer .* than the model was trained with"):
-        ruler.evaluate(None, config, track)
+        ruler.evaluate(config)

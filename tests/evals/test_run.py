@@ -23,6 +23,7 @@ from nha_jax.training.config import default_config, to_json
 from nha_jax.training.state import TrainState, describe_model
 
 ROOT = Path(__file__).parents[2]
+BYTES = ("--config.eval.tokenizer=bytes", "--config.model.vocab_size=257")
 QUICK = ("--config.eval.num_examples=20", "--config.eval.num_kv_pairs=1,4")
 
 
@@ -77,12 +78,16 @@ def call(monkeypatch, capfd):
 def suites(monkeypatch):
     """Two more suites: one that hears words as its argument, one that trains for itself."""
 
-    def listen(model, config, track):
-        words = list(track(config.eval.words.split("+"), "listen", 1))
-        return result(words=words, place=config.eval.place)
+    def listen(config):
+        def work(model, track):
+            words = list(track(config.eval.words.split("+"), "listen", 1))
+            return result(words=words, place=config.eval.place)
 
-    def apart(config, workdir, track):
-        return result(steps=config.steps, workdir=str(workdir), seed=config.eval.seed)
+        return work
+
+    def apart(config):
+        facts = {"steps": config.steps, "seed": config.eval.seed}
+        return lambda workdir, track: result(workdir=str(workdir), **facts)
 
     monkeypatch.setitem(
         evals.SUITES,
@@ -184,6 +189,16 @@ def test_weights_are_those_of_the_checkpoint(trained):
         (["--suite", "mqar", "--config.model.slots=8"], "only what leaves the weights"),
         (["--suite", "mqar", "--config.model.layers=4"], "only what leaves the weights"),
         (["--suite", "mqar", "--step", "7"], "no checkpoint of step 7; it has 0, 5"),
+        # Of the last suite, before the first one's work.
+        (["--suite", "listen,mqar", "--config.eval.num_kv_pairs=2,30"], "num_kv_pairs=30"),
+        (["--suite", "listen,mqar", "--config.eval.vocab_size=99"], "config.eval.vocab_size=99"),
+        (["--suite", "listen,capacity", "--config.eval.slots=8"], "config.eval.slots=(8,)"),
+        (["--suite", "listen,perplexity", "--config.eval.path=no"], "no is no prepared set"),
+        (["--suite", "listen,recall", *BYTES], "config.eval.texts is empty"),
+        (["--suite", "listen,recall", *BYTES, "--config.eval.texts=no"], "has no fda.jsonl"),
+        (["--suite", "listen,ruler:vtt", *BYTES], "config.eval.tasks: 'vtt' is no task"),
+        (["--suite", "listen,ruler:qa_squad", *BYTES], "qa_squad-4096.jsonl, which does not exist"),
+        (["--suite", "listen,ruler:fwe", *BYTES, "--config.eval.lengths=90"], "90 tokens are too"),
         (["--suite", "mqar", "--stepp", "7"], "--stepp"),
         ([], "--suite"),
     ],
@@ -249,6 +264,41 @@ def test_a_config_alone_is_trained_and_tested(tmp_path, call):
     assert heard["checkpoint"] == {**tested["checkpoint"]}
     code, _, told = call(*arguments, "--suite", "mqar", "--config.optimzer.b1=1")
     assert (code, told.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "change", "words"),
+    [
+        ("listen,mqar", "eval.num_kv_pairs=2,30", "num_kv_pairs=30"),
+        ("mqar,mad:compresion", "steps=2", "Did you mean 'compression'?"),
+        ("mqar,mad", "eval.settings=base", "config.eval.settings='base'"),
+        ("mqar,capacity", "eval.slots=0,", "a model without slots"),
+        ("mqar,ruler:vt", "eval.lengths=0,", "config.eval.lengths must hold"),
+        ("mqar,recall", "eval.tokenizer=bytes", "outside the model's vocabulary of 64"),
+        ("mqar", "checkpoint.keep=0", "config.checkpoint.keep is 0"),
+    ],
+)
+def test_with_a_bad_option_nothing_is_trained(tmp_path, call, names, change, words):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    arguments = ("--config", tmp_path / "tiny.py", "--workdir", tmp_path / "run")
+    code, shown, told = call(*arguments, "--suite", names, f"--config.{change}")
+    assert (code, shown) == (2, "")
+    assert words in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory(workdir, call, monkeypatch, exhausted):
+    options = ConfigDict({"batch_size": 9, "piece": 4})
+    hungry = Suite(options=lambda config: options, evaluate=lambda config: exhausted)
+    monkeypatch.setitem(evals.SUITES, "hungry", hungry)
+    code, shown, told = call("--checkpoint", workdir, "--suite", "hungry")
+    assert (code, shown) == (2, "")
+    assert told.endswith(" 9 bytes): lower config.eval.batch_size=9 or config.eval.piece=4.\n")
+    monkeypatch.setattr(Checkpoints, "read", exhausted)
+    code, _, told = call("--checkpoint", workdir, "--suite", "mqar")
+    assert code == 2
+    assert told.endswith("the weights take 0.0 GB; use a device that has more.\n")
 
 
 def test_names_of_files_stay_short(workdir, call):

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nha_jax import evals
 from nha_jax.training import run
+from tests.test_generate_cli import save
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "training" / "tiny.py"
@@ -27,17 +29,22 @@ def environment(devices, **more):
 
 
 def start(workdir, *, processes, devices):
-    """train.py in one process, or in several that find each other."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [
-        *(sys.executable, "train.py", f"--config={TINY}", f"--workdir={workdir}"),
+    """train.py, see `launch`."""
+    arguments = [
+        *(f"--config={TINY}", f"--workdir={workdir}"),
         *(f"--config.steps={STEPS}", "--config.checkpoint.every=3"),
         "--config.optimizer.schedule=constant",
         *(f"--config.model.{name}={value}" for name, value in OVERRIDES.items()),
         *("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.context=2"),
     ]
+    return launch("train.py", arguments, processes=processes, devices=devices)
+
+
+def launch(program, arguments, *, processes, devices):
+    """A program in one process, or in several that find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
     found = []
     for number in range(processes):
         more = {}
@@ -49,7 +56,7 @@ def start(workdir, *, processes, devices):
             }
         found.append(
             subprocess.Popen(
-                command,
+                [sys.executable, program, *map(str, arguments)],
                 cwd=ROOT,
                 env=environment(devices, **more),
                 stdout=subprocess.PIPE,
@@ -105,6 +112,38 @@ def test_two_processes_are_stopped_by_one_and_one_process_goes_on(tmp_path):
     config.model.update(OVERRIDES)
     assert run(config, tmp_path / "one") == 0
     np.testing.assert_allclose(losses(two), losses(tmp_path / "one"), atol=1e-5)
+
+
+def evaluated_by_two(suites, workdir, options, out):
+    """What two processes show: the scores in the files of both, and the files' names, are those of
+    one process."""
+    arguments = [f"--checkpoint={workdir}", f"--suite={suites}", f"--out={out / 'two'}", *options]
+    two = launch("eval.py", arguments, processes=2, devices=1)
+    said = [process.communicate(timeout=300)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], "".join(said)
+    one = evals.run(suites, workdir, options, out=out / "one")
+    names = [sorted(path.name for path in (out / who).rglob("*")) for who in ("one", "two")]
+    assert names[0] == names[1]
+    for path in one:
+        first, second = (
+            json.loads((out / who / path.name).read_text())["scores"] for who in ("one", "two")
+        )
+        assert [score["name"] for score in first] == [score["name"] for score in second]
+        for a, b in zip(first, second, strict=True):
+            assert a["value"] == pytest.approx(b["value"], rel=1e-5)
+    return said
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    workdir = save(tmp_path / "run", vocab_size=257)
+    options = ["tokenizer=bytes", "num_samples=3", "lengths=2000,", "num_examples=20"]
+    options += ["samples={workdir}/samples"]
+    options = [f"--config.eval.{option}" for option in options]
+    said = evaluated_by_two("mqar,ruler:vt", workdir, options, tmp_path)
+    assert "MQAR" in said[0]
+    assert "RULER" in said[0]
+    assert "written" not in said[1]
+    assert [path.name for path in (workdir / "samples").iterdir()] == ["vt-2000.jsonl"]
 
 
 @pytest.mark.drill

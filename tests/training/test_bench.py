@@ -71,6 +71,19 @@ def test_xla_options_are_refused_by_name(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+def test_what_does_not_fit_is_told(monkeypatch, tmp_path, capfd, exhausted):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(bench, "compile_step", exhausted)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["bench", "--config", TINY, "--config.accumulate=2"])
+    assert bench.main() == 2
+    said = capfd.readouterr()
+    assert (
+        "lower config.batch_size=8 or lower config.data.seq_len=8 or raise config.acc" in said.err
+    )
+    assert "| out of memory |" in said.out
+
+
 @pytest.mark.parametrize(
     ("name", "instruction", "source", "kind"),
     [
