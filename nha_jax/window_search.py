@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{name} is {value}; it must be from 1 to the model's {most} layers.")
     if args.context < 1:
         raise UserError(f"--context is {args.context}; it must be at least 1.")
+    asked.plan(config, trains=False)  # bad options are told before the weights are read
 
     trial = _Trial(found.model(shape), config, asked, args.score)
     print(f"windows of {window} but in the full layers; suite {args.suite}", flush=True)
@@ -159,7 +160,7 @@ class _Trial:
         from flax import nnx
 
         self._params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        self._config, self._suite, self.score = config, asked.suite, score
+        self._config, self._asked, self.score = config, asked, score
         self._found: dict[str, dict[str, Any]] = {}
         self.better, self.unit = "higher", "share"
         self.device = jax.devices()[0].device_kind
@@ -172,7 +173,7 @@ class _Trial:
             config = self._config.copy_and_resolve_references()
             with config.unlocked():
                 config.model.windows = text
-            work = self._suite.evaluate(config)
+            work = self._asked.plan(config, trains=False)
             result = work(self._model(text), lambda items, *_: iter(items))
             chosen = self._chosen(result.scores)
             found = {name: chosen[name] for name in ("value", "low", "high")}

@@ -6,6 +6,7 @@ import pytest
 
 from nha_jax import window_search
 from nha_jax.errors import UserError
+from nha_jax.evals.checkpoint import Checkpoint
 from nha_jax.window_search import choose, mark_best
 from tests.test_generate_cli import save
 
@@ -71,6 +72,11 @@ def test_on_a_checkpoint(workdir, capfd):
     [
         (["--suite", "mqar", "--full-layers", "2"], "--full-layers is 2"),
         (["--suite", "mqar,perplexity", "--full-layers", "1"], "names several suites"),
+        (["--suite", "mad", "--full-layers", "1"], "name one that tests"),
+        (
+            ["--suite", "mqar", "--full-layers", "1", "--config.eval.num_examples=0"],
+            "num_examples",
+        ),
         (["--suite", "mqarr", "--full-layers", "1"], "Did you mean 'mqar'"),
         (["--suite", "mqar", "--full-layers", "1", "--context", "0"], "--context is 0"),
         (
@@ -79,6 +85,7 @@ def test_on_a_checkpoint(workdir, capfd):
         ),
     ],
 )
-def test_bad_arguments(workdir, arguments, words):
+def test_bad_arguments(workdir, arguments, words, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "model", None)  # no weights are read for them
     with pytest.raises(UserError, match=words):
         window_search.main(["--checkpoint", str(workdir), *arguments])
