@@ -4,9 +4,9 @@
 
 Trains a small model with full attention, exports it to a Hugging Face folder, imports that with
 several gates, and finetunes each as configs/hybridize.py does. Prints losses on held-out rows in
-nats per label, and writes them to bench.json in the workdir. Sizes: text (standard library) and
-recall (MQAR) take minutes on a CPU; gpu is text for one GPU, tiny its rehearsal. Run it in the root
-of the repository.
+nats per label, and writes them to bench.json in the workdir. Sizes: text (standard library, windows
+of 16) and recall (MQAR) take minutes on a CPU, text64 (windows of 64, 64 slots, 1 layer in 8 full)
+an hour; tiny tries the command itself. Run it in the root of the repository.
 """
 
 import concurrent.futures
@@ -33,27 +33,26 @@ from nha_jax.models import ModelConfig
 from nha_jax.training.state import describe_model
 from nha_jax.training.step import eval_step
 
+DTYPE = "float32"
 SIZES: dict[str, dict[str, Any]] = {
-    "gpu": {
+    "text64": {
         "config": "configs/stdlib.py:full",
         "slots": 64,
         "windows": ("64*7,full", "64"),
-        "dtype": "bfloat16",
-        "held_out": (32, 8),  # rows of a batch, batches
+        "held_out": (16, 8),  # rows of a batch, batches
         "base": (
-            "--config.steps=700 --config.batch_size=16 --config.data.bpe_size=4096 "
-            "--config.data.seq_len=1024 --config.model.vocab_size=4096 --config.model.hidden=256 "
-            "--config.model.ffn=768 --config.model.layers=8 --config.model.heads=4 "
-            "--config.model.kv_heads=2 --config.optimizer.learning_rate=3e-3"
+            "--config.steps=800 --config.batch_size=4 --config.data.bpe_size=2048 "
+            "--config.data.seq_len=512 --config.model.vocab_size=2048 --config.model.hidden=128 "
+            "--config.model.ffn=384 --config.model.layers=8 --config.model.heads=4 "
+            "--config.model.kv_heads=2"
         ),
-        "tune": "--config.steps=200 --config.batch_size=16",
-        "stage": 60,
+        "tune": "--config.steps=150 --config.batch_size=4",
+        "stage": 50,
     },
     "text": {
         "config": "configs/stdlib.py:full",
         "slots": 16,
         "windows": ("16*3,full", "16"),
-        "dtype": "float32",
         "held_out": (32, 8),
         "base": "--config.steps=800",
         "tune": "--config.steps=200 --config.batch_size=8",
@@ -63,7 +62,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "config": "configs/mqar.py",
         "slots": 32,
         "windows": ("4", "4,full"),
-        "dtype": "float32",
         "held_out": (256, 4),
         "base": "--config.steps=500 --config.model.slots=0 --config.model.windows=full "
         "--config.model.layers=2",
@@ -74,7 +72,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "config": "configs/stdlib.py:full",
         "slots": 4,
         "windows": ("8*3,full", "8"),
-        "dtype": "float32",
         "held_out": (4, 2),
         "base": (
             "--config.steps=20 --config.batch_size=4 --config.data.seq_len=64 "
@@ -115,7 +112,7 @@ CASES = (
 def main() -> int:
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--workdir", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--size", default="gpu", choices=SIZES)
+    parser.add_argument("--size", default="text", choices=SIZES)
     parser.add_argument("--jobs", type=int, default=1, help="finetunings at the same time")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the finetunings")
     parser.add_argument("--seed", type=int, default=0)
@@ -128,7 +125,7 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as one:
         seed = f"--config.seed={args.seed}"
-        given = [*size["base"].split(), seed, f"--config.model.dtype={size['dtype']}"]
+        given = [*size["base"].split(), seed, f"--config.model.dtype={DTYPE}"]
         one.submit(train, size["config"], given, base).result()
     print(f"base trained, {time.perf_counter() - began:.0f} s", flush=True)
     folder = workdir / "base-hf"
@@ -178,7 +175,7 @@ def overrides(case: Case, args: Any, size: dict[str, Any]) -> list[str]:
     """The arguments of a finetuning."""
     given = [
         *(*size["tune"].split(), *case.overrides),
-        f"--config.model.dtype={size['dtype']}",
+        f"--config.model.dtype={DTYPE}",
         f"--config.optimizer.learning_rate={args.learning_rate}",
         "--config.optimizer.warmup_steps=2",
         "--config.model.remat=none",
@@ -237,13 +234,12 @@ class Measure:
         batch, count = size["held_out"]
         rows = data.build(config.data, batch, split="eval", workdir=like)
         self._batches = list(itertools.islice(iter(rows), count))
-        self._dtype = size["dtype"]
         self._steps: dict[ModelConfig, Any] = {}
 
     def __call__(self, workdir: Path, **fields: Any) -> float:
         found = Checkpoint(workdir)
         model = ModelConfig.from_config(found.config.model)
-        model = dataclasses.replace(model, dtype=self._dtype, **fields)
+        model = dataclasses.replace(model, dtype=DTYPE, **fields)
         params = jax.tree.map(lambda x: x[...], _params(found, model))
         if model not in self._steps:
             self._steps[model] = jax.jit(eval_step(describe_model(model), self._config))
