@@ -96,9 +96,10 @@ class _Call:
         self.NC = -(-self.T // C)
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
+        rounding = "nearest" if dtype == "float16" else "tf32"
         self.precision: dict[str, Any] = {
             "PREC": "tf32x3" if dtype == "float32" else "tf32",
-            "GPREC": "tf32x3" if dtype == "float32" or spec.halo else "tf32",
+            "GPREC": "tf32x3" if dtype == "float32" or spec.halo else rounding,
             "GD": tl.bfloat16 if self.gate_dtype == jnp.bfloat16 else tl.float32,
         }
         self.rope_batch = self.S if cos is not None and cos.ndim == 3 else 0
