@@ -96,9 +96,10 @@ class _Call:
         self.NC = -(-self.T // C)
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
+        rounding = "nearest" if dtype == "float16" else "tf32"
         self.precision: dict[str, Any] = {
             "PREC": "tf32x3" if dtype == "float32" else "tf32",
-            "GPREC": "tf32x3" if dtype == "float32" or spec.halo else "tf32",
+            "GPREC": "tf32x3" if dtype == "float32" or spec.halo else rounding,
             "GD": tl.bfloat16 if self.gate_dtype == jnp.bfloat16 else tl.float32,
         }
         self.rope_batch = self.S if cos is not None and cos.ndim == 3 else 0
@@ -185,7 +186,7 @@ def _scan(call: _Call, x, dec, init, st=None):
 
 
 def _rotated(k, cos, sin):
-    """RoPE of the keys, for windows whose tiles many programs read."""
+    """RoPE of the keys, for windows whose tiles many programs read; with the programs' own tables."""
     cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
     a, b = jnp.split(k.astype(jnp.float32), 2, -1)
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -220,7 +221,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         last = jnp.zeros((B, H, 0, width), f32)
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
-    keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos, sin)
+    keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
     o, lse_s, lse_w = _both(
         c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
@@ -261,7 +262,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     turn = (
         cos is not None and spec.window <= C + 1
     )  # where few programs read a key, each rotates it
-    keys = k if cos is None or turn else _rotated(k, cos, sin)
+    keys = k if cos is None or turn else _rotated(k, cos_, sin_)
     heads = c.heads(c.tiles.dq.heads)
     parts = HQ // H // heads
     alone = c.slots and parts == 1

@@ -32,6 +32,8 @@ from pallas_kernels.gpu.kernels import (
     _sum_rows,
     _sums,
     _tile,
+    _to_end,
+    _to_half,
     _visible,
     _window_mask,
 )
@@ -218,6 +220,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     SD: tl.constexpr = st_ptr.dtype.element_ty
+    TD: tl.constexpr = v_ptr.dtype.element_ty
     ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
@@ -259,8 +262,8 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         st = _pair(stb, mm, mm < M, D + V, DH, DB)
         la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
         la = la * LOG2E
-        g = _gate_sums(la, C, GD)
-        e0, b0 = _level_first(g, w, STRONG)
+        g, rest = _gate_sums(la, C, GD, TD)
+        e0, b0 = _level_first(g, rest, w, STRONG)
         b0 = b0.to(GD)
         if STRONG:
             e0 = _each_head(e0, GB, C, MB)
@@ -297,19 +300,19 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             z = _mm(xv, b0, z, GPREC) * e0
             levels = _levels(g)
             for n in range(1, levels):
-                e, bn = _level(g, w, n)
+                e, bn = _level(g, rest, w, n)
                 e = _each_head(e, GB, C, MB)
                 y += _mm0(xk, bn.to(GD), GPREC) * e
                 z += _mm0(xv, bn.to(GD), GPREC) * e
             p = tl.where(shown, _exp2((y + own_k) * sc - lse[:, None]), 0.0)
             dl = p * (z + own_v - delta_s[:, None]) * scale
-            at = _each_head(_exp2(g - _reference(g)), GB, C, MB)
+            at = _each_head(_exp2(g - _reference(g) + rest), GB, C, MB)
             p_at = (p * at).to(GD)
             dl_at = (dl * at).to(GD)
             side = dl_at.to(tl.float32) / at * y + p_at.to(tl.float32) / at * z
             a = _mm0((dl * e0).to(GD), tl.trans(b0), GPREC)
             for n in range(1, levels):
-                e, bn = _level(g, w, n)
+                e, bn = _level(g, rest, w, n)
                 a += _mm0((dl * _each_head(e, GB, C, MB)).to(GD), tl.trans(bn.to(GD)), GPREC)
             a = tl.where(own, tl.sum(dl * each, 1)[:, None], a)
             p_0 = p * e0
@@ -414,6 +417,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     """What chunk c's own queries ask of the state before it, at dst[c]."""
     G: tl.constexpr = HQ // H
+    TD: tl.constexpr = q_ptr.dtype.element_ty
     pid = tl.program_id(0)
     h0, h, c, b = _chunk(pid, H, 1, 1, NC)
     t0 = c * C
@@ -431,7 +435,15 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
         p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
         if strong:
             la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
-            first = tl.cumsum(la * LOG2E, 0) > -SPAN
+            la *= LOG2E
+            # the sums of _gate_sums, so that a row is of one level in all kernels; a product would take registers
+            if TD == tl.float32:
+                g = _gate_sums(la, C, GD, TD)[0]
+            elif GD == tl.bfloat16:
+                g = tl.cumsum(_to_half(la), 0)
+            else:
+                g = tl.cumsum(la, 0)
+            first = g > -SPAN
             if HAS_DOC:
                 cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
                 qdoc = tl.load(doc + r0 + j, mask=live, other=0)
@@ -448,7 +460,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
 
 
 @triton.jit
-def _slot_pass(x, y_ptr, pl_ptr, dx, dw, dw_own, bw, g, level, h, b, t0, live, after, now, qrows, T,
+def _slot_pass(x, y_ptr, pl_ptr, dx, dw, dw_own, bw, g, rest, level, h, b, t0, live, after, now, qrows, T,
                N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
                M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
                PREC: tl.constexpr, GPREC: tl.constexpr, STRONG: tl.constexpr):
@@ -458,7 +470,7 @@ def _slot_pass(x, y_ptr, pl_ptr, dx, dw, dw_own, bw, g, level, h, b, t0, live, a
         y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
         pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
         if STRONG:
-            e, inv = _level(g, 1.0, level)
+            e, inv = _level(g, rest, 1.0, level)
             e = tl.reshape(tl.broadcast_to(e[None, :, :], (GB, C, MB)), (GB * C, MB))
             pe = tl.where(e > 0, pe, 0.0).to(GD)
         a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
@@ -481,6 +493,7 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
            NSIDE: tl.constexpr, STRONG: tl.constexpr):
     """Of the rows that chunk c writes, on top of dk and dv, to memory."""
     G: tl.constexpr = HQ // H
+    TD: tl.constexpr = v_ptr.dtype.element_ty
     t0 = c * C
     kr = halo + t0 - LAG
     j = tl.arange(0, C)
@@ -504,10 +517,10 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
         same = same & (jdoc[:, None] == jdoc[None, :])
         last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
 
-    g, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD)
-    bw = _level_first(g, w, STRONG)[1]
+    g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
+    bw = _level_first(g, rest, w, STRONG)[1]
     if STRONG:
-        to_end = _exp2(tl.minimum(tl.min(g, 0)[None, :] - g, 0.0))
+        to_end = _to_end(g, rest, C, TD)
         end = to_end * w
     else:
         decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
@@ -542,15 +555,15 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
     dx = _mm(end, ds, dk, GPREC) if FM == "none" else _mm0(end, ds, GPREC)
     if STRONG:
         for n in range(levels):
-            e, inv = _level(g, 1.0, n)
+            e, inv = _level(g, rest, 1.0, n)
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db, db_own = _slot_pass(x, q_ptr, dl_ptr, dx, db, db, bn, g, n, h, b, t0, live, after, now, qrows,
+            dx, db, db_own = _slot_pass(x, q_ptr, dl_ptr, dx, db, db, bn, g, rest, n, h, b, t0, live, after, now, qrows,
                                         T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
             dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
-        dx, dw, own = _slot_pass(x, q_ptr, dl_ptr, dx, dw, own, bw, g, 0, h, b, t0, live, after, now, qrows, T,
+        dx, dw, own = _slot_pass(x, q_ptr, dl_ptr, dx, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows, T,
                                  D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     if FM != "none":
         dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM) + dk
@@ -561,15 +574,15 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
     dx = _mm(end, ds, dv, GPREC)
     if STRONG:
         for n in range(levels):
-            e, inv = _level(g, 1.0, n)
+            e, inv = _level(g, rest, 1.0, n)
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db, db_own = _slot_pass(x, do_ptr, p_ptr, dx, db, db, bn, g, n, h, b, t0, live, after, now, qrows,
+            dx, db, db_own = _slot_pass(x, do_ptr, p_ptr, dx, db, db, bn, g, rest, n, h, b, t0, live, after, now, qrows,
                                         T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
             dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
-        dx, dw, own = _slot_pass(x, do_ptr, p_ptr, dx, dw, own, bw, g, 0, h, b, t0, live, after, now, qrows, T,
+        dx, dw, own = _slot_pass(x, do_ptr, p_ptr, dx, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows, T,
                                  V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
@@ -581,7 +594,7 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
         dw *= _exp2(la)
     else:
         own = dw * bw.to(tl.float32)
-        dw *= _exp2(la - _gate_sums(la, C, GD))
+        dw *= _exp2(la - _gate_sums(la, C, GD, TD)[0])
     dla = -own
     for gi in range(NSIDE):
         part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi

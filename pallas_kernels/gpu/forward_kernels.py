@@ -28,6 +28,7 @@ from pallas_kernels.gpu.kernels import (
     _strong,
     _sums,
     _tile,
+    _to_end,
     _visible,
 )
 
@@ -42,6 +43,7 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
     Of each chunk: how much of the earlier state it keeps, dec (0 where a document ends in it); 2^total; and
     strong: 2 where its gates need levels, else 1 where a document ends in it.
     """
+    TD: tl.constexpr = v_ptr.dtype.element_ty
     h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
     i = tl.arange(0, C)
     cols = tl.arange(0, MB)
@@ -54,11 +56,11 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
     act = (i < n) & (row0 + i >= 0)
     k = _phi(_tile(k_ptr + (at * H + h) * D, i, act, H * D, D, DB), FM)
     v = _tile(v_ptr + (at * H + h) * V, i, act, H * V, V, VB)
-    g, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD)
+    g, rest, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD, TD)
     total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
     decay = _exp2(total)
     keep = decay
-    end = w * _exp2(tl.minimum(total[None, :] - g, 0.0))
+    end = w * _to_end(g, rest, C, TD)
     if HAS_DOC:
         cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
         cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
@@ -211,9 +213,9 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             sk = _tile(stb, mm, mm < M, D + V, D, DF)
         f = _phi(f, FM)
         k0 = _phi(k0, FM)
-        g, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD)
+        g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
         levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, w, STRONG)
+        e0, b0 = _level_first(g, rest, w, STRONG)
         b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
         causal = tok[:, None] >= j[None, :]
@@ -225,7 +227,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         y = _mm0(f.to(GD), tl.trans(sk), PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC, TD)
         if PRE != 1.0:
             y = y * PRE
         if M != MB:
@@ -264,7 +266,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         fs = _exp2(m_s - _safe(m))
         fw = _exp2(m_w - _safe(m))
         if STRONG:
-            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC)
+            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC, TD)
         else:
             a = _mm0(p, tl.trans(b0), GPREC)
         a = tl.where(causal, a, 0.0) * fs[:, None]

@@ -28,18 +28,29 @@ BATCH = tl.constexpr(16)  # programs that one looks after where few have anythin
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NINF = tl.constexpr(float("-inf"))
-# Triton's interpreter has no bfloat16 products
+# Triton's interpreter has no inline assembly
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
+def _operand(x, PREC: tl.constexpr):
+    """x for a TF32 product, which cuts the last 13 bits of its operands off; PREC "nearest" rounds them."""
+    if PREC == "nearest":
+        return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
 def _mm(a, b, acc, PREC: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PREC)
+    TF32: tl.constexpr = "tf32" if PREC == "nearest" else PREC
+    return tl.dot(_operand(a, PREC), _operand(b, PREC), acc, input_precision=TF32)
 
 
 @triton.jit
 def _mm0(a, b, PREC: tl.constexpr):
-    return tl.dot(a, b, input_precision=PREC)
+    TF32: tl.constexpr = "tf32" if PREC == "nearest" else PREC
+    return tl.dot(_operand(a, PREC), _operand(b, PREC), input_precision=TF32)
 
 
 @triton.jit
@@ -70,22 +81,23 @@ def _top16(x):
 def _round16(x):
     """x rounded to what bfloat16 holds, halves up, as bfloat16 and as float32: a conversion for one of them
     alone takes as long as eight of these instructions."""
-    if INTERPRETED:
-        y = x.to(tl.bfloat16)
-        return y, y.to(tl.float32)
-    else:
-        bits = x.to(tl.int32, bitcast=True) + 32768
-        short = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        return short, (bits & -65536).to(tl.float32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True) + 32768
+    short = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return short, (bits & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_half(x):
+    """x rounded to the 11 bits of float16, as float32: two conversions take more registers."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 4095 + (bits >> 13 & 1)) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _sum_rows(ones, x, PARTS: tl.constexpr):
     """Sums over the rows of x [C, N] that the mask ones [R, C] names, on the tensor cores: of x cut into 2 or 3
     bfloat16 parts (3 are float32), or (PARTS = 1) rounded to float16."""
-    if INTERPRETED:
-        return tl.dot(ones.to(tl.float32), x)
-    elif PARTS == 1:
+    if PARTS == 1:
         return tl.dot(ones.to(tl.float16), x.to(tl.float16))
     else:
         ones = ones.to(tl.bfloat16)
@@ -103,11 +115,8 @@ def _sum_rows(ones, x, PARTS: tl.constexpr):
 @triton.jit
 def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr):
     """Running sums over the rows of x [C, N]."""
-    if INTERPRETED:
-        return tl.cumsum(x, 0)
-    else:
-        i = tl.arange(0, C)
-        return _sum_rows(i[:, None] >= i[None, :], x, PARTS)
+    i = tl.arange(0, C)
+    return _sum_rows(i[:, None] >= i[None, :], x, PARTS)
 
 
 @triton.jit
@@ -189,32 +198,50 @@ def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, M
 
 
 @triton.jit
-def _level(g, w, n):
+def _level(g, rest, w, n):
     """Factors of level n: decay from its reference to t (rows of the level only), reference to j times w."""
-    x = g + n * SPAN
-    e = tl.where((x <= 0) & (x > -SPAN), tl.exp2(tl.maximum(x, -SPAN)), 0.0)
-    b = tl.where(x > -SPAN, tl.exp2(-tl.maximum(x, -SPAN)), 0.0)
+    x = g + n * SPAN  # exact, and so one level's alone
+    y = tl.maximum(x, -SPAN) + rest
+    e = tl.where((x <= 0) & (x > -SPAN), _exp2(y), 0.0)
+    b = tl.where(x > -SPAN, _exp2(-y), 0.0)
     return e, b * w
 
 
 @triton.jit
-def _level_first(g, w, STRONG: tl.constexpr):
+def _level_first(g, rest, w, STRONG: tl.constexpr):
     """Level 0; the only one, without a clamp, in the common copy."""
     if STRONG:
-        live = g > -SPAN
-        x = tl.maximum(g, -SPAN)
-        return tl.where(live, _exp2(x), 0.0), tl.where(live, _exp2(-x), 0.0) * w
+        return _level(g, rest, w, 0)
     else:
         return _exp2(g), _exp2(-g) * w
 
 
 @triton.jit
-def _gate_sums(la, C: tl.constexpr, GD: tl.constexpr):
-    """g of log2 gates la. Gate products in bfloat16 go with gates to 11 bits: that moves no weight by 2^-13."""
+def _gate_sums(la, C: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr):
+    """g of log2 gates la and, for inputs (TD) in float32, what g lacks of the sum: spaced 2^-12 at -3000, it
+    alone would lose the decay between two neighbours.
+
+    Gate products in bfloat16 go with gates to 11 bits: that moves no weight by 2^-13."""
     if GD == tl.bfloat16:
-        return _cumsum(la, C, 1)
+        return _cumsum(la, C, 1), 0.0
+    elif TD != tl.float32:
+        return _cumsum(la, C, 3), 0.0
     else:
-        return _cumsum(la, C, 3)
+        whole = (la * 64).to(tl.int32).to(tl.float32) / 64  # sums of these are exact
+        rest = _cumsum(la - whole, C, 3)
+        whole = _cumsum(whole, C, 2)
+        g = whole + rest
+        return g, rest - (g - whole)
+
+
+@triton.jit
+def _to_end(g, rest, C: tl.constexpr, TD: tl.constexpr):
+    """Decay from each step to the last one of the chunk, of which it is exactly 1."""
+    x = tl.min(g, 0)[None, :] - g
+    if TD == tl.float32:
+        last = tl.arange(0, C)[:, None] == C - 1
+        x += tl.sum(tl.where(last, rest, 0.0), 0)[None, :] - rest
+    return _exp2(tl.minimum(x, 0.0))
 
 
 @triton.jit
@@ -224,34 +251,37 @@ def _levels(g):
 
 @triton.jit
 def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-          HAS_DOC: tl.constexpr, GD: tl.constexpr):
-    """g and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
+          HAS_DOC: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr):
+    """g, its rest and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
     la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
-    return _gate_sums(la * LOG2E, C, GD), w
+    g, rest = _gate_sums(la * LOG2E, C, GD, TD)
+    return g, rest, w
 
 
 @triton.jit
 def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-             GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr):
+             GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr,
+             TD: tl.constexpr):
     """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
     y = _mm(x, b0, y0, PREC) * e0
     if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype)
+        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD)
         for n in range(1, levels):
-            e, b = _level(g, w, n)
+            e, b = _level(g, rest, w, n)
             y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
     return y
 
 
 @triton.jit
 def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-           GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr):
+           GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr,
+           TD: tl.constexpr):
     """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
     a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
     if STRONG:
-        g, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype)
+        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD)
         for n in range(1, levels):
-            e, b = _level(g, w, n)
+            e, b = _level(g, rest, w, n)
             a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
     return a
 

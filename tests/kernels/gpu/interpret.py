@@ -1,10 +1,16 @@
 # ruff: noqa: E501
-"""Run the Triton kernels in Triton's interpreter on numpy arrays, behind the same ``launch.call``."""
+"""Run the Triton kernels in Triton's interpreter on numpy arrays, behind the same ``launch.call``.
+
+Products and conversions round as the device's do: the interpreter itself has no bfloat16 products, cuts
+conversions to bfloat16 off, and takes TF32 operands whole.
+"""
 
 from __future__ import annotations
 
 import jax
+import ml_dtypes
 import numpy as np
+import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 _patch_tensor = interpreter._patch_lang_tensor
@@ -17,6 +23,39 @@ def _patch_index(tensor, scope):
 
 
 interpreter._patch_lang_tensor = _patch_index
+_Builder = interpreter.InterpreterBuilder
+_cast = _Builder.cast_impl
+
+
+def _values(x) -> np.ndarray:
+    """Of a handle; the interpreter keeps bfloat16 as bits."""
+    return x.data.view(ml_dtypes.bfloat16) if x.dtype.scalar == tl.bfloat16 else x.data
+
+
+def _convert(self, src, to):
+    if tl.bfloat16 not in (src.dtype.scalar, to.scalar):
+        return _cast(self, src, to)
+    x = _values(src).astype(np.float32)
+    if to.scalar == tl.bfloat16:
+        x = x.astype(ml_dtypes.bfloat16).view(np.uint16)
+    else:
+        x = x.astype(interpreter._get_np_dtype(to))
+    return interpreter.TensorHandle(x, to.scalar)
+
+
+def _dot(self, a, b, acc, precision, _):
+    def operand(x):
+        if x.dtype.scalar == tl.float32 and precision.name == "TF32":
+            bits = np.ascontiguousarray(x.data).view(np.int32) & -8192  # tensor cores read no more
+            return bits.view(np.float32)
+        return _values(x).astype(np.float32)
+
+    return interpreter.TensorHandle(operand(a) @ operand(b) + acc.data, acc.dtype.scalar)
+
+
+_Builder.cast_impl = _Builder.create_fp_ext = _Builder.create_fp_trunc = _convert
+_Builder.create_fp_to_fp = lambda self, src, to, _: _convert(self, src, to)
+_Builder.create_dot = _dot
 
 
 class HostTensor:
