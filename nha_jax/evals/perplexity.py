@@ -34,7 +34,7 @@ def options(config: ConfigDict) -> ConfigDict:
             "path": config.data.get("path", ""),  # one set, or several as in config.data.path
             "split": "eval",
             "documents": 0,  # the first so many of each set
-            "max_tokens": 0,  # of a document; longer ones are cut there
+            "max_tokens": 0,  # of a document, its end counted; longer ones are cut there
             "batch_size": 8,
             "piece": 256,  # tokens of each row that the model reads at one time
         }
@@ -76,7 +76,8 @@ def _read(
     found = []
     for prepared, split, tokenizer in sets:
         numbers = range(len(split))[: asked.documents or None]
-        documents = [split.document(n)[: asked.max_tokens or None] for n in numbers]
+        texts = [np.append(split.document(n), prepared.end) for n in numbers]
+        documents = [tokens[: asked.max_tokens or None] for tokens in texts]
         size = np.array([len(token) for token in tokenizer.token_bytes])
         stream = Stream(documents, prepared, asked.batch_size, asked.piece)
         found.append(count(model, stream, size, track, prepared.directory.name))
@@ -114,7 +115,8 @@ def _read(
 class Stream:
     """Documents laid out in rows: pieces ``[rows, piece]`` of inputs, labels, segments, numbers.
 
-    Rows get the longest documents first, each the row that is shortest by then.
+    A document is its labels: the end token too, unless it is cut. Rows get the longest documents
+    first, each the row that is shortest by then.
     """
 
     def __init__(self, documents: list[np.ndarray], prepared: Prepared, rows: int, piece: int):
@@ -124,10 +126,10 @@ class Stream:
         for number in sorted(range(len(documents)), key=lambda n: -len(documents[n])):
             shortest = lengths.index(min(lengths))
             self._rows[shortest].append(number)
-            lengths[shortest] += len(documents[number]) + 1
+            lengths[shortest] += len(documents[number])
         self._piece = piece
         self.pieces = -(-max(lengths) // piece)
-        self.longest = max(len(document) for document in documents) + 1
+        self.longest = max(len(document) for document in documents)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, ...]]:
         """(inputs, labels, segment_ids, document, position), int32, document -1 for padding."""
@@ -147,12 +149,12 @@ class Stream:
 
     def _tokens(self, numbers: list[int]) -> Iterator[np.ndarray]:
         for segment, number in enumerate(numbers, start=1):
-            ids = self.documents[number].astype(np.int32)
-            size = len(ids) + 1
+            labels = self.documents[number].astype(np.int32)
+            size = len(labels)
             yield np.stack(
                 [
-                    np.concatenate([[self._prepared.begin], ids]),
-                    np.concatenate([ids, [self._prepared.end]]),
+                    np.append(self._prepared.begin, labels[:-1]),
+                    labels,
                     np.full(size, segment),
                     np.full(size, number),
                     np.arange(size),

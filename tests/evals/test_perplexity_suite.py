@@ -95,8 +95,9 @@ def test_documents_are_cut_and_counted_on_request(prepared, monkeypatch):
 
     config = configuration(prepared.directory, documents=3, max_tokens=10, piece=16)
     result = perplexity.evaluate(config)(Uniform(), track)
-    tokens = sum(min(int(n), 10) + 1 for n in prepared.split("eval").tokens[:3])
-    size = tokens - 3  # the end has no byte
+    lengths = [int(n) for n in prepared.split("eval").tokens[:3]]
+    tokens = sum(min(n + 1, 10) for n in lengths)  # where it is cut, a document does not end
+    size = sum(min(n, 10) for n in lengths)  # the end has no byte
     assert result.values["all"]["tokens"] == tokens
     assert result.values["all"]["bits_per_byte"] == pytest.approx(tokens / size)
     both = f"{prepared.directory}=1,{prepared.directory}/.=2"
@@ -107,7 +108,7 @@ def test_documents_are_cut_and_counted_on_request(prepared, monkeypatch):
 
 def test_rows_hold_every_document_once(prepared):
     split = prepared.split("train")
-    documents = [split.document(n) for n in range(len(split))]
+    documents = [np.append(split.document(n), 256) for n in range(len(split))]
     stream = perplexity.Stream(documents, prepared, 3, 32)
     found = {number: [] for number in range(len(documents))}
     for inputs, labels, segments, document, position in stream:
@@ -115,11 +116,11 @@ def test_rows_hold_every_document_once(prepared):
         assert ((segments == 0) == (document < 0)).all()
         for place in zip(*np.nonzero(document >= 0), strict=True):
             found[int(document[place])].append((position[place], inputs[place], labels[place]))
-    for number, ids in enumerate(documents):
+    for number, tokens in enumerate(documents):
         positions, inputs, labels = zip(*found[number], strict=True)
-        assert list(positions) == list(range(len(ids) + 1))
-        assert list(inputs) == [256, *ids]
-        assert list(labels) == [*ids, 256]
+        assert list(positions) == list(range(len(tokens)))
+        assert list(inputs) == [256, *tokens[:-1]]
+        assert list(labels) == list(tokens)
 
 
 @pytest.mark.parametrize(
