@@ -72,12 +72,14 @@ def _train(config: ConfigDict, planned: Plan, workdir: Path, track: Track) -> Re
     def answer(model: LanguageModel, tokens: jax.Array) -> jax.Array:
         return model.logits(model(tokens).hidden).argmax(-1)
 
+    less = f"lower config.eval.batch_size={asked.batch_size} or "
+    less += f"raise config.accumulate={config.accumulate}"
     by_task: dict[str, list[dict[str, Any]]] = {}
     for task, fields, runs in planned:
         tried = []
         for one in runs:
             place = workdir / "mad" / _folder(task, fields, one)
-            if code := train_run(one, place):
+            if code := train_run(one, place, less):
                 raise SystemExit(code)
             model = Checkpoint(place).model(ModelConfig.from_config(one.model))
             found = test(

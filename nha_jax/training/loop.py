@@ -37,9 +37,10 @@ from nha_jax.training.starting_weights import StartingWeights
 from nha_jax.training.step import batch_sharding
 
 
-def run(config: ConfigDict, workdir: str | Path) -> int:
+def run(config: ConfigDict, workdir: str | Path, less: str = "") -> int:
     """Trains as ``config`` says, from the last checkpoint in ``workdir`` if there is one.
 
+    ``less``: what a user is told to lower where memory is short, if not the fields of ``config``.
     Returns the exit code: 0 when finished, 130 or 143 when Ctrl-C or SIGTERM ended it. Raises
     ``UserError`` for bad input, before anything but data prepared on first use is written, and
     ``RunFailed`` when it cannot go on; the checkpoints written until then are whole.
@@ -82,7 +83,7 @@ def run(config: ConfigDict, workdir: str | Path) -> int:
         jax.set_mesh(mesh),
         Signals() as signals,
         Terminal(config.steps, silent=not parallel.is_first()) as terminal,
-        failures_told(config, workdir, checkpoints),
+        failures_told(less or needs_less(config), workdir, checkpoints),
     ):
         restored = checkpoints.restore(built.abstract, terminal.tell)
         if restored:
@@ -156,11 +157,11 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[ModelConfig, Mesh]:
 
 
 @contextlib.contextmanager
-def failures_told(config: ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Iterator[None]:
+def failures_told(less: str, workdir: Path, checkpoints: Checkpoints) -> Iterator[None]:
     """A full disk or a lost permission becomes ``RunFailed``, a device out of memory ``UserError``
     once the last checkpoint is whole."""
     try:
-        with memory_told(needs_less(config)):
+        with memory_told(less):
             yield
     except UserError:
         checkpoints.close()

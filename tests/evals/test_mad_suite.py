@@ -9,6 +9,7 @@ from nha_jax import cli
 from nha_jax.data import mad
 from nha_jax.errors import UserError
 from nha_jax.evals import mad as suite
+from nha_jax.training import loop
 from tests.evals.test_mqar_suite import quiet
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "mad.py")
@@ -189,6 +190,18 @@ def test_reduced_plan_and_bad_options():
     ]:
         with pytest.raises(UserError, match=words):
             suite.plan(config(**options))
+
+
+def test_out_of_memory_names_the_options_of_the_suite(tmp_path, monkeypatch, exhausted):
+    monkeypatch.setattr(loop, "compile_steps", lambda *_: exhausted)
+    run = config(tasks="memorization", settings="baseline", batch_size=8)
+    with run.unlocked():
+        run.model.update(hidden=16, layers=1, heads=1, ffn=16, slots=4, windows="2", conv=0)
+    with pytest.raises(UserError) as raised:
+        suite.train(run)(tmp_path, quiet)
+    assert str(raised.value).endswith(
+        "): lower config.eval.batch_size=8 or raise config.accumulate=1."
+    )
 
 
 def test_train_and_go_on(tmp_path, monkeypatch):
