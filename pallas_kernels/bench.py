@@ -3,21 +3,23 @@
 
 Tables (Markdown on stdout and in <out>.md), the same as JSON, and a picture of time over T. Our figures
 of a (shape, window) are withheld unless output and all gradients of that setting agree, in this run,
-with a dense float64 evaluation to 8e-3 (relative RMS, bfloat16). Every setting compiles in a process of
-its own; one at a time is on the device. flash-linear-attention and jax-linear-attention take part where
-they are installed.
+with a dense float64 evaluation to 8e-3 (relative RMS, bfloat16). Every setting compiles, and evaluates on
+the CPU, in a process of its own; then one at a time is on the device. flash-linear-attention and
+jax-linear-attention take part where they are installed. JSON and tables are written row by row.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +55,22 @@ class Shape(NamedTuple):
 
 SHAPES = {"A": Shape(32, 8, 128, 64), "B": Shape(16, 16, 64, 64)}
 PEERS = {"gated_deltanet": "jla", "kda": "jla", "chunk_gsa": "fla"}  # and their packages
+ORDER = "chunk_gsa", "nha", "kda", "gated_deltanet", "decode", "cudnn"  # slowest to prepare first
 NAMES = "o", "dq", "dk", "dv", "dlog_alpha"
+Timing = Callable[[], Iterator[dict[str, Any]]]  # the rows of a job, as they are measured
+
+
+def with_cpu() -> None:
+    """Let JAX have the CPU beside what JAX_PLATFORMS names, here and in processes started later."""
+    names = os.environ.get("JAX_PLATFORMS")
+    if names and "cpu" not in names.split(","):
+        os.environ["JAX_PLATFORMS"] = f"{names},cpu"
+        jax.config.update("jax_platforms", f"{names},cpu")
+
+
+def on_cpu() -> Any:
+    """A context whose arrays and calls are the CPU's."""
+    return jax.default_device(jax.devices("cpu")[0])
 
 
 def rope(length: int, d: int) -> tuple[jax.Array, jax.Array]:
@@ -119,21 +136,28 @@ def ours(spec: Spec, t: int, d: int) -> Callable:
     return run
 
 
-def check(s: Shape, spec: Spec, t: int = 200) -> dict[str, float]:
-    """Relative RMS errors of output and gradients against ``dense`` in float64, one kv head."""
+def check(s: Shape, spec: Spec, t: int = 200) -> Callable[[], dict[str, float]]:
+    """Relative RMS errors of output and gradients against ``dense`` in float64, one kv head.
+
+    Ours is compiled and float64 computed, on the CPU, at once; ours runs when the result is called.
+    """
     one = s._replace(hq=s.hq // s.h, h=1)
-    args = inputs(one, 1, t, seed=1)
-    got = jax.jit(with_gradients(ours(spec, t, s.d)))(*args)
-    with jax.enable_x64(True):
-        q, k, v, la, do = (np.asarray(x.astype(jnp.float32), np.float64)[0] for x in args)
+    with on_cpu():
+        args = [np.asarray(x) for x in jax.jit(lambda: inputs(one, 1, t, seed=1))()]
+    with on_cpu(), jax.enable_x64(True):
+        q, k, v, la, do = (x[0].astype(np.float64) for x in args)
         cos, sin = (np.asarray(x, np.float64) for x in rope(t, s.d))
-        fun = jax.jit(lambda q, k, v, la: dense(q, k, v, la, cos, sin, spec))
-        o, pull = jax.vjp(fun, q, k[:, 0], v[:, 0], la[:, 0])
-        want = [np.asarray(x) for x in (o, *pull(do))]
-    errors = {}
-    for name, a, b in zip(NAMES, got, want, strict=True):
-        a = np.asarray(a.astype(jnp.float32), np.float64).reshape(b.shape)
-        errors[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+        fun = with_gradients(lambda q, k, v, la: dense(q, k, v, la, cos, sin, spec))
+        want = [np.asarray(x) for x in jax.jit(fun)(q, k[:, 0], v[:, 0], la[:, 0], do)]
+    run = ahead(with_gradients(ours(spec, t, s.d)), *args)
+
+    def errors() -> dict[str, float]:
+        found = {}
+        for name, x, b in zip(NAMES, run(*args), want, strict=True):
+            a = np.asarray(x).astype(np.float64).reshape(b.shape)
+            found[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+        return found
+
     return errors
 
 
@@ -208,7 +232,7 @@ class Job(NamedTuple):
         return names.get(self.what, self.what)
 
 
-def compiled(job: Job, t: int) -> tuple[Any, Any, Callable]:
+def compiled(job: Job, t: int) -> tuple[Any, Any, Any]:
     """Forward, forward with gradients, and what makes their arguments."""
     s, batch = SHAPES[job.shape], max(TOKENS // t, 1)
     if job.what == "nha":
@@ -223,8 +247,12 @@ def compiled(job: Job, t: int) -> tuple[Any, Any, Callable]:
         return args if job.what == "nha" else [*args[:3], args[4]]
 
     shapes = jax.eval_shape(make)
-    forward = jax.jit(run).lower(*shapes[:-1]).compile()
-    return forward, jax.jit(with_gradients(run)).lower(*shapes).compile(), make
+    return ahead(run, *shapes[:-1]), ahead(with_gradients(run), *shapes), ahead(make)
+
+
+def ahead(f: Callable, *shapes: Any) -> Any:
+    """f compiled for arguments like these."""
+    return jax.jit(f).lower(*shapes).compile()
 
 
 def row(job: Job, t: int, **figures: Any) -> dict[str, Any]:
@@ -232,45 +260,50 @@ def row(job: Job, t: int, **figures: Any) -> dict[str, Any]:
     return {"shape": job.shape, "what": job.name, "T": t, "tokens": max(TOKENS, t), **figures}
 
 
-def work_jax(job: Job, one: Any, report: Callable) -> None:
-    """Compile, then, alone on the device, check and time each length."""
+def work_jax(job: Job) -> Timing:
+    """The check, then every length."""
+    s, window = SHAPES[job.shape], job.window or 0
     ready = [(t, *compiled(job, t)) for t in job.lengths]
-    with one:
+    if job.what == "nha":
+        errors = check(s, Spec(window, window, s.d**-0.5), t=max(200, window + 100))
+
+    def rows() -> Iterator[dict[str, Any]]:
         if job.what == "nha":
-            spec = Spec(job.window or 0, job.window or 0, SHAPES[job.shape].d ** -0.5)
-            errors = check(SHAPES[job.shape], spec, t=max(200, spec.window + 100))
-            report({"shape": job.shape, "what": job.name, "errors": errors})
-            if not max(errors.values()) < TOLERANCE:
+            found = errors()
+            yield {"shape": job.shape, "what": job.name, "errors": found}
+            if not all(x < TOLERANCE for x in found.values()):
                 return  # no figure without the check
         for t, forward, both, make in ready:
             args = make()
             repeat = 3 if t > 32768 else 10
             memory = both.memory_analysis()
-            report(
-                row(
-                    job, t,
-                    forward_ms=milliseconds(forward, *args[:-1], repeat=repeat),
-                    forward_backward_ms=milliseconds(both, *args, repeat=repeat),
-                    extra_MB=memory.temp_size_in_bytes / 1e6,
-                    inputs_MB=memory.argument_size_in_bytes / 1e6,
-                )
+            yield row(
+                job, t,
+                forward_ms=milliseconds(forward, *args[:-1], repeat=repeat),
+                forward_backward_ms=milliseconds(both, *args, repeat=repeat),
+                extra_MB=memory.temp_size_in_bytes / 1e6,
+                inputs_MB=memory.argument_size_in_bytes / 1e6,
             )  # fmt: skip
 
+    return rows
 
-def work_torch(job: Job, one: Any, report: Callable) -> None:
+
+def work_torch(job: Job) -> Timing:
     """flash-linear-attention's gated slot attention: the slot half of the authors' layer."""
     import torch
     from fla.ops.gsa import chunk_gsa
 
-    s = SHAPES[job.shape]
-    with one:
-        for t in job.lengths:
-            arrays = inputs(s, max(TOKENS // t, 1), t)
-            q, k, v, la, do = (
-                torch.from_numpy(np.asarray(x.astype(jnp.float32))).cuda().to(torch.bfloat16)
-                for x in arrays
-            )
-            leaves = [x.requires_grad_() for x in (q, k, v, la)]
+    def tensors(t: int) -> list[Any]:
+        arrays = inputs(SHAPES[job.shape], max(TOKENS // t, 1), t)
+        return [torch.from_numpy(np.array(x, np.float32)).to(torch.bfloat16) for x in arrays]
+
+    with on_cpu():
+        ready = [(t, tensors(t)) for t in job.lengths]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for t, arrays in ready:
+            *leaves, do = (x.cuda() for x in arrays)
+            q, k, v, la = (x.requires_grad_() for x in leaves)
 
             def forward(q=q, k=k, v=v, la=la):
                 return chunk_gsa(q, k, v, 1 - la.exp(), la)[0]
@@ -290,24 +323,27 @@ def work_torch(job: Job, one: Any, report: Callable) -> None:
                     torch.cuda.synchronize()
                     rounds.append((time.perf_counter() - start) * 100)
                 times.append(statistics.median(rounds))
-            report(row(job, t, forward_ms=times[0], forward_backward_ms=times[1]))
+            yield row(job, t, forward_ms=times[0], forward_backward_ms=times[1])
+
+    return rows
 
 
-def work_decode(job: Job, one: Any, report: Callable) -> None:
+def work_decode(job: Job) -> Timing:
     """One decoding step, one copy of its state, and the same step of full attention with a cache."""
     s, batch, window = SHAPES[job.shape], 64, job.window or 0
     spec = Spec(window, window, s.d**-0.5)
-    q, k, v, la = (x[:, 0] for x in inputs(s, batch, 1)[:4])
-    z = jnp.zeros
-    buffers = decode.Buffers(
-        z((batch, s.h, s.m, s.d)), z((batch, s.h, s.m, s.d)),
-        z((batch, s.h, window, s.d), jnp.bfloat16), z((batch, s.h, window, s.d), jnp.bfloat16),
-        z((batch, s.h, window, s.m)), z((batch, window, s.d // 2)), z((batch, window, s.d // 2)),
-    )  # fmt: skip
-    size = sum(x.nbytes for x in buffers)
-    mode, angle = jnp.ones(batch, jnp.int32), z((batch, s.d // 2))
 
-    def steps(buffers, q, length):
+    def make():
+        z = jnp.zeros
+        buffers = decode.Buffers(
+            z((batch, s.h, s.m, s.d)), z((batch, s.h, s.m, s.d)),
+            z((batch, s.h, window, s.d), jnp.bfloat16), z((batch, s.h, window, s.d), jnp.bfloat16),
+            z((batch, s.h, window, s.m)), z((batch, window, s.d // 2)), z((batch, window, s.d // 2)),
+        )  # fmt: skip
+        token = (x[:, 0] for x in inputs(s, batch, 1)[:4])
+        return buffers, *token, z((batch, s.d // 2)), jnp.ones(batch, jnp.int32)
+
+    def steps(buffers, q, k, v, la, angle, mode, length):
         def one(carry, _):
             o, after = decode.step(
                 carry[1], k, v, la, angle, angle, carry[0], mode, length, length, spec
@@ -329,29 +365,50 @@ def work_decode(job: Job, one: Any, report: Callable) -> None:
 
         return jax.lax.scan(one, q, None, length=20)[0]
 
-    with one:
-        step = jax.jit(steps)
-        figures = {"batch": batch, "state_MB": size / 1e6}
+    def cache(tokens):
+        return jax.random.normal(jax.random.key(0), (batch, tokens, s.h, s.d), jnp.bfloat16)
+
+    shapes = jax.eval_shape(make)
+    step = ahead(steps, *shapes, shapes[-1])
+    copy, made = ahead(copies, shapes[0]), ahead(make)
+    full = []
+    for tokens in job.lengths:
+        fill = functools.partial(cache, tokens)
+        kept = jax.eval_shape(fill)
+        full.append((tokens, ahead(cached, shapes[1], kept, kept), ahead(fill)))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        args = made()
+        figures = {"batch": batch, "state_MB": sum(x.nbytes for x in args[0]) / 1e6}
         for seen in (1_000, 100_000):
-            length = jnp.full(batch, seen)
-            ms = milliseconds(step, buffers, q, length, repeat=2) / 100
-            report(row(job, 1, what=f"decode step after {seen} tokens", step_ms=ms, **figures))
-        ms = milliseconds(jax.jit(copies), buffers, repeat=2) / 100
-        report(row(job, 1, what="its state read and written once", step_ms=ms, **figures))
-        for tokens in job.lengths:
-            cache = jax.random.normal(jax.random.key(0), (batch, tokens, s.h, s.d), jnp.bfloat16)
-            ms = milliseconds(jax.jit(cached), q, cache, cache, repeat=2) / 20
+            length = jnp.full(batch, seen, jnp.int32)
+            ms = milliseconds(step, *args, length, repeat=2) / 100
+            yield row(job, 1, what=f"decode step after {seen} tokens", step_ms=ms, **figures)
+        ms = milliseconds(copy, args[0], repeat=2) / 100
+        yield row(job, 1, what="its state read and written once", step_ms=ms, **figures)
+        for tokens, call, fill in full:
+            kept = fill()
+            ms = milliseconds(call, args[1], kept, kept, repeat=2) / 20
             name = f"cuDNN full step, cache of {tokens}"
-            figures["state_MB"] = 2 * cache.nbytes / 1e6
-            report(row(job, 1, what=name, step_ms=ms, **figures))
-            del cache
+            figures["state_MB"] = 2 * kept.nbytes / 1e6
+            yield row(job, 1, what=name, step_ms=ms, **figures)
+            del kept
+
+    return rows
 
 
-def work(job: Job, one: Any, results: Any) -> None:
-    """One process: its rows, then None; a failure is a row."""
+def work(job: Job, room: Any, one: Any, results: Any) -> None:
+    """One process: made ready where there is room, its rows alone on the device, then None.
+
+    A failure is a row.
+    """
     try:
         kinds = {"chunk_gsa": work_torch, "decode": work_decode}
-        kinds.get(job.what, work_jax)(job, one, results.put)
+        with room:
+            rows = kinds.get(job.what, work_jax)(job)
+        with one:
+            for found in rows():
+                results.put(found)
     except Exception as error:  # reported with the rows, which then lack this one
         said = str(error).split("\n")[0][:300]
         results.put({"shape": job.shape, "what": job.name, "failed": said})
@@ -373,6 +430,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("docs/gpu_bench"))
     a = p.parse_args()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with_cpu()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is still drawn
     lengths = tuple(a.lengths)
     peers = [peer for peer in a.peers if installed(PEERS[peer])]
     jobs = []
@@ -383,26 +442,29 @@ def main() -> None:
         jobs += [Job(shape, "decode", 64, (8192, 32768, 131072))]
     if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each
         jobs.insert(0, Job(a.shapes[0], "chunk_gsa", None, (8192,)))
+    jobs.sort(key=lambda job: ORDER.index(job.what))
     context = multiprocessing.get_context("spawn")
     one, results = context.Lock(), context.Queue()
+    room = context.Semaphore(max((os.cpu_count() or 2) // 2, 1))  # compilers have threads too
     for job in jobs:
-        context.Process(target=work, args=(job, one, results), daemon=True).start()
+        context.Process(target=work, args=(job, room, one, results), daemon=True).start()
     rows: list[dict[str, Any]] = []
     a.out.parent.mkdir(parents=True, exist_ok=True)
     running = len(jobs)
-    while running:
-        found = results.get()
-        if found is None:
-            running -= 1
-            continue
-        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()})
-        print(json.dumps(rows[-1]), flush=True)
-        report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
-        a.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    table = render(rows)
-    print(table)
-    a.out.with_suffix(".md").write_text(table)
-    picture(rows, a.out.with_suffix(".png"))
+    try:
+        while running:
+            found = results.get()
+            if found is None:
+                running -= 1
+                continue
+            rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()})
+            print(json.dumps(rows[-1]), flush=True)
+            report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
+            a.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+            a.out.with_suffix(".md").write_text(render(rows))
+    finally:
+        print(render(rows))
+        picture(rows, a.out.with_suffix(".png"))
 
 
 def render(rows: list[dict[str, Any]]) -> str:
@@ -449,6 +511,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import LogLocator
 
     timed = [r for r in rows if "forward_ms" in r]
+    if not timed:
+        return
     shapes = sorted({r["shape"] for r in timed})
     fig, axes = plt.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
     for ax, shape in zip(axes[0], shapes, strict=True):

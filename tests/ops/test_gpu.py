@@ -1,8 +1,11 @@
 """The op's suite on a GPU, with head sizes that the kernels take; skipped where there is none.
 
-JAX_PLATFORMS=cuda pytest tests/ops/test_gpu.py
+The float64 references are computed on the CPU, which JAX must have too:
+
+JAX_PLATFORMS=cuda,cpu pytest tests/ops/test_gpu.py
 """
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -28,11 +31,15 @@ WIDTHS = [  # head_dim, value_dim, slots
 ]  # fmt: skip
 
 
+@functools.cache
+def reference(case):
+    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
+        return suite.run(case, "reference", jnp.float64)
+
+
 def compared(case, dtype):
-    with jax.enable_x64(True):
-        truth = suite.run(case, "reference", jnp.float64)
     results = suite.run(case, "triton", jnp.dtype(dtype))
-    return suite.compare(results, truth, dtype, suite.KERNEL_TOLERANCE)
+    return suite.compare(results, reference(case), dtype, suite.KERNEL_TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
