@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -178,12 +177,9 @@ def main() -> None:
         for chunk in sorted(a.chunks, key=totals.__getitem__):
             launches: dict[str, Any] = {k: v[1] for (c, k), v in best.items() if c == chunk}
             choice = Tiles(chunk, **launches)
-            times = {n: whole(s, dataclasses.replace(choice, merged=n)) for n in (0, 1)}
-            print(name, "dslot without and with the window side:", times, flush=True)
-            choice = dataclasses.replace(choice, merged=min(times, key=times.__getitem__))
             with mock.patch.object(attention, "choose", return_value=choice):
                 worst = float(np.max([*bench.check(s, spec)().values()]))  # NaN stays
-            print(name, f"chunk {chunk}: {totals[chunk]:.3f} ms, error {worst:.1e}", flush=True)
+            print(name, f"chunk {chunk}: {whole(s, choice):.3f} ms, error {worst:.1e}", flush=True)
             if worst < bench.TOLERANCE:
                 table[tile_key("bfloat16", s.d, s.d, s.m, s.hq // s.h)] = choice.to_json()
                 break

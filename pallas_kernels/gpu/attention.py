@@ -18,6 +18,8 @@ from pallas_kernels.gpu.tiles import Tiles, choose
 
 DTYPES = ("bfloat16", "float16", "float32")
 LOG2E = math.log2(math.e)
+WIDE = 16384  # slots times width, in powers of two, whose float32 products fit shared memory
+SHORT = 64  # tokens
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -38,8 +40,8 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         return f"head_dim and value_dim must be multiples of 16 up to 256, not {d} and {vd}"
     if m > 256 or m % 8:
         return f"slots must be a multiple of 8 up to 256, not {m}"
-    most = 16384 if str(q.dtype) != "bfloat16" or _fine(spec) else 65536
-    if _pow2(m) * _pow2(max(d, vd)) > most:
+    most = WIDE if str(q.dtype) != "bfloat16" or _fine(spec) else 65536
+    if _room(m, d, vd) > most:
         return (
             f"{m} slots of {max(d, vd)} features do not fit the shared memory of a program here: "
             f"their product, in powers of two, may be {most}"
@@ -55,6 +57,11 @@ def _fine(spec) -> bool:
     """Whether bfloat16 calls need float32 states and gate products: where all is read from the slots, or
     the gates of a state's tokens get their gradient, rounded ones miss the tolerance."""
     return spec.window == 0 or spec.halo > 0
+
+
+def _room(m: int, d: int, vd: int) -> int:
+    """What decides the shared memory of a program: slots times width, in powers of two."""
+    return _pow2(m) * _pow2(max(d, vd))
 
 
 def _pow2(n: int) -> int:
@@ -89,7 +96,9 @@ class _Call:
         self.spec = spec
         self.slots = self.M > 0
         self.init = slot_k0 is not None
-        wide = dtype != "bfloat16" or _fine(spec)
+        # in a short row few terms average the rounding, and float32 costs nothing
+        short = self.T <= SHORT and _room(self.M, self.D, self.V) <= WIDE
+        wide = dtype != "bfloat16" or _fine(spec) or short
         sizes = self.D, self.V, self.M, self.HQ // self.H
         self.tiles = tiles or choose(device_name(), dtype, *sizes, wide)
         C = self.C = self.tiles.chunk
@@ -150,13 +159,18 @@ def _optional(cos, sin, doc, visible0, halo, T, dtype):
     )
 
 
-def _both(call: _Call, kernel, *args, out, grid, **constants):
-    """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs."""
+def _both(call: _Call, kernel, *args, out, grid, into=None, **constants):
+    """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs.
+
+    ``into`` holds the arrays that outputs, by position, are written over."""
     from pallas_kernels.gpu.kernels import BATCH
 
-    args = (*args, grid)
-    held = [jnp.zeros((1,), s.dtype) for s in out]
-    held = launch.call(kernel, *args, *held, out=out, grid=grid, STRONG=False, **constants)
+    args, into = (*args, grid), into or {}
+    held = [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
+    held = launch.call(
+        kernel, *args, *held, out=out, grid=grid, STRONG=False,
+        aliases={len(args) + i: i for i in into}, **constants,
+    )  # fmt: skip
     if not call.slots:
         return held
     return launch.call(
@@ -267,17 +281,20 @@ def _backward(spec, residuals, cotangents, tiles=None):
     parts = HQ // H // heads
     alone = c.slots and parts == 1
     demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
+    # the heads' share of the gates' gradient waits in that gradient's own memory, if it has the room
+    inplace = alone and spec.window > 0 and log_alpha.dtype == f32
+    shares = (B, S, H, M) if inplace else (B, T, H * parts, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
     dq, dl, p, side, delta, dst = _both(
         c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
         out=[
             _sds(q.shape, q.dtype), *[_sds((B, T, HQ, M) if c.slots else (1,), c.gate_dtype)] * 2,
-            _sds((B, T, H * parts, M) if c.slots else (1,), f32), _sds((B, T, HQ), f32),
+            _sds(shares, f32), _sds((B, T, HQ), f32),
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace,
     )  # fmt: skip
     dfirst = None
     if c.slots and not alone:
@@ -292,23 +309,18 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
-    tiles_k = -(-S // C)
-    shift = (spec.slot_lag - halo) // C
-    whole = (halo % C, spec.slot_lag % C) == (0, 0) and D == _pow2(D) >= 32
-    # one kernel for both sides of a tile of keys, where a chunk writes a whole tile
-    once = c.tiles.merged and spec.window > 0 and c.slots and whole
     if c.slots:
         dk, dv, dla = _both(
-            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur, side,
-            cos_, sin_, lse, delta, T, S, halo, NC, tiles_k if once else NC, c.rope_batch,
-            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(log_alpha.shape, log_alpha.dtype)],
-            grid=(tiles_k if once else NC) * B * H, **c.tiles.dslot.options,
+            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur,
+            jnp.zeros((1,), f32) if inplace else side, T, S, halo, NC,
+            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(la.shape, la.dtype)],
+            grid=NC * B * H, **c.tiles.dslot.options, into={2: side} if inplace else None,
             zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
-            HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window if once else 0, **c.lag,
-            ROPE=cos is not None, **c.precision, GB=c.heads(c.tiles.dslot.heads), NSIDE=parts,
-            SHIFT=shift if once else 0, **c.pads, **c.full,
+            HQ=HQ, **c.shape, **c.lag, **c.precision, GB=c.heads(c.tiles.dslot.heads),
+            NSIDE=parts, INPLACE=inplace, **c.pads, **c.half,
         )  # fmt: skip
-    if spec.window > 0 and not once:
+    if spec.window > 0:
+        tiles_k = -(-S // C)
         dk, dv, filled = launch.call(
             kernels.dwindow_kernel, q, keys, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,

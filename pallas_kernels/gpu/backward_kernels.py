@@ -15,10 +15,13 @@ from pallas_kernels.gpu.kernels import (
     BATCH,
     LOG2E,
     SPAN,
+    _angles,
     _chunk,
     _exp2,
     _gate_sums,
     _gates,
+    _halves,
+    _landed,
     _level,
     _level_first,
     _levels,
@@ -94,81 +97,41 @@ def _sum_heads(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _halved(DH: tl.constexpr, DB: tl.constexpr):
-    """Columns of a tile of two halves, each padded from DH to DB, and which of them exist."""
-    n = tl.arange(0, 2 * DB)
-    return n // DB * DH + n % DB, n % DB < DH
-
-
-@triton.jit
-def _pair(ptr, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, AGAIN: tl.constexpr = False):
-    """As _tile, for rows of 2 DH columns: [rows, 2 DB], the halves padded each."""
-    if DH == DB:
-        return _tile(ptr, rows, ok, stride, 2 * DH, 2 * DB, AGAIN)
-    else:
-        cols, here = _halved(DH, DB)
-        return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=ok[:, None] & here[None, :], other=0.0)
-
-
-@triton.jit
-def _put_pair(ptr, x, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr):
-    if DH == DB:
-        _put(ptr, x, rows, ok, stride, 2 * DH, 2 * DB)
-    else:
-        cols, here = _halved(DH, DB)
-        tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=ok[:, None] & here[None, :])
-
-
-@triton.jit
-def _joined(x1, x2, R: tl.constexpr, DB: tl.constexpr):
-    """Halves [R, DB] side by side: [R, 2 DB]."""
-    return tl.reshape(tl.permute(tl.join(x1, x2), (0, 2, 1)), (R, 2 * DB))
-
-
-@triton.jit
-def _turned(x, c, s, R: tl.constexpr, DB: tl.constexpr):
-    """x [R, 2 DB] rotated by the angles of cos c and sin s [R, DB]."""
-    x1, x2 = tl.split(tl.permute(tl.reshape(x, (R, 2, DB)), (0, 2, 1)))
-    x1, x2 = _rotate(x1, x2, c, s)
-    return _joined(x1, x2, R, DB)
-
-
-@triton.jit
-def _rotated(ptr, rows, ok, stride: tl.constexpr, c, s, R: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr,
-             ROPE: tl.constexpr, AGAIN: tl.constexpr = False):
-    """As _pair, rotated."""
+def _turned(ptr, rows, ok, stride: tl.constexpr, c, s, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.constexpr,
+            AGAIN: tl.constexpr = False):
+    """As _halves, rotated by the angles of cos c and sin s. To be called after all loads that are needed with it."""
+    x1, x2 = _halves(ptr, rows, ok, stride, DH, DB, AGAIN)
     if ROPE:
-        x1 = _tile(ptr, rows, ok, stride, DH, DB, AGAIN)
-        x2 = _tile(ptr + DH, rows, ok, stride, DH, DB, AGAIN)
-        x1, x2 = _rotate(x1, x2, c, s)
-        return _joined(x1, x2, R, DB)
-    else:
-        return _pair(ptr, rows, ok, stride, DH, DB, AGAIN)
+        x1, x2 = _rotate(_landed(x1), _landed(x2), c, s)
+    return x1, x2
 
 
 @triton.jit
-def _angles(cs, sn, row, j, ok, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.constexpr, AGAIN: tl.constexpr = False):
-    """cos and sin of rows row + j (where ok). Pointers stand at row 0."""
-    if ROPE:
-        return _tile(cs + row * DH, j, ok, DH, DH, DB, AGAIN), _tile(sn + row * DH, j, ok, DH, DH, DB, AGAIN)
-    else:
-        return j, j
+def _put_halves(ptr, x1, x2, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr):
+    _put(ptr, x1, rows, ok, stride, DH, DB)
+    _put(ptr + DH, x2, rows, ok, stride, DH, DB)
 
 
 @triton.jit
-def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc, r0, tok, j, ahead, S, C: tl.constexpr,
+def _inner(a1, a2, b1, b2, PREC: tl.constexpr):
+    """a b^T of rows in halves."""
+    return _mm(a2, tl.trans(b2), _mm0(a1, tl.trans(b1), PREC), PREC)
+
+
+@triton.jit
+def _window_dq(dq1, dq2, q1, q2, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc, r0, tok, j, ahead, S, C: tl.constexpr,
                H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr, WINDOW: tl.constexpr,
                TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
                MASKED: tl.constexpr):
-    """dq and what the key tile `ahead` rows after r0 adds. TURN: its keys are yet to be rotated."""
+    """dq, in halves, and what the key tile `ahead` rows after r0 adds. TURN: its keys are yet to be rotated."""
     sc: tl.constexpr = scale * 1.4426950408889634
     row = (r0 + ahead).to(tl.int64)
     rows = r0 + ahead + j
     ok = (rows >= 0) & (rows < S)
     kc, ks = _angles(cs, sn, r0 + ahead, j, ok, DH, DB, TURN)
-    k = _rotated(k_ptr + row * (H * D), j, ok, H * D, kc, ks, C, DH, DB, TURN)
     v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
-    s = _mm0(q, tl.trans(k), PREC) * sc
+    k1, k2 = _turned(k_ptr + row * (H * D), j, ok, H * D, kc, ks, DH, DB, TURN)
+    s = _inner(q1, q2, k1, k2, PREC) * sc
     if MASKED:
         kdoc = qdoc
         if HAS_DOC:
@@ -176,26 +139,26 @@ def _window_dq(dq, q, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc, r0, tok, 
         s = _window_mask(s, (r0 + tok)[:, None], rows[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
     z = _mm0(do, tl.trans(v), PREC)
     s = _exp2(s - lse[:, None])
-    ds = (s * (z - delta[:, None]) * scale).to(k.dtype)
-    return _mm(ds, k, dq, PREC)
+    ds = (s * (z - delta[:, None]) * scale).to(k1.dtype)
+    return _mm(ds, k1, dq1, PREC), _mm(ds, k2, dq2, PREC)
 
 
 @triton.jit
-def _window_dkv(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h, qr, gi, T, halo,
+def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h, qr, gi, T, halo,
                 HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                 WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                 C: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MASKED: tl.constexpr):
-    """dk, dv and what the queries from row qr of head gi of the group add."""
+    """dk, in halves, dv and what the queries from row qr of head gi of the group add."""
     sc: tl.constexpr = scale * 1.4426950408889634
     t0 = qr - halo
     live = (t0 + j >= 0) & (t0 + j < T)
     rows = (b * T + t0) * HQ + h * G + gi
     qc, qs = _angles(cs, sn, qr, j, live, DH, DB, ROPE)
-    q = _rotated(q_ptr + rows * D, j, live, HQ * D, qc, qs, C, DH, DB, ROPE)
     do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
     lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
     delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-    s = _mm0(k, tl.trans(q), PREC) * sc
+    q1, q2 = _turned(q_ptr + rows * D, j, live, HQ * D, qc, qs, DH, DB, ROPE)
+    s = _inner(k1, k2, q1, q2, PREC) * sc
     if MASKED:
         qdoc = kdoc
         if HAS_DOC:
@@ -204,8 +167,8 @@ def _window_dkv(dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kd
     s = _exp2(s - lse[None, :])
     dv = _mm(s.to(v.dtype), do, dv, PREC)
     z = _mm0(v, tl.trans(do), PREC)
-    ds = (s * (z - delta[None, :]) * scale).to(q.dtype)
-    return _mm(ds, q, dk, PREC), dv
+    ds = (s * (z - delta[None, :]) * scale).to(q1.dtype)
+    return _mm(ds, q1, dk1, PREC), _mm(ds, q2, dk2, PREC), dv
 
 
 @triton.jit
@@ -216,7 +179,8 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
         SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-        C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+        C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr,
+        STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     SD: tl.constexpr = st_ptr.dtype.element_ty
@@ -244,12 +208,11 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     rows = first + qrows
     do = _tile(do_ptr + first * V, qrows, live, V, V, VB)
     o = _tile(o_ptr + first * V, qrows, live, V, V, VB)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"))
-    delta_s = delta - tl.load(push_s_ptr + rows, mask=live, other=0.0)
-    delta_w = delta - tl.load(push_w_ptr + rows, mask=live, other=0.0)
-    tl.store(delta_ptr + rows, delta_w, mask=live)
-    dq = tl.zeros((R, 2 * DB), tl.float32)
+    push_s = tl.load(push_s_ptr + rows, mask=live, other=0.0)
+    push_w = tl.load(push_w_ptr + rows, mask=live, other=0.0)
+    dq1 = tl.zeros((R, DB), tl.float32)
+    dq2 = tl.zeros((R, DB), tl.float32)
     if SLOTS:
         row0 = r0 - LAG
         lab = la_ptr + (b * S * H + h) * M
@@ -257,11 +220,25 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         krow = row0 + j
         kok0 = (krow >= 0) & (krow < S)
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-        f = _phi(_pair(q_ptr + first * D, qrows, live, D, DH, DB), FM)
-        k = _phi(_pair(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB), FM)
-        st = _pair(stb, mm, mm < M, D + V, DH, DB)
+        f1, f2 = _halves(q_ptr + first * D, qrows, live, D, DH, DB)
+        k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
+        s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
+        if GD == tl.bfloat16:  # wider tiles do not fit shared memory all at once
+            vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
+            sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
         la = la * LOG2E
+        f1 = _phi(_landed(f1), FM)
+        f2 = _phi(_landed(f2), FM)
+        k1 = _phi(k1, FM)
+        k2 = _phi(k2, FM)
+    do = _landed(do)
+    o = _landed(o)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    delta_s = delta - push_s
+    delta_w = delta - push_w
+    tl.store(delta_ptr + rows, delta_w, mask=live)
+    if SLOTS:
         g, rest = _gate_sums(la, C, GD, TD)
         e0, b0 = _level_first(g, rest, w, STRONG)
         b0 = b0.to(GD)
@@ -280,14 +257,16 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         if M != MB:
             shown = shown & (mm < M)[None, :]
         # y, z: logits over the scale and dp; without 2^g in the common copy, without step t's own write in the other
-        y = _mm0(f.to(SD), tl.trans(st), PREC)
-        vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
-        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
+        y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
+        if GD != tl.bfloat16:
+            do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
+            vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
+            sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         z = _mm0(do.to(SD), tl.trans(sv), PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
             z = tl.where(old[:, None], z, 0.0)
-        xk = tl.where(causal, _mm0(f, tl.trans(k), PREC), 0.0)
+        xk = tl.where(causal, _inner(f1, f2, k1, k2, PREC), 0.0)
         xv = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0)
         if STRONG:
             own = tok[:, None] == j[None, :]
@@ -331,8 +310,13 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             dl_0 = dl_at
         _put(p_ptr + first * M, p_at, qrows, live, M, M, MB)
         _put(dl_ptr + first * M, dl_at, qrows, live, M, M, MB)
-        part = (b * T + t0) * (HQ // GB) + h0 // GB
-        _put(side_ptr + part * M, _sum_heads(side, GB, C, MB), j * (HQ // GB), t0 + j < T, M, M, MB)
+        stored = t0 + j < T
+        if INPLACE:
+            part = (b * S + row0) * H + h
+            stored = stored & (krow >= 0)
+        else:
+            part = (b * T + t0) * (HQ // GB) + h0 // GB
+        _put(side_ptr + part * M, _sum_heads(side, GB, C, MB), j * (HQ // GB), stored, M, M, MB)
         if HAS_DOC:
             p_0 = tl.where(old[:, None], p_0, 0.0)
             dl_0 = tl.where(old[:, None], dl_0, 0.0)
@@ -341,35 +325,43 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         if ALONE:
             dst = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
             _put(dst + D, _mm0(tl.trans(p_0), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
-            _put_pair(dst, _mm0(tl.trans(dl_0), f.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
+            _put(dst, _mm0(tl.trans(dl_0), f1.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
+            _put(dst + DH, _mm0(tl.trans(dl_0), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
         a = tl.where(causal, a, 0.0).to(GD)
-        dq = _mm0(dl_0, st.to(GD), GPREC)
-        dq = _mm(a, k.to(GD), dq, GPREC)
+        if GD != tl.bfloat16:
+            k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB, True)
+            s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB, True)
+            k1 = _phi(k1, FM)
+            k2 = _phi(k2, FM)
+        dq1 = _mm(a, k1.to(GD), _mm0(dl_0, s1.to(GD), GPREC), GPREC)
+        dq2 = _mm(a, k2.to(GD), _mm0(dl_0, s2.to(GD), GPREC), GPREC)
         if FM != "none":
-            dq = _dphi(dq, _pair(q_ptr + first * D, qrows, live, D, DH, DB, True), FM)
+            q1, q2 = _halves(q_ptr + first * D, qrows, live, D, DH, DB, True)
+            dq1 = _dphi(dq1, q1, FM)
+            dq2 = _dphi(dq2, q2, FM)
     if WINDOW > 0:
         if SLOTS:
             do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
         qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE)
-        q = _rotated(q_ptr + first * D, qrows, live, D, qc, qs, R, DH, DB, ROPE, SLOTS)
+        q1, q2 = _turned(q_ptr + first * D, qrows, live, D, qc, qs, DH, DB, ROPE, SLOTS)
         if ROPE:
-            dq = _turned(dq, qc, qs, R, DB)
+            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         krbase = kr_ptr + (b * S * H + h) * D
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
         CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
         for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
-            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                            H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
+            dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
+                                      H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
         if CLEAN:
             for n in range(start + 1, 0):
-                dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                                H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False)
-            dq = _window_dq(dq, q, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
-                            H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
+                dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
+                                      H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False)
+            dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
+                                      H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
         if ROPE:
             qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE, True)
-            dq = _turned(dq, qc, -qs, R, DB)
-    _put_pair(dq_ptr + first * D, dq, qrows, live, D, DH, DB)
+            dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
+    _put_halves(dq_ptr + first * D, dq1, dq2, qrows, live, D, DH, DB)
 
 
 @triton.jit
@@ -381,10 +373,13 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr,
+              STRONG: tl.constexpr):
     """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
+
+    INPLACE: the share of step j in the row that it writes, for dslot_kernel to turn into that row's gradient.
 
     lse [B, T, HQ]: base 2, of both sides, +inf for empty rows; push_s, push_w: what the gradients of each side's
     lse take from delta.
@@ -397,7 +392,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, STRONG)
     else:
         mine = True
         if SLOTS:
@@ -406,7 +401,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
             _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, STRONG)
+                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, STRONG)
 
 
 @triton.jit
@@ -460,40 +455,50 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
 
 
 @triton.jit
-def _slot_pass(x, y_ptr, pl_ptr, dx, dw, dw_own, bw, g, rest, level, h, b, t0, live, after, now, qrows, T,
-               N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
+def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, dw_own, bw, g, rest, level, h, b, t0, live, after, now, qrows, T,
+               N: tl.constexpr, NB: tl.constexpr, HALVES: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
                M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
                PREC: tl.constexpr, GPREC: tl.constexpr, STRONG: tl.constexpr):
-    """One level of the pairs inside a chunk, for keys (x, y, pl = k, q, dl) or values (v, do, p)."""
+    """One level of the pairs inside a chunk, for keys (x, y, pl = k, q, dl), in halves, or values (v, do, p), whole."""
     for gi in range(G // GB):
         rows = (b * T + t0) * HQ + h * G + gi * GB
-        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
         pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
+        if HALVES:
+            y1, y2 = _halves(y_ptr + rows * N, qrows, live, N, N // 2, NB)
+            y2 = _phi(y2, F)
+        else:
+            y1 = _tile(y_ptr + rows * N, qrows, live, N, N, NB)
+        y1 = _phi(y1, F)
         if STRONG:
             e, inv = _level(g, rest, 1.0, level)
             e = tl.reshape(tl.broadcast_to(e[None, :, :], (GB, C, MB)), (GB * C, MB))
             pe = tl.where(e > 0, pe, 0.0).to(GD)
         a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
-        dx = _mm(a, y.to(GD), dx, GPREC)
-        a = tl.where(after, _mm0(x, tl.trans(y), PREC), 0.0)
+        dx1 = _mm(a, y1.to(GD), dx1, GPREC)
+        if HALVES:
+            dx2 = _mm(a, y2.to(GD), dx2, GPREC)
+            a = tl.where(after, _inner(x1, x2, y1, y2, PREC), 0.0)
+        else:
+            a = tl.where(after, _mm0(x1, tl.trans(y1), PREC), 0.0)
         if STRONG:
             dw_own = _mm(tl.where(now, a, 0.0).to(GD), pe, dw_own, GPREC)
             a = tl.where(now, 0.0, a)
         dw = _mm(a.to(GD), pe, dw, GPREC)
-    return dx, dw, dw_own
+    return dx1, dx2, dw, dw_own
 
 
 @triton.jit
-def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-           NSIDE: tl.constexpr, STRONG: tl.constexpr):
-    """Of the rows that chunk c writes, on top of dk and dv, to memory."""
+           NSIDE: tl.constexpr, INPLACE: tl.constexpr, STRONG: tl.constexpr):
+    DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     TD: tl.constexpr = v_ptr.dtype.element_ty
+    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
     t0 = c * C
     kr = halo + t0 - LAG
     j = tl.arange(0, C)
@@ -517,7 +522,15 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
         same = same & (jdoc[:, None] == jdoc[None, :])
         last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
 
+    nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
+    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
+    x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB)
+    ds1, ds2 = _halves(dst_ptr + nb, mm, mm < M, D + V, DH, DB)
+    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
     g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
+    x1 = _phi(x1, FM)
+    x2 = _phi(x2, FM)
     bw = _level_first(g, rest, w, STRONG)[1]
     if STRONG:
         to_end = _to_end(g, rest, C, TD)
@@ -529,18 +542,13 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
     if HAS_DOC:
         end = tl.where(last, end, 0.0)
     end = end.to(GD)
-    nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
 
     # u: gradient of the writes through the state after the chunk; all of them give it `through`
-    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
     u = _mm0(x.to(GD), tl.trans(ds), GPREC)
-    x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, DB), FM)
-    ds = _tile(dst_ptr + nb, mm, mm < M, D + V, D, DB)
-    u = _mm(x.to(GD), tl.trans(ds), u, GPREC)
+    u = _mm(x1.to(GD), tl.trans(ds1), u, GPREC)
+    u = _mm(x2.to(GD), tl.trans(ds2), u, GPREC)
     if HAS_DOC:
         u = tl.where(last, u, 0.0)
-    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
     own = tl.zeros((C, MB), tl.float32)  # weight times gradient of each write, with the weight as rounded
     if STRONG:
         levels = _levels(g)
@@ -552,38 +560,41 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
         dw = u * decay  # the gradient times 2^g
         through = through + tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
 
-    dx = _mm(end, ds, dk, GPREC) if FM == "none" else _mm0(end, ds, GPREC)
+    dx1 = _mm0(end, ds1, GPREC)
+    dx2 = _mm0(end, ds2, GPREC)
     if STRONG:
         for n in range(levels):
             e, inv = _level(g, rest, 1.0, n)
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db, db_own = _slot_pass(x, q_ptr, dl_ptr, dx, db, db, bn, g, rest, n, h, b, t0, live, after, now, qrows,
-                                        T, D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dx1, dx2, db, db_own = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, db, db, bn, g, rest, n, h, b, t0, live, after, now,
+                                              qrows, T, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
             dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
-        dx, dw, own = _slot_pass(x, q_ptr, dl_ptr, dx, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows, T,
-                                 D, DB, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+        dx1, dx2, dw, own = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows,
+                                       T, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     if FM != "none":
-        dx = _dphi(dx, _tile(k_ptr + kb * D, j, kok, H * D, D, DB, True), FM) + dk
-    _put(dk_ptr + kb * D, dx, j, kok, H * D, D, DB)
+        x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB, True)
+        dx1 = _dphi(dx1, x1, FM)
+        dx2 = _dphi(dx2, x2, FM)
+    _put_halves(dk_ptr + kb * D, dx1, dx2, j, kok, H * D, DH, DB)
 
     x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
     ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB, True)
-    dx = _mm(end, ds, dv, GPREC)
+    dx = _mm0(end, ds, GPREC)
     if STRONG:
         for n in range(levels):
             e, inv = _level(g, rest, 1.0, n)
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
-            dx, db, db_own = _slot_pass(x, do_ptr, p_ptr, dx, db, db, bn, g, rest, n, h, b, t0, live, after, now, qrows,
-                                        T, V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+            dx, x, db, db_own = _slot_pass(x, x, do_ptr, p_ptr, dx, x, db, db, bn, g, rest, n, h, b, t0, live, after, now, qrows,
+                                           T, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
             dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
-        dx, dw, own = _slot_pass(x, do_ptr, p_ptr, dx, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows, T,
-                                 V, VB, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+        dx, x, dw, own = _slot_pass(x, x, do_ptr, p_ptr, dx, x, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows,
+                                    T, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
     _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
@@ -596,9 +607,12 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
         own = dw * bw.to(tl.float32)
         dw *= _exp2(la - _gate_sums(la, C, GD, TD)[0])
     dla = -own
-    for gi in range(NSIDE):
-        part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
-        dla += _tile(side_ptr + part * M, j * (H * NSIDE), t0 + j < T, M, M, MB)
+    if INPLACE:
+        dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MB)
+    else:
+        for gi in range(NSIDE):
+            part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
+            dla += _tile(side_ptr + part * M, j * (H * NSIDE), t0 + j < T, M, M, MB)
     dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3) - dw
     if HAS_DOC:
         dla += tl.where(last, through, 0.0)
@@ -608,11 +622,11 @@ def _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, 
 
 
 @triton.jit
-def _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo,
+def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                  WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
-    """Window side of dk and dv of a tile of keys. TURN: they are yet to be rotated."""
+    """Window side of dk, in halves, and dv of a tile of keys. TURN: they are yet to be rotated."""
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
@@ -623,99 +637,53 @@ def _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delt
     kok = krow < S
     kb = (b * S + kr) * H + h
     kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, TURN)
-    k = _rotated(k_ptr + kb * D, j, kok, H * D, kc, kn, C, DH, DB, TURN)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    k1, k2 = _turned(k_ptr + kb * D, j, kok, H * D, kc, kn, DH, DB, TURN)
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
     for it in range(G if CLEAN else G * (NP + 1)):
-        dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+        dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
                              C, DH, DB, VB, True)
     if CLEAN:
         for it in range(G, G * NP):
-            dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+            dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
                                  kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
                                  C, DH, DB, VB, False)
         for it in range(G):
-            dk, dv = _window_dkv(dk, dv, k, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
+            dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
                                  kr + NP * C, it, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
                                  C, DH, DB, VB, True)
     if ROPE:
         kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
-        dk = _turned(dk, kc, -kn, C, DB)
-    return dk, dv
-
-
-@triton.jit
-def _dkv(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
-         cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, dk_ptr, dv_ptr, dla_ptr,
-         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, scale: tl.constexpr,
-         WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr,
-         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-         NSIDE: tl.constexpr, SHIFT: tl.constexpr, STRONG: tl.constexpr):
-    h0, h, tile, b = _chunk(pid, H, 1, 1, NK)
-    c = tile + SHIFT
-    dk = tl.zeros((C, DB), tl.float32)
-    dv = tl.zeros((C, VB), tl.float32)
-    if WINDOW > 0:
-        j = tl.arange(0, C)
-        ok = tile * C + j < S
-        kb = (b * S + tile * C) * H + h
-        cs = cos_ptr + b * rope_batch * (D // 2)
-        sn = sin_ptr + b * rope_batch * (D // 2)
-        dk, dv = _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
-                              b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
-                              C, DB // 2, VB, ROPE)
-        if (c >= 0) & (c < NC):
-            _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr,
-                   doc_ptr, cur_ptr, side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC,
-                   PREC, GPREC, GD, C, GB, DB, VB, MB, NSIDE, STRONG)
-        else:
-            _put(dk_ptr + kb * D, dk, j, ok, H * D, D, DB)
-            _put(dv_ptr + kb * V, dv, j, ok, H * V, V, VB)
-            _put(dla_ptr + kb * M, tl.zeros((C, MB), tl.float32), j, ok, H * M, M, MB)
-    else:
-        _dslot(dk, dv, c, h, b, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr,
-               doc_ptr, cur_ptr, side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC,
-               PREC, GPREC, GD, C, GB, DB, VB, MB, NSIDE, STRONG)
-
-
-@triton.jit
-def _strong_tile(strong_ptr, pid, total, H: tl.constexpr, NC, NK, SHIFT: tl.constexpr):
-    """As _strong, for the chunk that writes a tile of keys; not where none does."""
-    h0, h, tile, b = _chunk(pid, H, 1, 1, NK)
-    c = tile + SHIFT
-    return tl.load(strong_ptr + (b * H + h) * NC + c, mask=(pid < total) & (c >= 0) & (c < NC), other=0) == 2
+        dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
+    return dk1, dk2, dv
 
 
 @triton.jit
 def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 side_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, total,
-                 dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
-                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, scale: tl.constexpr,
-                 WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr,
+                 side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
+                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-                 NSIDE: tl.constexpr, SHIFT: tl.constexpr, STRONG: tl.constexpr):
-    """Gradients of the rows that a chunk writes, keys, values and gates: their slot side, and, where WINDOW is
-    given, their window side with it (NK tiles of keys, of which chunk c writes tile c - SHIFT)."""
+                 NSIDE: tl.constexpr, INPLACE: tl.constexpr, STRONG: tl.constexpr):
+    """Gradients of the rows that a chunk writes, keys, values and gates: their slot side. INPLACE: dq_kernel left its
+    share where the gates' gradient goes."""
     if STRONG:
         start = tl.program_id(0) * BATCH
-        if tl.max(_strong_tile(strong_ptr, start + tl.arange(0, BATCH), total, H, NC, NK, SHIFT).to(tl.int32)) > 0:
+        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
-                if _strong_tile(strong_ptr, pid, total, H, NC, NK, SHIFT):
-                    _dkv(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr,
-                         cur_ptr, side_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, dk_ptr,
-                         dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM, ROPE, HAS_DOC, PREC, GPREC, GD,
-                         C, GB, DB, VB, MB, NSIDE, SHIFT, STRONG)
+                if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
+                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                           side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
+                           VB, MB, NSIDE, INPLACE, STRONG)
     else:
-        if not _strong_tile(strong_ptr, tl.program_id(0), total, H, NC, NK, SHIFT):
-            _dkv(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr,
-                 cur_ptr, side_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, T, S, halo, NC, NK, rope_batch, dk_ptr,
-                 dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM, ROPE, HAS_DOC, PREC, GPREC, GD,
-                 C, GB, DB, VB, MB, NSIDE, SHIFT, STRONG)
+        if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
+            _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                   side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
+                   VB, MB, NSIDE, INPLACE, STRONG)
 
 
 @triton.jit
@@ -739,15 +707,18 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
     kb = (b * S + kr) * H + h
     cs = cos_ptr + b * rope_batch * DH
     sn = sin_ptr + b * rope_batch * DH
-    dk = tl.zeros((C, 2 * DB), tl.float32)
+    dk1 = tl.zeros((C, DB), tl.float32)
+    dk2 = tl.zeros((C, DB), tl.float32)
     dv = tl.zeros((C, VB), tl.float32)
-    dk, dv = _window_side(dk, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
-                          b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, DB, VB, TURN)
+    dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
+                                b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, DB, VB, TURN)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
-        dk += _pair(dk_in + kb * D, j, had, H * D, DH, DB)
+        a1, a2 = _halves(dk_in + kb * D, j, had, H * D, DH, DB)
+        dk1 += a1
+        dk2 += a2
         dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
         _put(dla_ptr + kb * M, tl.zeros((C, MB), tl.float32), j, kok & ~had, H * M, M, MB)
-    _put_pair(dk_ptr + kb * D, dk, j, kok, H * D, DH, DB)
+    _put_halves(dk_ptr + kb * D, dk1, dk2, j, kok, H * D, DH, DB)
     _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)

@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF059, SIM300
+# ruff: noqa: E501, RUF059
 # fmt: off
 """Triton kernels of the forward pass: states, then outputs. Notation and shared parts: kernels.py."""
 
@@ -10,10 +10,12 @@ from pallas_kernels.gpu.kernels import (
     LN2,
     NINF,
     SPAN,
+    _angles,
     _chunk,
     _decayed,
     _exp2,
-    _key_tile,
+    _halves,
+    _landed,
     _level_first,
     _levels,
     _log2,
@@ -99,8 +101,7 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
     rows = row + j
     ok = (rows >= 0) & (rows < S)
     at = row.to(tl.int64)
-    k1 = _tile(kr_ptr + at * (H * D), j, ok, H * D, DH, DB)
-    k2 = _tile(kr_ptr + at * (H * D) + DH, j, ok, H * D, DH, DB)
+    k1, k2 = _halves(kr_ptr + at * (H * D), j, ok, H * D, DH, DB)
     v = _tile(v_ptr + at * (H * V), j, ok, H * V, V, VB)
     s = _mm0(q1, tl.trans(k1), PREC)
     s = _mm(q2, tl.trans(k2), s, PREC)
@@ -121,6 +122,18 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
 
 
 @triton.jit
+def _slot_tiles(q1, q2, kbase, vbase, stb, row0, j, kok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr):
+    """q, as loaded, and what the slots read: the rows written and the state before, keys in halves. All loads first."""
+    at = row0.to(tl.int64)
+    k1, k2 = _halves(kbase + at * (H * D), j, kok, H * D, DH, DB)
+    s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
+    v = _tile(vbase + at * (H * V), j, kok, H * V, V, VB)
+    sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
+    return _landed(q1), _landed(q2), k1, k2, s1, s2, v, sv
+
+
+@triton.jit
 def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
             T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -138,8 +151,6 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
     FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C else 0  # of them, seen whole by every query
     # the tile leaving the window is the tile being written, and there are no others
     TWO: tl.constexpr = SLOTS and NP == 1 and LAG == C
-    # all loads first, if shared memory is to hold every tile at once
-    AHEAD: tl.constexpr = STAGES > 1 and TWO and GD == tl.bfloat16
     h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
     i = tl.arange(0, R)
     tok = i % C if GB > 1 else i
@@ -157,35 +168,36 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
     r0 = halo + t0
     live = t0 + tok < T
     qbase = q_ptr + ((b * T + t0) * HQ + h0) * D
-    q1 = _tile(qbase, qrows, live, D, DH, DB)
-    q2 = _tile(qbase + DH, qrows, live, D, DH, DB)
+    q1, q2 = _halves(qbase, qrows, live, D, DH, DB)
     qdoc = tok
     if HAS_DOC:
         qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
         jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
     if ROPE and WINDOW > 0:
-        qc = _tile(cs + r0 * DH, tok, live, DH, DH, DB)
-        qs = _tile(sn + r0 * DH, tok, live, DH, DH, DB)
+        qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE)
     if SLOTS:
         row0 = r0 - LAG
         krow = row0 + j
         kok = (krow >= 0) & (krow < S)
-        at0 = row0.to(tl.int64)
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
-    if AHEAD or TWO:
-        f = _tile(qbase, qrows, live, D, D, DF)
-        k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
-        sk = _tile(stb, mm, mm < M, D + V, D, DF)
-    if AHEAD:
-        v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
-        sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-    if TWO:
-        p1, p2 = _key_tile(kbase, row0, j, kok, cs, sn, H, D, DH, DB, ROPE, False)
-        jok = t0 + j < T
-        d1, d2 = _key_tile(kbase, r0, j, jok, cs, sn, H, D, DH, DB, ROPE, False)
-        if AHEAD:
+        if TWO:
+            jok = t0 + j < T
+            d1, d2 = _halves(kbase + r0.to(tl.int64) * (H * D), j, jok, H * D, DH, DB)
             v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+            dc, ds = _angles(cs, sn, r0, j, jok, DH, DB, ROPE)
+            pc, ps = _angles(cs, sn, row0, j, kok, DH, DB, ROPE)
+            f1, f2, k1, k2, s1, s2, v0, sv = _slot_tiles(q1, q2, kbase, vbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB, VB)
+            q1 = f1
+            q2 = f2
+            p1 = k1
+            p2 = k2
+            if ROPE:
+                p1, p2 = _rotate(k1, k2, pc, ps)
+                d1, d2 = _rotate(d1, d2, dc, ds)
     if ROPE and WINDOW > 0:
+        if not TWO:
+            q1 = _landed(q1)
+            q2 = _landed(q2)
         q1, q2 = _rotate(q1, q2, qc, qs)
 
     acc = tl.zeros((R, VB), tl.float32)
@@ -207,12 +219,9 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
     l_s = tl.zeros((R,), tl.float32)
     m = m_w
     if SLOTS:
-        if not (AHEAD or TWO):
-            f = _tile(qbase, qrows, live, D, D, DF)
-            k0 = _tile(kbase + at0 * (H * D), j, kok, H * D, D, DF)
-            sk = _tile(stb, mm, mm < M, D + V, D, DF)
-        f = _phi(f, FM)
-        k0 = _phi(k0, FM)
+        if not TWO:
+            f1, f2 = _halves(qbase, qrows, live, D, DH, DB)
+            f1, f2, k1, k2, s1, s2, v0, sv = _slot_tiles(f1, f2, kbase, vbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB, VB)
         g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
         levels = _levels(g) if STRONG else 1
         e0, b0 = _level_first(g, rest, w, STRONG)
@@ -223,8 +232,13 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             causal = causal & (qdoc[:, None] == jdoc[None, :])
             cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
             old = qdoc == cur_start
-        x = tl.where(causal, _mm0(f, tl.trans(k0), PREC), 0.0).to(GD)
-        y = _mm0(f.to(GD), tl.trans(sk), PREC)
+        f1 = _phi(f1, FM)
+        f2 = _phi(f2, FM)
+        x = _mm0(f1, tl.trans(_phi(k1, FM)), PREC)
+        x = _mm(f2, tl.trans(_phi(k2, FM)), x, PREC)
+        x = tl.where(causal, x, 0.0).to(GD)
+        y = _mm0(f1.to(GD), tl.trans(s1), PREC)
+        y = _mm(f2.to(GD), tl.trans(s2), y, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
         y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC, TD)
@@ -257,11 +271,6 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             s = _exp2(s * POST - _safe(m_w)[:, None])
             d = _exp2(d * POST - _safe(m_w)[:, None])
             l_w = tl.sum(s, 1) + tl.sum(d, 1)
-        if not AHEAD:
-            v0 = _tile(vbase + at0 * (H * V), j, kok, H * V, V, VB)
-            sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-            if TWO:
-                v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
         m = tl.maximum(m_s, m_w)
         fs = _exp2(m_s - _safe(m))
         fw = _exp2(m_w - _safe(m))

@@ -147,6 +147,17 @@ def _put(ptr, x, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constex
 
 
 @triton.jit
+def _landed(x):
+    """x as loaded, from here on: the compiler puts what changes a tile's layout, a barrier, right after the load,
+    and no later load is issued before it. This, after all loads, keeps them together."""
+    if INTERPRETED:
+        return x
+    else:
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)
+
+
+@triton.jit
 def _phi(x, FM: tl.constexpr):
     if FM == "silu":
         y = x.to(tl.float32)
@@ -374,17 +385,18 @@ def _window_mask(s, qrow, krow, WINDOW: tl.constexpr, qdoc, kdoc, HAS_DOC: tl.co
 
 
 @triton.jit
-def _key_tile(k_ptr, kr, j, kok, cs, sn, H: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr,
-              ROPE: tl.constexpr, AGAIN: tl.constexpr):
-    """The halves of C keys from row kr, rotated. Pointers stand at row 0."""
-    at = k_ptr + kr.to(tl.int64) * (H * D)
-    k1 = _tile(at, j, kok, H * D, DH, DB, AGAIN)
-    k2 = _tile(at + DH, j, kok, H * D, DH, DB, AGAIN)
+def _halves(ptr, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, AGAIN: tl.constexpr = False):
+    """As _tile, for rows of 2 DH columns: the left and the right DH, padded to DB each."""
+    return _tile(ptr, rows, ok, stride, DH, DB, AGAIN), _tile(ptr + DH, rows, ok, stride, DH, DB, AGAIN)
+
+
+@triton.jit
+def _angles(cs, sn, row, j, ok, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.constexpr, AGAIN: tl.constexpr = False):
+    """cos and sin of rows row + j (where ok). Pointers stand at row 0."""
     if ROPE:
-        c = _tile(cs + kr * DH, j, kok, DH, DH, DB)
-        s = _tile(sn + kr * DH, j, kok, DH, DH, DB)
-        k1, k2 = _rotate(k1, k2, c, s)
-    return k1, k2
+        return _tile(cs + row * DH, j, ok, DH, DH, DB, AGAIN), _tile(sn + row * DH, j, ok, DH, DH, DB, AGAIN)
+    else:
+        return j, j
 
 
 @triton.jit

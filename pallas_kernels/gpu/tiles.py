@@ -28,11 +28,8 @@ PLAIN = Launch()
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how
-    each kernel is launched; merged: 1 where dslot has the window side of dk, dv too, if it can.
-
-    Stages above 1 of ``output``, where window, lag and chunk are one: every tile is loaded ahead,
-    which takes shared memory; with wider windows, the depth of the pipeline of key tiles."""
+    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), and
+    how each kernel is launched."""
 
     chunk: int = 64
     state: Launch = PLAIN
@@ -41,7 +38,6 @@ class Tiles:
     dstate: Launch = PLAIN
     dslot: Launch = PLAIN
     dwindow: Launch = PLAIN
-    merged: int = 0
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:
@@ -63,8 +59,9 @@ def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
     """The choice where no tuned one is committed."""
     if itemsize == 4 or max(d, v, m) > 128:
         all_warps: dict[str, Any] = dict.fromkeys(KERNELS, Launch(warps=8))
-        return Tiles(32, **all_warps)
-    if max(d, v) > 64 and group % 2 == 0:
+        # halves of a head wider than a chunk has rows: Triton then splits products over all warps
+        return Tiles(32 if d > 64 else 16, **all_warps)
+    if max(d, v) > 64 and m <= 64 and group % 2 == 0:  # more slots do not fit shared memory
         pair = Launch(warps=8, heads=2)
         return Tiles(output=pair, dq=pair)
     return Tiles()
