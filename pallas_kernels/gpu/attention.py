@@ -131,6 +131,11 @@ class _Call:
             "HAS_VIS": visible0 is not None,
         }
 
+    def ahead(self, warps: int) -> bool:
+        """Whether a program's tiles are all loaded at once: where two programs of 4 warps fit the shared
+        memory of a multiprocessor, or one of 8."""
+        return warps >= 8 or self.D + self.V <= 128
+
     def heads(self, wanted: int) -> int:
         """Query heads to stack: as many as wanted where the group allows."""
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
@@ -240,7 +245,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
-        grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages,
+        grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, AHEAD=c.ahead(c.tiles.output.warps),
         HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, DF=c.full["DB"], GB=heads,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
@@ -295,6 +300,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
         HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace,
+        AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
     )  # fmt: skip
     dfirst = None
     if c.slots and not alone:

@@ -180,7 +180,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr,
-        STRONG: tl.constexpr):
+        AHEAD: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     SD: tl.constexpr = st_ptr.dtype.element_ty
@@ -223,7 +223,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         f1, f2 = _halves(q_ptr + first * D, qrows, live, D, DH, DB)
         k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
         s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
-        if GD == tl.bfloat16:  # wider tiles do not fit shared memory all at once
+        if AHEAD:
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
@@ -258,7 +258,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             shown = shown & (mm < M)[None, :]
         # y, z: logits over the scale and dp; without 2^g in the common copy, without step t's own write in the other
         y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
-        if GD != tl.bfloat16:
+        if not AHEAD:
             do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
@@ -328,7 +328,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             _put(dst, _mm0(tl.trans(dl_0), f1.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
             _put(dst + DH, _mm0(tl.trans(dl_0), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
         a = tl.where(causal, a, 0.0).to(GD)
-        if GD != tl.bfloat16:
+        if not AHEAD:
             k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB, True)
             s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB, True)
             k1 = _phi(k1, FM)
@@ -374,7 +374,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
               SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr,
-              STRONG: tl.constexpr):
+              AHEAD: tl.constexpr, STRONG: tl.constexpr):
     """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
@@ -392,7 +392,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, STRONG)
+                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, AHEAD, STRONG)
     else:
         mine = True
         if SLOTS:
@@ -401,7 +401,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
             _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, STRONG)
+                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, AHEAD, STRONG)
 
 
 @triton.jit

@@ -122,15 +122,21 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
 
 
 @triton.jit
-def _slot_tiles(q1, q2, kbase, vbase, stb, row0, j, kok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr):
-    """q, as loaded, and what the slots read: the rows written and the state before, keys in halves. All loads first."""
-    at = row0.to(tl.int64)
-    k1, k2 = _halves(kbase + at * (H * D), j, kok, H * D, DH, DB)
+def _keys(q1, q2, kbase, stb, row0, j, kok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+          DH: tl.constexpr, DB: tl.constexpr):
+    """q, as loaded, the keys written and those of the state before, in halves; to be called after other loads of the stage."""
+    k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
     s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
-    v = _tile(vbase + at * (H * V), j, kok, H * V, V, VB)
-    sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-    return _landed(q1), _landed(q2), k1, k2, s1, s2, v, sv
+    return _landed(q1), _landed(q2), k1, k2, s1, s2
+
+
+@triton.jit
+def _values(vbase, svb, row0, r0, j, kok, jok, mm, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+            VB: tl.constexpr):
+    """Values of the rows written, of the queries' own rows, and of the state before."""
+    v0 = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+    v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
+    return v0, v1, _tile(svb, mm, mm < M, D + V, V, VB)
 
 
 @triton.jit
@@ -139,7 +145,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
             scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
             SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
             GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
@@ -182,18 +188,20 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
         if TWO:
             jok = t0 + j < T
-            d1, d2 = _halves(kbase + r0.to(tl.int64) * (H * D), j, jok, H * D, DH, DB)
-            v1 = _tile(vbase + r0.to(tl.int64) * (H * V), j, jok, H * V, V, VB)
-            dc, ds = _angles(cs, sn, r0, j, jok, DH, DB, ROPE)
             pc, ps = _angles(cs, sn, row0, j, kok, DH, DB, ROPE)
-            f1, f2, k1, k2, s1, s2, v0, sv = _slot_tiles(q1, q2, kbase, vbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB, VB)
+            if AHEAD:
+                d1, d2 = _halves(kbase + r0.to(tl.int64) * (H * D), j, jok, H * D, DH, DB)
+                dc, ds = _angles(cs, sn, r0, j, jok, DH, DB, ROPE)
+                v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
+            f1, f2, k1, k2, s1, s2 = _keys(q1, q2, kbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB)
             q1 = f1
             q2 = f2
             p1 = k1
             p2 = k2
             if ROPE:
                 p1, p2 = _rotate(k1, k2, pc, ps)
-                d1, d2 = _rotate(d1, d2, dc, ds)
+                if AHEAD:
+                    d1, d2 = _rotate(d1, d2, dc, ds)
     if ROPE and WINDOW > 0:
         if not TWO:
             q1 = _landed(q1)
@@ -221,7 +229,9 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
     if SLOTS:
         if not TWO:
             f1, f2 = _halves(qbase, qrows, live, D, DH, DB)
-            f1, f2, k1, k2, s1, s2, v0, sv = _slot_tiles(f1, f2, kbase, vbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB, VB)
+            if AHEAD:
+                v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, kok, mm, H, D, V, M, VB)
+            f1, f2, k1, k2, s1, s2 = _keys(f1, f2, kbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB)
         g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
         levels = _levels(g) if STRONG else 1
         e0, b0 = _level_first(g, rest, w, STRONG)
@@ -255,6 +265,11 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             kdoc = qdoc
             if HAS_DOC:
                 kdoc = tl.load(doc + krow, mask=kok, other=0)
+            if not AHEAD:
+                d1, d2 = _halves(kbase + r0.to(tl.int64) * (H * D), j, jok, H * D, DH, DB)
+                dc, ds = _angles(cs, sn, r0, j, jok, DH, DB, ROPE)
+                if ROPE:
+                    d1, d2 = _rotate(d1, d2, dc, ds)
             s = _mm0(q1, tl.trans(p1), PREC)
             s = _mm(q2, tl.trans(p2), s, PREC)
             d = _mm0(q1, tl.trans(d1), PREC)
@@ -271,6 +286,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             s = _exp2(s * POST - _safe(m_w)[:, None])
             d = _exp2(d * POST - _safe(m_w)[:, None])
             l_w = tl.sum(s, 1) + tl.sum(d, 1)
+        if not AHEAD:
+            v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, t0 + j < T if TWO else kok, mm, H, D, V, M, VB)
         m = tl.maximum(m_s, m_w)
         fs = _exp2(m_s - _safe(m))
         fw = _exp2(m_w - _safe(m))
@@ -309,7 +326,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
-                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
+                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
                   GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Output and both log-sum-exps of one chunk, GB query heads."""
     if STRONG:
@@ -319,7 +336,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
                         vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
-                        scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, GB,
+                        scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, AHEAD, GB,
                         DB, DF, VB, MB, STRONG)
     else:
         pid = tl.program_id(0)
@@ -329,4 +346,4 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
             mine = not _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC)
         _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
             vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
-            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, GB, DB, DF, VB, MB, STRONG)
+            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, AHEAD, GB, DB, DF, VB, MB, STRONG)
