@@ -162,8 +162,11 @@ def check(s: Shape, spec: Spec, t: int = 200) -> Callable[[], dict[str, float]]:
 
 
 def milliseconds(f: Callable, *args: Any, repeat: int = 10) -> float:
-    """Median over 5 rounds of the mean time of ``repeat`` calls."""
+    """Median over 5 rounds of the mean time of ``repeat`` calls, once the device's clocks are up."""
     jax.block_until_ready(f(*args))
+    warm = time.perf_counter() + 0.1
+    while time.perf_counter() < warm:
+        jax.block_until_ready(f(*args))
     rounds = []
     for _ in range(5):
         start = time.perf_counter()
