@@ -53,7 +53,11 @@ class Shape(NamedTuple):
     m: int
 
 
-SHAPES = {"A": Shape(32, 8, 128, 64), "B": Shape(16, 16, 64, 64)}
+SHAPES = {  # layers of Llama-3-8B, nha_340m, nha_1_3b
+    "A": Shape(32, 8, 128, 64),
+    "B": Shape(16, 16, 64, 64),
+    "C": Shape(16, 16, 128, 64),
+}
 PEERS = {"gated_deltanet": "jla", "kda": "jla", "chunk_gsa": "fla"}  # and their packages
 ORDER = "chunk_gsa", "nha", "kda", "gated_deltanet", "decode", "cudnn"  # slowest to prepare first
 NAMES = "o", "dq", "dk", "dv", "dlog_alpha"
@@ -426,7 +430,7 @@ def installed(package: str) -> bool:
 def main() -> None:
     """Command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    p.add_argument("--shapes", nargs="+", default=["A", "B"], choices=list(SHAPES))
     p.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768, 131072])
     p.add_argument("--windows", nargs="+", type=int, default=[64, 0, 512])
     p.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
