@@ -246,7 +246,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
         grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, AHEAD=c.ahead(c.tiles.output.warps),
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, DF=c.full["DB"], GB=heads,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0

@@ -146,7 +146,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
             SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
             PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-            GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+            GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
     TD: tl.constexpr = v_ptr.dtype.element_ty
@@ -185,9 +185,9 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         row0 = r0 - LAG
         krow = row0 + j
         kok = (krow >= 0) & (krow < S)
+        jok = t0 + j < T
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
         if TWO:
-            jok = t0 + j < T
             pc, ps = _angles(cs, sn, row0, j, kok, DH, DB, ROPE)
             if AHEAD:
                 d1, d2 = _halves(kbase + r0.to(tl.int64) * (H * D), j, jok, H * D, DH, DB)
@@ -230,7 +230,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         if not TWO:
             f1, f2 = _halves(qbase, qrows, live, D, DH, DB)
             if AHEAD:
-                v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, kok, mm, H, D, V, M, VB)
+                v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
             f1, f2, k1, k2, s1, s2 = _keys(f1, f2, kbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB)
         g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
         levels = _levels(g) if STRONG else 1
@@ -287,7 +287,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             d = _exp2(d * POST - _safe(m_w)[:, None])
             l_w = tl.sum(s, 1) + tl.sum(d, 1)
         if not AHEAD:
-            v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, t0 + j < T if TWO else kok, mm, H, D, V, M, VB)
+            v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
         m = tl.maximum(m_s, m_w)
         fs = _exp2(m_s - _safe(m))
         fw = _exp2(m_w - _safe(m))
@@ -327,7 +327,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-                  GB: tl.constexpr, DB: tl.constexpr, DF: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+                  GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Output and both log-sum-exps of one chunk, GB query heads."""
     if STRONG:
         start = tl.program_id(0) * BATCH
@@ -337,7 +337,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
                     _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
                         vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
                         scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, AHEAD, GB,
-                        DB, DF, VB, MB, STRONG)
+                        DB, VB, MB, STRONG)
     else:
         pid = tl.program_id(0)
         mine = pid < total
@@ -346,4 +346,4 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
             mine = not _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC)
         _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
             vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
-            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, AHEAD, GB, DB, DF, VB, MB, STRONG)
+            WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, AHEAD, GB, DB, VB, MB, STRONG)
