@@ -1,4 +1,7 @@
-"""The kernels run in Triton's interpreter here; the switch must be set before they are imported."""
+"""The kernels run in Triton's interpreter here; the switch must be set before they are imported.
+
+Not where the kernels are to run on a GPU (tests/ops/test_gpu.py), in the same process.
+"""
 
 import importlib.util
 import os
@@ -6,13 +9,18 @@ import sys
 
 import pytest
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+ON_GPU = "cuda" in os.environ.get("JAX_PLATFORMS", "")
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, os.path.dirname(__file__))
 
 
 def pytest_collection_modifyitems(items):
+    reason = ""
     if importlib.util.find_spec("triton") is None:
-        skip = pytest.mark.skip(reason="GPU KERNELS UNTESTED: the package triton is not installed")
-        for item in items:
-            if "kernels/gpu" in str(item.path):
-                item.add_marker(skip)
+        reason = "GPU KERNELS UNTESTED: the package triton is not installed"
+    elif ON_GPU:
+        reason = "Triton's interpreter takes JAX_PLATFORMS=cpu: the kernels run on the GPU here"
+    for item in items:
+        if reason and "kernels/gpu" in str(item.path):
+            item.add_marker(pytest.mark.skip(reason=reason))
