@@ -69,6 +69,11 @@ def _length(documents: tuple[tuple[int, ...], ...]) -> int:
 
 
 PACKED = _packed(7)
+LONG = (
+    (70, 1, 60, -9, 60),
+    (-20, 130, 50),
+    (200,),
+)  # several chunks of 64, of which documents end in some
 CASES = (
     Case("one_token", t=1),
     Case("two_tokens", t=2, heads=4, kv_heads=2),
@@ -88,6 +93,7 @@ CASES = (
     Case("packed_zero", _length(PACKED), window=7, documents=PACKED, empty_slots="zero"),
     Case("packed_no_lag", _length(PACKED), window=7, slot_lag=0, documents=PACKED),
     Case("packed_pure", _length(PACKED), window=0, slot_lag=4, documents=PACKED, rope=False),
+    Case("packed_long", _length(LONG), window=64, kv_heads=2, slots=8, documents=LONG),
     Case("extreme_gates", t=130, window=8, gates=(-40.0, -1e-6), slots=6),
     Case("closed_gates", t=63, window=4, gates=(-1e-5, -1e-6)),
     Case("open_gates", t=63, window=4, gates=(-40.0, -30.0)),

@@ -32,6 +32,7 @@ def interpreted(monkeypatch):
         ("packed", "float32"),
         ("packed", "bfloat16"),  # few numbers in log_alpha's gradient
         ("packed", "float16"),
+        ("packed_long", "bfloat16"),  # documents, and rows too long for float32
     ],
 )
 def test_case(name, dtype):
