@@ -24,7 +24,7 @@ TOLERANCE = {
 }
 BY_NAME = {case.name: case for case in suite.CASES}
 ALL = os.environ.get("NHA_TPU_SUITE") == "all"
-FLOAT32 = tuple(BY_NAME) if ALL else ("packed",)
+FLOAT32 = tuple(BY_NAME) if ALL else ("packed", "packed_long")
 BFLOAT16 = tuple(BY_NAME) if ALL else ("grouped",)
 
 
