@@ -21,6 +21,7 @@ from pallas_kernels.gpu.kernels import (
     _gate_sums,
     _gates,
     _halves,
+    _inner,
     _landed,
     _level,
     _level_first,
@@ -110,12 +111,6 @@ def _turned(ptr, rows, ok, stride: tl.constexpr, c, s, DH: tl.constexpr, DB: tl.
 def _put_halves(ptr, x1, x2, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr):
     _put(ptr, x1, rows, ok, stride, DH, DB)
     _put(ptr + DH, x2, rows, ok, stride, DH, DB)
-
-
-@triton.jit
-def _inner(a1, a2, b1, b2, PREC: tl.constexpr):
-    """a b^T of rows in halves."""
-    return _mm(a2, tl.trans(b2), _mm0(a1, tl.trans(b1), PREC), PREC)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from pallas_kernels.gpu.kernels import (
     _decayed,
     _exp2,
     _halves,
+    _inner,
     _landed,
     _level_first,
     _levels,
@@ -103,8 +104,7 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
     at = row.to(tl.int64)
     k1, k2 = _halves(kr_ptr + at * (H * D), j, ok, H * D, DH, DB)
     v = _tile(v_ptr + at * (H * V), j, ok, H * V, V, VB)
-    s = _mm0(q1, tl.trans(k1), PREC)
-    s = _mm(q2, tl.trans(k2), s, PREC)
+    s = _inner(q1, q2, k1, k2, PREC)
     if PRE != 1.0:
         s = s * PRE
     if EDGE or HAS_DOC:
@@ -244,11 +244,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             old = qdoc == cur_start
         f1 = _phi(f1, FM)
         f2 = _phi(f2, FM)
-        x = _mm0(f1, tl.trans(_phi(k1, FM)), PREC)
-        x = _mm(f2, tl.trans(_phi(k2, FM)), x, PREC)
-        x = tl.where(causal, x, 0.0).to(GD)
-        y = _mm0(f1.to(GD), tl.trans(s1), PREC)
-        y = _mm(f2.to(GD), tl.trans(s2), y, PREC)
+        x = tl.where(causal, _inner(f1, f2, _phi(k1, FM), _phi(k2, FM), PREC), 0.0).to(GD)
+        y = _inner(f1.to(GD), f2.to(GD), s1, s2, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
         y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC, TD)
@@ -270,10 +267,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
                 dc, ds = _angles(cs, sn, r0, j, jok, DH, DB, ROPE)
                 if ROPE:
                     d1, d2 = _rotate(d1, d2, dc, ds)
-            s = _mm0(q1, tl.trans(p1), PREC)
-            s = _mm(q2, tl.trans(p2), s, PREC)
-            d = _mm0(q1, tl.trans(d1), PREC)
-            d = _mm(q2, tl.trans(d2), d, PREC)
+            s = _inner(q1, q2, p1, p2, PREC)
+            d = _inner(q1, q2, d1, d2, PREC)
             if PRE != 1.0:
                 s = s * PRE
                 d = d * PRE

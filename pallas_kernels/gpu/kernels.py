@@ -391,6 +391,12 @@ def _halves(ptr, rows, ok, stride: tl.constexpr, DH: tl.constexpr, DB: tl.conste
 
 
 @triton.jit
+def _inner(a1, a2, b1, b2, PREC: tl.constexpr):
+    """a b^T of rows in halves."""
+    return _mm(a2, tl.trans(b2), _mm0(a1, tl.trans(b1), PREC), PREC)
+
+
+@triton.jit
 def _angles(cs, sn, row, j, ok, DH: tl.constexpr, DB: tl.constexpr, ROPE: tl.constexpr, AGAIN: tl.constexpr = False):
     """cos and sin of rows row + j (where ok). Pointers stand at row 0."""
     if ROPE:

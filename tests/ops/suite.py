@@ -69,11 +69,7 @@ def _length(documents: tuple[tuple[int, ...], ...]) -> int:
 
 
 PACKED = _packed(7)
-LONG = (
-    (70, 1, 60, -9, 60),
-    (-20, 130, 50),
-    (200,),
-)  # several chunks of 64, of which documents end in some
+LONG = ((70, 1, 60, -9, 60), (-20, 130, 50), (200,))  # documents over several chunks of 64
 CASES = (
     Case("one_token", t=1),
     Case("two_tokens", t=2, heads=4, kv_heads=2),

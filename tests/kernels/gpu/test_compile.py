@@ -20,3 +20,20 @@ def test_compiles(arch, tmp_path):
     print(run.stdout)
     assert run.returncode == 0, run.stderr[-2000:]
     assert f"| {arch} | B | 64 | dslot_kernel |" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "slots", "window"),
+    [(4, 2, 128, 128, 24), (32, 8, 128, 64, 0), (16, 16, 128, 64, 0)],
+)
+def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, window, tmp_path):
+    """Many slots, and float32 states with a committed choice: what did not fit once."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = (
+        "from pallas_kernels import bench; from pallas_kernels.gpu import compile_report as c; "
+        f"shape = bench.Shape({heads}, {kv_heads}, {width}, {slots}); "
+        f"rows = c.report(shape, bench.Spec({window}, {window}, 0.1), 90, only='dq'); "
+        "assert len(rows) == 2; assert max(r.shared for r in rows) <= c.SHARED[90], rows"
+    )
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

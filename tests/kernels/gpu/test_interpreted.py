@@ -20,15 +20,13 @@ CASES = {
     "unaligned": dict(window=9, lag=5, fm="silu"),
     "halo": dict(halo=21, init=True, empty="zero"),
     "strong_gates": dict(gate=40.0),
-    "open_gates": dict(T=20, gates=(-40, -30), tiles=Tiles(16)),
+    "open_gates": dict(T=20, gates=(-40, -30)),
     # twelve steps end a level by their gates as rounded, and just do not by the exact ones
     "edge_of_a_level": dict(T=48, gates=(-7.9995 * math.log(2),) * 2, dtype="bfloat16"),
-    "bfloat16_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16), dtype="bfloat16"),
+    "bfloat16_gqa": dict(HQ=4, H=2, T=35, dtype="bfloat16"),
     "documents": dict(T=50, doc=[0] * 7 + [1] * 11 + [2] * 20 + [3] * 12, window=8, lag=8),
-    "documents_whole": dict(
-        T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1, tiles=Tiles(16)
-    ),
-    "long_window": dict(T=72, window=48, HQ=1, tiles=Tiles(16)),
+    "documents_whole": dict(T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1),
+    "long_window": dict(T=72, window=48, HQ=1),
     "wide_window": dict(T=75, window=41),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
