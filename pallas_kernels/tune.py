@@ -1,10 +1,9 @@
 """Find tile choices on this GPU and write them down: ``python -m pallas_kernels.tune``.
 
 Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
-window 64, the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its
-kernels; whether dslot has the window side too is decided by forward + backward. The best chunk that
-passes the benchmark's check with those launches goes to pallas_kernels/tuned/gpu_<device>.json,
-which the kernels read: nothing is tuned while a model runs.
+the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its kernels. The
+best chunk that passes the benchmark's check with those launches goes to
+pallas_kernels/tuned/gpu_<device>.json, which the kernels read: nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -22,27 +21,29 @@ from unittest import mock
 
 import numpy as np
 
-from pallas_kernels.gpu.tiles import KERNELS, Launch, Tiles
+from pallas_kernels.gpu.tiles import KERNELS, LONG, Launch, Tiles
 from pallas_kernels.gpu.tiles import key as tile_key
 
 FOLDER = Path(__file__).parent / "tuned"
-LENGTH, WINDOW = 8192, 64
+LENGTH = 8192
 STACKED = "output", "dq", "dslot"
 
 
-def candidates(kernel: str, chunk: int, group: int) -> Iterator[Launch]:
+def candidates(kernel: str, chunk: int, group: int, window: int) -> Iterator[Launch]:
     """Worth trying: 4 warps for each 64 rows of a product, as more would compute rows twice."""
     if kernel == "dstate" and group == 1:
         return  # dq does its work
     stacks = [n for n in (1, 2) if group % n == 0] if kernel in STACKED else [1]
+    if kernel == "dwindow" and window >= LONG:
+        stacks = [1, 2]
     stages = {"state": (1,), "dstate": (1, 2)}.get(kernel, (1, 2))
-    for heads, depth in itertools.product(stacks, stages):
-        warps = 4 * max(heads * chunk // 64, 1)
+    for stack, depth in itertools.product(stacks, stages):
+        warps = 4 * max(stack * chunk // 64, 1)
         if warps <= 8:
-            yield Launch(warps, depth, heads)
+            yield Launch(warps, depth, stack)
 
 
-def recorded(shape: Any, tiles: Tiles, kernel: str) -> Any:
+def recorded(shape: Any, window: int, tiles: Tiles, kernel: str) -> Any:
     """The call of one kernel within forward + backward, with its concrete arguments."""
     import jax.numpy as jnp
 
@@ -57,7 +58,7 @@ def recorded(shape: Any, tiles: Tiles, kernel: str) -> Any:
             found.append((fn, args, options))
         return plain(fn, *args, **options)
 
-    spec = bench.Spec(WINDOW, WINDOW, shape.d**-0.5)
+    spec = bench.Spec(window, window, shape.d**-0.5)
     q, k, v, la, do = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
     with mock.patch.object(launch, "call", call):
         _, kept = attention._forward(
@@ -70,7 +71,9 @@ def recorded(shape: Any, tiles: Tiles, kernel: str) -> Any:
     return found[0]
 
 
-def compiled(shape: Any, chunk: int, kernel: str, choices: list[Launch]) -> list[tuple]:
+def compiled(
+    shape: Any, window: int, chunk: int, kernel: str, choices: list[Launch]
+) -> list[tuple]:
     """(choice, the compiled call, its arguments) for each choice that fits the device."""
     import jax
 
@@ -78,7 +81,7 @@ def compiled(shape: Any, chunk: int, kernel: str, choices: list[Launch]) -> list
 
     plain: dict[str, Any] = {k: Launch(8 if chunk > 64 else 4) for k in KERNELS}
     base = Tiles(chunk, **plain | {kernel: choices[0]})
-    fn, args, options = recorded(shape, base, kernel)
+    fn, args, options = recorded(shape, window, base, kernel)
     where = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
     arrays = [args[i] for i in where]
     found = []
@@ -105,20 +108,23 @@ def work(jobs: list[tuple], ready: Any, one: Any, results: Any) -> None:
     ready.wait()
     with one:
         times = [
-            ((job[1], job[2]), bench.milliseconds(f, *arrays, repeat=20), choice)
+            ((job[2], job[3]), bench.milliseconds(f, *arrays, repeat=20), choice)
             for job, found in done
             for choice, f, arrays in found
         ]
     results.put(times)
 
 
-def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> list[tuple]:
+def search(
+    shape: Any, window: int, chunks: list[int], kernels: list[str], workers: int
+) -> list[tuple]:
     """((chunk, kernel), milliseconds, launch) of every candidate."""
     jobs = []
     for chunk, kernel in itertools.product(chunks, kernels):
-        found = list(candidates(kernel, chunk, shape.hq // shape.h))
-        for heads in sorted({c.heads for c in found}):
-            jobs.append((shape, chunk, kernel, [c for c in found if c.heads == heads]))
+        found = list(candidates(kernel, chunk, shape.hq // shape.h, window))
+        for stack in sorted({c.stack for c in found}):
+            some = [c for c in found if c.stack == stack]
+            jobs.append((shape, window, chunk, kernel, some))
     workers = min(workers, len(jobs))
     context = multiprocessing.get_context("spawn")
     ready, one, results = context.Barrier(workers), context.Lock(), context.Queue()
@@ -134,14 +140,14 @@ def search(shape: Any, chunks: list[int], kernels: list[str], workers: int) -> l
     return rows
 
 
-def whole(shape: Any, tiles: Tiles) -> float:
+def whole(shape: Any, window: int, tiles: Tiles) -> float:
     """Milliseconds of forward + backward."""
     import jax
 
     from pallas_kernels import bench
     from pallas_kernels.gpu import attention
 
-    spec = bench.Spec(WINDOW, WINDOW, shape.d**-0.5)
+    spec = bench.Spec(window, window, shape.d**-0.5)
     args = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
     function = bench.with_gradients(bench.ours(spec, LENGTH, shape.d))
     with mock.patch.object(attention, "choose", return_value=tiles):
@@ -156,6 +162,7 @@ def main() -> None:
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--shapes", nargs="+", default=list(bench.SHAPES), choices=list(bench.SHAPES))
+    p.add_argument("--window", type=int, default=64, help=f"from {LONG} on, for all long windows")
     p.add_argument("--chunks", nargs="+", type=int, default=[64])
     p.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     p.add_argument("--workers", type=int, default=10, help="processes that compile side by side")
@@ -167,21 +174,28 @@ def main() -> None:
     for name in a.shapes:
         s = bench.SHAPES[name]
         best: dict[tuple, tuple] = {}
-        for (chunk, kernel), ms, launch in sorted(search(s, a.chunks, a.kernels, a.workers)):
+        for (chunk, kernel), ms, launch in sorted(
+            search(s, a.window, a.chunks, a.kernels, a.workers)
+        ):
             best[chunk, kernel] = min(best.get((chunk, kernel), (ms, launch)), (ms, launch))
             print(name, chunk, kernel, *launch, f"{ms:.3f} ms", flush=True)
         if set(a.kernels) != set(KERNELS):
             continue  # times of some kernels make no choice
-        spec = bench.Spec(WINDOW, WINDOW, s.d**-0.5)
+        spec = bench.Spec(a.window, a.window, s.d**-0.5)
         totals = {c: sum(ms for key, (ms, _) in best.items() if key[0] == c) for c in a.chunks}
         for chunk in sorted(a.chunks, key=totals.__getitem__):
             launches: dict[str, Any] = {k: v[1] for (c, k), v in best.items() if c == chunk}
             choice = Tiles(chunk, **launches)
             with mock.patch.object(attention, "choose", return_value=choice):
                 worst = float(np.max([*bench.check(s, spec)().values()]))  # NaN stays
-            print(name, f"chunk {chunk}: {whole(s, choice):.3f} ms, error {worst:.1e}", flush=True)
+            print(
+                name,
+                f"chunk {chunk}: {whole(s, a.window, choice):.3f} ms, error {worst:.1e}",
+                flush=True,
+            )
             if worst < bench.TOLERANCE:
-                table[tile_key("bfloat16", s.d, s.d, s.m, s.hq // s.h)] = choice.to_json()
+                sizes = s.d, s.d, s.m, s.hq // s.h
+                table[tile_key("bfloat16", *sizes, a.window)] = choice.to_json()
                 break
         else:
             print(f"{name}: no choice passes the check; its entry is left as it was")

@@ -100,7 +100,7 @@ class _Call:
         short = self.T <= SHORT and _room(self.M, self.D, self.V) <= WIDE
         wide = dtype != "bfloat16" or _fine(spec) or short
         sizes = self.D, self.V, self.M, self.HQ // self.H
-        self.tiles = tiles or choose(device_name(), dtype, *sizes, wide)
+        self.tiles = tiles or choose(device_name(), dtype, *sizes, spec.window, wide)
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
         # states and the operands of gate products: float16 lacks the range
@@ -220,7 +220,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, spec.halo, T, v.dtype)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     width, f32 = c.D + c.V, jnp.float32
-    heads = c.heads(c.tiles.output.heads)
+    heads = c.heads(c.tiles.output.stack)
     if c.slots:
         rows = _sds((B * H, NC, M), f32)
         st, dec, total, strong = launch.call(
@@ -282,24 +282,28 @@ def _backward(spec, residuals, cotangents, tiles=None):
         cos is not None and spec.window <= C + 1
     )  # where few programs read a key, each rotates it
     keys = k if cos is None or turn else _rotated(k, cos_, sin_)
-    heads = c.heads(c.tiles.dq.heads)
+    heads = c.heads(c.tiles.dq.stack)
     parts = HQ // H // heads
     alone = c.slots and parts == 1
     demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
     # the heads' share of the gates' gradient waits in that gradient's own memory, if it has the room
     inplace = alone and spec.window > 0 and log_alpha.dtype == f32
     shares = (B, S, H, M) if inplace else (B, T, H * parts, M) if c.slots else (1,)
+    # and so do dl and p, in that of dk and dv
+    share = inplace and HQ == H and min(D, c.V) >= M and c.gate_dtype == v.dtype
+    read = (B, T, HQ, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
     dq, dl, p, side, delta, dst = _both(
         c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
         out=[
-            _sds(q.shape, q.dtype), *[_sds((B, T, HQ, M) if c.slots else (1,), c.gate_dtype)] * 2,
+            _sds(q.shape, q.dtype),
+            *[_sds(x.shape if share else read, c.gate_dtype) for x in (k, v)],
             _sds(shares, f32), _sds((B, T, HQ), f32),
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
         AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
     )  # fmt: skip
     dfirst = None
@@ -316,26 +320,33 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
     if c.slots:
+        none = jnp.zeros((1,), v.dtype)
+        into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {})
         dk, dv, dla = _both(
-            c, kernels.dslot_kernel, q, k, v, do, dl, p, la, strong, total, cross, dst, doc_, cur,
+            c, kernels.dslot_kernel, q, k, v, do, *([none] * 2 if share else [dl, p]), la, strong, total, cross, dst, doc_, cur,
             jnp.zeros((1,), f32) if inplace else side, T, S, halo, NC,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(la.shape, la.dtype)],
-            grid=NC * B * H, **c.tiles.dslot.options, into={2: side} if inplace else None,
+            grid=NC * B * H, **c.tiles.dslot.options, into=into,
             zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
-            HQ=HQ, **c.shape, **c.lag, **c.precision, GB=c.heads(c.tiles.dslot.heads),
-            NSIDE=parts, INPLACE=inplace, **c.pads, **c.half,
+            HQ=HQ, **c.shape, **c.lag, **c.precision, GB=c.heads(c.tiles.dslot.stack),
+            NSIDE=parts, INPLACE=inplace, SHARE=share, **c.pads, **c.half,
         )  # fmt: skip
     if spec.window > 0:
-        tiles_k = -(-S // C)
+        stacked = c.tiles.dwindow.stack
+        tiles_k = -(-S // (stacked * C))
+        queries = q
+        if keys is not k:  # once the larger arrays are no more
+            later, dk = jax.lax.optimization_barrier((q, dk))
+            queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
         dk, dv, filled = launch.call(
-            kernels.dwindow_kernel, q, keys, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
+            kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
             grid=tiles_k * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
-            **c.pads, **c.half,
+            **c.pads, **c.half, KB=stacked,
         )  # fmt: skip
         dla = filled if c.slots else dla
     dk0 = dv0 = None

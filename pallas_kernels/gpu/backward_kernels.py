@@ -16,6 +16,7 @@ from pallas_kernels.gpu.kernels import (
     LOG2E,
     SPAN,
     _angles,
+    _between,
     _chunk,
     _exp2,
     _gate_sums,
@@ -39,7 +40,6 @@ from pallas_kernels.gpu.kernels import (
     _to_end,
     _to_half,
     _visible,
-    _window_mask,
 )
 
 
@@ -117,8 +117,9 @@ def _put_halves(ptr, x1, x2, rows, ok, stride: tl.constexpr, DH: tl.constexpr, D
 def _window_dq(dq1, dq2, q1, q2, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc, r0, tok, j, ahead, S, C: tl.constexpr,
                H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr, WINDOW: tl.constexpr,
                TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
-               MASKED: tl.constexpr):
-    """dq, in halves, and what the key tile `ahead` rows after r0 adds. TURN: its keys are yet to be rotated."""
+               OLD: tl.constexpr, NEW: tl.constexpr):
+    """dq, in halves, and what the key tile `ahead` rows after r0 adds. TURN: its keys are yet to be rotated. OLD, NEW: some
+    of its rows are too old, or newer than the query."""
     sc: tl.constexpr = scale * 1.4426950408889634
     row = (r0 + ahead).to(tl.int64)
     rows = r0 + ahead + j
@@ -127,11 +128,11 @@ def _window_dq(dq1, dq2, q1, q2, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc
     v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
     k1, k2 = _turned(k_ptr + row * (H * D), j, ok, H * D, kc, ks, DH, DB, TURN)
     s = _inner(q1, q2, k1, k2, PREC) * sc
-    if MASKED:
-        kdoc = qdoc
-        if HAS_DOC:
-            kdoc = tl.load(doc + rows, mask=ok, other=0)
-        s = _window_mask(s, (r0 + tok)[:, None], rows[None, :], WINDOW, qdoc[:, None], kdoc[None, :], HAS_DOC)
+    kdoc = qdoc
+    if HAS_DOC:
+        kdoc = tl.load(doc + rows, mask=ok, other=0)
+    query = tok - ahead
+    s = _between(s, j, tl.maximum(query - WINDOW, -1 - r0 - ahead), query, qdoc[:, None], kdoc[None, :], OLD, NEW, HAS_DOC)
     z = _mm0(do, tl.trans(v), PREC)
     s = _exp2(s - lse[:, None])
     ds = (s * (z - delta[:, None]) * scale).to(k1.dtype)
@@ -139,26 +140,27 @@ def _window_dq(dq1, dq2, q1, q2, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc
 
 
 @triton.jit
-def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h, qr, gi, T, halo,
+def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h, qr, gi, T, halo,
                 HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
-                WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                C: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MASKED: tl.constexpr):
-    """dk, in halves, dv and what the queries from row qr of head gi of the group add."""
+                WINDOW: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                C: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, OLD: tl.constexpr, NEW: tl.constexpr):
+    """dk, in halves, dv and what the queries from row qr of head gi of the group add. TURN: they are yet to be rotated. OLD, NEW: some keys are too old
+    for a query, or newer."""
     sc: tl.constexpr = scale * 1.4426950408889634
     t0 = qr - halo
-    live = (t0 + j >= 0) & (t0 + j < T)
+    live = (t0 + i >= 0) & (t0 + i < T)
     rows = (b * T + t0) * HQ + h * G + gi
-    qc, qs = _angles(cs, sn, qr, j, live, DH, DB, ROPE)
-    do = _tile(do_ptr + rows * V, j, live, HQ * V, V, VB)
-    lse = tl.load(lse_ptr + rows + j * HQ, mask=live, other=float("inf"))
-    delta = tl.load(delta_ptr + rows + j * HQ, mask=live, other=0.0)
-    q1, q2 = _turned(q_ptr + rows * D, j, live, HQ * D, qc, qs, DH, DB, ROPE)
+    qc, qs = _angles(cs, sn, qr, i, live, DH, DB, TURN)
+    do = _tile(do_ptr + rows * V, i, live, HQ * V, V, VB)
+    lse = tl.load(lse_ptr + rows + i * HQ, mask=live, other=float("inf"))
+    delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)
+    q1, q2 = _turned(q_ptr + rows * D, i, live, HQ * D, qc, qs, DH, DB, TURN)
     s = _inner(k1, k2, q1, q2, PREC) * sc
-    if MASKED:
-        qdoc = kdoc
-        if HAS_DOC:
-            qdoc = tl.load(doc + qr + j, mask=live, other=0)
-        s = _window_mask(s, (qr + j)[None, :], krow[:, None], WINDOW, qdoc[None, :], kdoc[:, None], HAS_DOC)
+    qdoc = kdoc
+    if HAS_DOC:
+        qdoc = tl.load(doc + qr + i, mask=live, other=0)
+    key = krow - qr
+    s = _between(s, i, key - 1, key + (WINDOW - 1), qdoc[None, :], kdoc[:, None], NEW, OLD, HAS_DOC)
     s = _exp2(s - lse[None, :])
     dv = _mm(s.to(v.dtype), do, dv, PREC)
     z = _mm0(v, tl.trans(do), PREC)
@@ -174,7 +176,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
         SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-        C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr,
+        C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
         AHEAD: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
@@ -221,7 +223,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         if AHEAD:
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-        la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
+        la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG)
         la = la * LOG2E
         f1 = _phi(_landed(f1), FM)
         f2 = _phi(_landed(f2), FM)
@@ -303,8 +305,13 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             a = _mm0(dl_at, tl.trans(b0), GPREC)
             p_0 = p_at
             dl_0 = dl_at
-        _put(p_ptr + first * M, p_at, qrows, live, M, M, MB)
-        _put(dl_ptr + first * M, dl_at, qrows, live, M, M, MB)
+        if SHARE:
+            kb = (b * S + row0) * H + h
+            _put(p_ptr + kb * V, p_at, qrows, live & (row0 + tok >= 0), V, M, MB)
+            _put(dl_ptr + kb * D, dl_at, qrows, live & (row0 + tok >= 0), D, M, MB)
+        else:
+            _put(p_ptr + first * M, p_at, qrows, live, M, M, MB)
+            _put(dl_ptr + first * M, dl_at, qrows, live, M, M, MB)
         stored = t0 + j < T
         if INPLACE:
             part = (b * S + row0) * H + h
@@ -343,16 +350,16 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         krbase = kr_ptr + (b * S * H + h) * D
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
-        CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
+        CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW  # tiles between the first and the last are seen whole
         for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                                      H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
+                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True, not CLEAN)
         if CLEAN:
             for n in range(start + 1, 0):
                 dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                                      H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False)
+                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
-                                      H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True)
+                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
         if ROPE:
             qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE, True)
             dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
@@ -368,13 +375,14 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
               SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr,
+              C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
               AHEAD: tl.constexpr, STRONG: tl.constexpr):
     """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
 
-    INPLACE: the share of step j in the row that it writes, for dslot_kernel to turn into that row's gradient.
+    INPLACE: the share of step j in the row that it writes, for dslot_kernel to turn into that row's gradient. SHARE: p
+    and dl in the same way, in the memory of dv and dk.
 
     lse [B, T, HQ]: base 2, of both sides, +inf for empty rows; push_s, push_w: what the gradients of each side's
     lse take from delta.
@@ -387,7 +395,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, AHEAD, STRONG)
+                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
     else:
         mine = True
         if SLOTS:
@@ -396,7 +404,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
             _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, AHEAD, STRONG)
+                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
 
 
 @triton.jit
@@ -424,7 +432,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
         dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
         p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
         if strong:
-            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
+            la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, r0 - LAG, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, True)
             la *= LOG2E
             # the sums of _gate_sums, so that a row is of one level in all kernels; a product would take registers
             if TD == tl.float32:
@@ -450,14 +458,17 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
 
 
 @triton.jit
-def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, dw_own, bw, g, rest, level, h, b, t0, live, after, now, qrows, T,
+def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, dw_own, bw, g, rest, level, h, b, t0, live, after, now, qrows, T, kb, kok,
                N: tl.constexpr, NB: tl.constexpr, HALVES: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
                M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
-               PREC: tl.constexpr, GPREC: tl.constexpr, STRONG: tl.constexpr):
+               PREC: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr):
     """One level of the pairs inside a chunk, for keys (x, y, pl = k, q, dl), in halves, or values (v, do, p), whole."""
     for gi in range(G // GB):
         rows = (b * T + t0) * HQ + h * G + gi * GB
-        pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
+        if SHARE:
+            pe = _tile(pl_ptr + kb * N, qrows, live & kok, N, M, MB)
+        else:
+            pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
         if HALVES:
             y1, y2 = _halves(y_ptr + rows * N, qrows, live, N, N // 2, NB)
             y2 = _phi(y2, F)
@@ -489,7 +500,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-           NSIDE: tl.constexpr, INPLACE: tl.constexpr, STRONG: tl.constexpr):
+           NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr):
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     TD: tl.constexpr = v_ptr.dtype.element_ty
@@ -502,6 +513,9 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     doc = doc_ptr + b * S
     mm = tl.arange(0, MB)
     kb = (b * S + kr) * H + h
+    if SHARE:  # each is read before its gradient is written, by this program alone
+        dl_ptr = dk_ptr
+        p_ptr = dv_ptr
     lab = la_ptr + (b * S * H + h) * M
     i = tl.arange(0, GB * C)
     tok = i % C
@@ -523,7 +537,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB)
     ds1, ds2 = _halves(dst_ptr + nb, mm, mm < M, D + V, DH, DB)
     through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
-    g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
+    g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, STRONG)
     x1 = _phi(x1, FM)
     x2 = _phi(x2, FM)
     bw = _level_first(g, rest, w, STRONG)[1]
@@ -563,12 +577,12 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
             dx1, dx2, db, db_own = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, db, db, bn, g, rest, n, h, b, t0, live, after, now,
-                                              qrows, T, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+                                              qrows, T, kb, kok, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
             dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
         dx1, dx2, dw, own = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows,
-                                       T, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+                                       T, kb, kok, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
     if FM != "none":
         x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB, True)
         dx1 = _dphi(dx1, x1, FM)
@@ -584,17 +598,17 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
             bn = (inv * w).to(GD)
             db = tl.zeros((C, MB), tl.float32)
             dx, x, db, db_own = _slot_pass(x, x, do_ptr, p_ptr, dx, x, db, db, bn, g, rest, n, h, b, t0, live, after, now, qrows,
-                                           T, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+                                           T, kb, kok, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
             dw += (db + db_own) * inv
             own += db * bn.to(tl.float32)
     else:
         dx, x, dw, own = _slot_pass(x, x, do_ptr, p_ptr, dx, x, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows,
-                                    T, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, STRONG)
+                                    T, kb, kok, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
     _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
-    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG)
     la = la * LOG2E
     if STRONG:
         dw *= _exp2(la)
@@ -620,36 +634,39 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                  WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
-    """Window side of dk, in halves, and dv of a tile of keys. TURN: they are yet to be rotated."""
+                 C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
+    """Window side of dk, in halves, and dv of KB tiles of keys. TURN: the queries are yet to be rotated."""
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
-    CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not HAS_DOC  # whole tiles between the first and the last
-    kr = tile * C
-    j = tl.arange(0, C)
+    CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW  # as in _dq
+    APART: tl.constexpr = CLEAN or D + V <= 128  # the own tile in code of its own: more of it, and more registers
+    kr = tile * (KB * C)
+    j = tl.arange(0, KB * C)
+    i = tl.arange(0, C)
     krow = kr + j
     kok = krow < S
     kb = (b * S + kr) * H + h
-    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, TURN)
+    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    k1, k2 = _turned(k_ptr + kb * D, j, kok, H * D, kc, kn, DH, DB, TURN)
+    k1, k2 = _turned(k_ptr + kb * D, j, kok, H * D, kc, kn, DH, DB, ROPE)
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
-    for it in range(G if CLEAN else G * (NP + 1)):
-        dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
-                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
-                             C, DH, DB, VB, True)
+    if APART:
+        for it in range(G * KB):
+            dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
+                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
+                             C, DH, DB, VB, WINDOW < KB * C, True)
     if CLEAN:
-        for it in range(G, G * NP):
-            dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
-                                 kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
-                                 C, DH, DB, VB, False)
-        for it in range(G):
-            dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, j, b, h,
-                                 kr + NP * C, it, T, halo, HQ, G, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC,
-                                 C, DH, DB, VB, True)
+        for it in range(G * KB, G * NP):
+            dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
+                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
+                             C, DH, DB, VB, False, False)
+    for it in range(G * (KB if NP < KB or not CLEAN else NP) if APART else 0, G * (NP + KB)):
+        dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
+                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
+                             C, DH, DB, VB, True, not APART)
     if ROPE:
         kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
         dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
@@ -663,9 +680,9 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-                 NSIDE: tl.constexpr, INPLACE: tl.constexpr, STRONG: tl.constexpr):
-    """Gradients of the rows that a chunk writes, keys, values and gates: their slot side. INPLACE: dq_kernel left its
-    share where the gates' gradient goes."""
+                 NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr):
+    """Gradients of the rows that a chunk writes, keys, values and gates: their slot side. INPLACE, SHARE: dq_kernel
+    left its share, and dl and p, where the gradients go."""
     if STRONG:
         start = tl.program_id(0) * BATCH
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
@@ -673,12 +690,12 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
                     _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                            side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
-                           VB, MB, NSIDE, INPLACE, STRONG)
+                           VB, MB, NSIDE, INPLACE, SHARE, STRONG)
     else:
         if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
             _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                    side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
-                   VB, MB, NSIDE, INPLACE, STRONG)
+                   VB, MB, NSIDE, INPLACE, SHARE, STRONG)
 
 
 @triton.jit
@@ -687,26 +704,26 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
                    ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                   C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Window side of the gradients of C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
+                   C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """Window side of the gradients of KB C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
     the gates of rows that are not written get the gradient 0."""
     DH: tl.constexpr = D // 2
     pid = tl.program_id(0)
     h = pid % H
     tile = (pid // H) % NK
     b = (pid // H // NK).to(tl.int64)
-    kr = tile * C
-    j = tl.arange(0, C)
+    kr = tile * (KB * C)
+    j = tl.arange(0, KB * C)
     krow = kr + j
     kok = krow < S
     kb = (b * S + kr) * H + h
     cs = cos_ptr + b * rope_batch * DH
     sn = sin_ptr + b * rope_batch * DH
-    dk1 = tl.zeros((C, DB), tl.float32)
-    dk2 = tl.zeros((C, DB), tl.float32)
-    dv = tl.zeros((C, VB), tl.float32)
+    dk1 = tl.zeros((KB * C, DB), tl.float32)
+    dk2 = tl.zeros((KB * C, DB), tl.float32)
+    dv = tl.zeros((KB * C, VB), tl.float32)
     dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
-                                b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, DB, VB, TURN)
+                                b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
@@ -714,6 +731,6 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
         dk1 += a1
         dk2 += a2
         dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
-        _put(dla_ptr + kb * M, tl.zeros((C, MB), tl.float32), j, kok & ~had, H * M, M, MB)
+        _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), j, kok & ~had, H * M, M, MB)
     _put_halves(dk_ptr + kb * D, dk1, dk2, j, kok, H * D, DH, DB)
     _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)

@@ -59,7 +59,7 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
     act = (i < n) & (row0 + i >= 0)
     k = _phi(_tile(k_ptr + (at * H + h) * D, i, act, H * D, D, DB), FM)
     v = _tile(v_ptr + (at * H + h) * V, i, act, H * V, V, VB)
-    g, rest, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD, TD)
+    g, rest, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD, TD, True)
     total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
     decay = _exp2(total)
     keep = decay
@@ -85,9 +85,8 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr,
 
 @triton.jit
 def _before(c, C: tl.constexpr, tok, j, row0, WINDOW: tl.constexpr, qdoc, kdoc, HAS_DOC: tl.constexpr):
-    """Pairs of a query and a key of the tile that starts C rows before the queries'."""
-    reach = tl.where(row0 + j >= 0, j, -WINDOW)
-    keep = reach[None, :] > (tok + (C - WINDOW))[:, None]
+    """Pairs of a query and a key of the tile that starts C rows before the queries', at row0."""
+    keep = j[None, :] > tl.maximum(tok + (C - WINDOW), -1 - row0)[:, None]
     if HAS_DOC:
         keep = keep & (qdoc[:, None] == kdoc[None, :]) & (qdoc != 0)[:, None]
     return keep
@@ -232,7 +231,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             if AHEAD:
                 v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
             f1, f2, k1, k2, s1, s2 = _keys(f1, f2, kbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB)
-        g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD)
+        g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, STRONG)
         levels = _levels(g) if STRONG else 1
         e0, b0 = _level_first(g, rest, w, STRONG)
         b0 = b0.to(GD)
@@ -255,9 +254,10 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             y = tl.where((mm < M)[None, :], y, NINF)
         seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
         m_s = tl.where(seen, tl.max(y, 1) * POST, NINF)
-        y = _exp2(y * POST - tl.where(seen, m_s, float("inf"))[:, None])
-        l_s = tl.sum(y, 1)
-        p = (y * e0).to(GD)  # what reads the state and, through b0, the chunk's own rows
+        if not AHEAD:  # at once: the logits of both sides would not fit the registers
+            y = _exp2(y * POST - tl.where(seen, m_s, float("inf"))[:, None])
+            l_s = tl.sum(y, 1)
+            p = (y * e0).to(GD)
         if TWO:
             kdoc = qdoc
             if HAS_DOC:
@@ -278,40 +278,59 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
                 near = near & (qdoc != 0)[:, None]
             d = tl.where(near, d, NINF)
             m_w = tl.maximum(tl.max(s, 1), tl.max(d, 1)) * POST
-            s = _exp2(s * POST - _safe(m_w)[:, None])
-            d = _exp2(d * POST - _safe(m_w)[:, None])
-            l_w = tl.sum(s, 1) + tl.sum(d, 1)
-        if not AHEAD:
-            v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
         m = tl.maximum(m_s, m_w)
-        fs = _exp2(m_s - _safe(m))
-        fw = _exp2(m_w - _safe(m))
+        fade = 1.0  # of the window's terms
+        fall = 1.0  # of the slots'
+        if TWO:
+            s = _exp2(s * POST - _safe(m)[:, None])
+            d = _exp2(d * POST - _safe(m)[:, None])
+            l_w = tl.sum(s, 1) + tl.sum(d, 1)
+        elif WINDOW > 0:
+            fade = _exp2(m_w - _safe(m))
+        if AHEAD:
+            y = _exp2(y * POST - tl.where(seen, _safe(m), float("inf"))[:, None])
+            l_s = tl.sum(y, 1)
+            p = (y * e0).to(GD)  # what reads the state and, through b0, the chunk's own rows
+            m_s = tl.where(l_s > 0, m, m_s)
+        else:
+            fall = _exp2(m_s - _safe(m))
+            v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
         if STRONG:
             a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC, TD)
         else:
             a = _mm0(p, tl.trans(b0), GPREC)
-        a = tl.where(causal, a, 0.0) * fs[:, None]
+        if not AHEAD:
+            a *= fall[:, None]
+        if TWO and WINDOW <= C:
+            a = tl.where(causal, a, s)  # a row is seen in the window or was written: not both
+        else:
+            a = tl.where(causal, a, 0.0)
+            if TWO:
+                a += s
         if HAS_DOC:
             p = tl.where(old[:, None], p, 0.0)
         slots = _mm0(p, sv, PREC)
+        if not AHEAD:
+            slots *= fall[:, None]
+        if WINDOW > 0 and not TWO:
+            slots += acc * fade[:, None]
+        acc = _mm(a.to(TD), v0, slots, PREC)
         if TWO:
-            acc = _mm((a + s * fw[:, None]).to(TD), v0, slots * fs[:, None], PREC)
-            acc = _mm((d * fw[:, None]).to(TD), v1, acc, PREC)
-        else:
-            slots = slots * fs[:, None]
-            if WINDOW > 0:
-                slots += acc * fw[:, None]
-            acc = _mm(a.to(TD), v0, slots, PREC)
-
-    total = l_s * _exp2(m_s - _safe(m)) + l_w * _exp2(m_w - _safe(m))
+            acc = _mm(d.to(TD), v1, acc, PREC)
+        total = l_s * fall + l_w * fade
+    else:
+        total = l_w
     if HAS_DOC:
         total = tl.where(qdoc == 0, 0.0, total)
     acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
     live = live & mine
     _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
     lse = (b * T + t0) * HQ + h0 + qrows
-    tl.store(lse_s_ptr + lse, tl.where(l_s > 0, (m_s + _log2(l_s)) * LN2, NINF), mask=live)
-    tl.store(lse_w_ptr + lse, tl.where(l_w > 0, (m_w + _log2(l_w)) * LN2, NINF), mask=live)
+    if TWO:
+        m_w = tl.where(l_w > 0, m, m_w)
+    # a side whose terms are all below 2^-126 of the other's has its largest term as its sum
+    tl.store(lse_s_ptr + lse, tl.where(l_s > 0, m_s + _log2(l_s), m_s) * LN2, mask=live)
+    tl.store(lse_w_ptr + lse, tl.where(l_w > 0, m_w + _log2(l_w), m_w) * LN2, mask=live)
 
 
 @triton.jit

@@ -79,11 +79,15 @@ def _top16(x):
 
 @triton.jit
 def _round16(x):
-    """x rounded to what bfloat16 holds, halves up, as bfloat16 and as float32: a conversion for one of them
-    alone takes as long as eight of these instructions."""
-    bits = x.to(tl.int32, bitcast=True) + 32768
-    short = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return short, (bits & -65536).to(tl.float32, bitcast=True)
+    """x rounded to bfloat16, as bfloat16 and as float32. Two numbers at a time: the compiler, which needs them apart,
+    converts one at a time, in 16 cycles."""
+    if INTERPRETED:
+        short = x.to(tl.bfloat16)
+        return short, short.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;", "=r,=r,=r,r,r", [x],
+            dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2)
 
 
 @triton.jit
@@ -170,14 +174,13 @@ def _phi(x, FM: tl.constexpr):
 
 @triton.jit
 def _write_weight(la, FINE: tl.constexpr):
-    """1 - exp(la), without cancellation for gates near 0; to 2^-16 unless FINE."""
+    """1 - exp(la), without cancellation for gates near 0; to 2^-15 unless FINE."""
     if FINE:
         x = tl.maximum(la, -0.25)
         series = x * (-1 + x * (-1 / 2 + x * (-1 / 6 + x * (-1 / 24 + x * (-1 / 120 + x * (-1 / 720))))))
         return tl.where(la > -0.25, series, 1.0 - _exp2(la * LOG2E))
     else:
-        series = la * (-1 + la * (-1 / 2 + la * (-1 / 6)))
-        return tl.where(la > -0.06, series, 1.0 - _exp2(la * LOG2E))
+        return tl.where(la > -0.01, la * (-1 + la * (-1 / 2)), 1.0 - _exp2(la * LOG2E))
 
 
 @triton.jit
@@ -191,11 +194,11 @@ def _stack(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-           HAS_DOC: tl.constexpr, FINE: tl.constexpr):
+           HAS_DOC: tl.constexpr, FINE: tl.constexpr, STRONG: tl.constexpr):
     """Gates of the C steps whose written rows start at row0 and whose queries start at row query0.
 
-    n: how many steps exist. Pointers stand at the row of index 0. Returns the gate (0 where nothing
-    is written), its write weight (0 there), and which steps write.
+    n: how many steps exist. Pointers stand at the row of index 0. STRONG: they may sum to less than -SPAN. Returns
+    the gate (0 where nothing is written), its write weight (0 there), and which steps write.
     """
     i = tl.arange(0, C)
     act = (i < n) & (row0 + i >= 0)
@@ -204,7 +207,8 @@ def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, M
         dr = tl.load(doc_ptr + row0 + i, mask=act, other=0)
         act = act & (dq == dr) & (dq != 0)
     la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB).to(tl.float32)
-    la = tl.maximum(la, -SPAN * LN2)  # nothing older is left after such a step anyway
+    if STRONG:
+        la = tl.maximum(la, -SPAN * LN2)  # nothing older is left after such a step anyway
     return la, _write_weight(la, FINE), act
 
 
@@ -262,9 +266,9 @@ def _levels(g):
 
 @triton.jit
 def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-          HAS_DOC: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr):
+          HAS_DOC: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr, STRONG: tl.constexpr):
     """g, its rest and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
-    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16)
+    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG)
     g, rest = _gate_sums(la * LOG2E, C, GD, TD)
     return g, rest, w
 
@@ -276,7 +280,7 @@ def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.
     """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
     y = _mm(x, b0, y0, PREC) * e0
     if STRONG:
-        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD)
+        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD, STRONG)
         for n in range(1, levels):
             e, b = _level(g, rest, w, n)
             y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
@@ -290,7 +294,7 @@ def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.conste
     """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
     a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
     if STRONG:
-        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD)
+        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD, STRONG)
         for n in range(1, levels):
             e, b = _level(g, rest, w, n)
             a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
@@ -376,12 +380,20 @@ def scan_kernel(x_in, dec_ptr, init_ptr, st_ptr, NC, x_ptr, last_ptr, cross_ptr,
 
 
 @triton.jit
-def _window_mask(s, qrow, krow, WINDOW: tl.constexpr, qdoc, kdoc, HAS_DOC: tl.constexpr):
-    """s [queries, keys] or [keys, queries], with qrow, krow already broadcastable."""
-    keep = (krow <= qrow) & (krow > qrow - WINDOW) & (krow >= 0)
+def _between(s, cols, above, to, qdoc, kdoc, ABOVE: tl.constexpr, TO: tl.constexpr, HAS_DOC: tl.constexpr):
+    """s [rows, cols] with -inf outside of above < cols <= to, bounds of each row that ABOVE and TO turn on, and where
+    documents, broadcastable, differ."""
+    keep = cols[None, :] >= 0
+    if ABOVE:
+        keep = cols[None, :] > above[:, None]
+    if TO:
+        keep = keep & (cols[None, :] <= to[:, None])
     if HAS_DOC:
         keep = keep & (qdoc == kdoc) & (qdoc != 0)
-    return tl.where(keep, s, NINF)
+    if ABOVE or TO or HAS_DOC:
+        return tl.where(keep, s, NINF)
+    else:
+        return s
 
 
 @triton.jit

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 
 class Launch(NamedTuple):
-    """How one kernel runs: warps of a program, pipeline depth of its loops, and, in the kernels
-    that have them, query heads of one kv head that a program stacks."""
+    """How one kernel runs: warps of a program, pipeline depth of its loops, and how many blocks of
+    a chunk's rows a program stacks: query heads of one kv head, in dwindow tiles of keys."""
 
     warps: int = 4
     stages: int = 1
-    heads: int = 1
+    stack: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -24,6 +24,7 @@ class Launch(NamedTuple):
 
 
 PLAIN = Launch()
+LONG = 256  # tokens from which a window has choices of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
         # halves of a head wider than a chunk has rows: Triton then splits products over all warps
         return Tiles(32 if d > 64 else 16, **all_warps)
     if max(d, v) > 64 and m <= 64 and group % 2 == 0:  # more slots do not fit shared memory
-        pair = Launch(warps=8, heads=2)
+        pair = Launch(warps=8, stack=2)
         return Tiles(output=pair, dq=pair)
     return Tiles()
 
@@ -73,14 +74,18 @@ def _table(device: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def key(dtype: str, d: int, v: int, m: int, group: int) -> str:
+def key(dtype: str, d: int, v: int, m: int, group: int, window: int) -> str:
     """What a committed choice is filed under."""
-    return f"{dtype}-d{d}-v{v}-m{m}-g{group}"
+    return f"{dtype}-d{d}-v{v}-m{m}-g{group}" + ("-long" if window >= LONG else "")
 
 
-def choose(device: str, dtype: str, d: int, v: int, m: int, group: int, wide: bool) -> Tiles:
-    """Committed choice for this device and shape, else ``default``. wide: states are float32."""
-    found = _table(device).get(key(dtype, d, v, m, group))
-    if found is not None:
-        return Tiles.from_json(found)
+def choose(
+    device: str, dtype: str, d: int, v: int, m: int, group: int, window: int, wide: bool
+) -> Tiles:
+    """Committed choice for this device, shape and window, that for short windows, or ``default``.
+    wide: states are float32."""
+    for width in (window, 0):
+        found = _table(device).get(key(dtype, d, v, m, group, width))
+        if found is not None:
+            return Tiles.from_json(found)
     return default(d, v, m, group, 4 if wide else 2)

@@ -15,7 +15,7 @@ from pallas_kernels.gpu.tiles import Launch, Tiles
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
 
 CASES = {
-    "stacked_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(heads=2)] * 6)),
+    "stacked_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(stack=2)] * 6)),
     "slots_only": dict(window=0, lag=0, init=True),
     "unaligned": dict(window=9, lag=5, fm="silu"),
     "halo": dict(halo=21, init=True, empty="zero"),
@@ -28,6 +28,9 @@ CASES = {
     "documents_whole": dict(T=60, doc=[0] * 3 + [1] * 27 + [2] * 23 + [3] * 7, HQ=1),
     "long_window": dict(T=72, window=48, HQ=1),
     "wide_window": dict(T=75, window=41),
+    "stacked_long": dict(T=75, window=48, tiles=Tiles(16, *[Launch(stack=2)] * 6)),
+    "stacked_wide": dict(T=75, window=41, tiles=Tiles(16, *[Launch(stack=2)] * 6)),
+    "wide_heads": dict(T=40, D=96, V=64),
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
