@@ -29,6 +29,7 @@ class Config:
 
     warpgroups: int = 1  # of a block, one block per multiprocessor
     processors: int = 132  # multiprocessors to fill
+    roomy: bool = True  # where shared memory allows: loads a whole chunk ahead, results in buffers of their own
     interpret: bool = False
 
 
@@ -86,8 +87,7 @@ def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def weight(x: jax.Array) -> jax.Array:
     """1 - 2^x for x <= 0, to 2^-16 (as kernels._write_weight)."""
-    series = x * (-LN2 + x * (-(LN2**2) / 2 + x * (-(LN2**3) / 6)))
-    return jnp.where(x > -0.06 * LOG2E, series, 1.0 - jnp.exp2(x))
+    return jnp.where(x > -0.01 * LOG2E, x * (-LN2 + x * (-(LN2**2) / 2)), 1.0 - jnp.exp2(x))
 
 
 def causal() -> jax.Array:
@@ -109,6 +109,26 @@ def sync(cfg: Config) -> None:
             utils.warpgroup_barrier()
 
         barrier()
+
+
+def opaque_zero(cfg: Config) -> Any:
+    """0 that LLVM takes for unknown and ptxas knows: addresses are worked out where they are used, of constants."""
+    if cfg.interpret:
+        return 0
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+    )
+    def zero(_):
+        from jax.experimental.mosaic.gpu import FragmentedArray
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        x = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+        return FragmentedArray.splat(x, (), is_signed=True)
+
+    return zero()
 
 
 def mm(cfg: Config, acc: Any, a: Any, b: Any, stage: Any) -> None:

@@ -14,6 +14,9 @@ of the chunk itself on it and below, so that both are one tile.
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -39,6 +42,7 @@ from pallas_kernels.gpu.mosaic_common import (
     load,
     load_row,
     mm,
+    opaque_zero,
     short,
     split,
     sync,
@@ -77,20 +81,50 @@ def dq(
     chunks = length // C
     post = scale * LOG2E
     wgs = cfg.warpgroups
+    roomy = cfg.roomy and parts == 1 and wgs == 1
     runs, steps = split(batch * heads, chunks, cfg.processors * wgs)
     total_runs = batch * heads * runs
     ragged = chunks % steps != 0 or total_runs % wgs != 0
     acc_c, acc_d = plgpu.ACC((C, C), F32), plgpu.ACC((C, width), F32)
 
+    def tile(*shape, dtype=BF16):
+        return tiled((wgs, *shape), dtype)
+
+    q_tile = tile(2, C, width) if roomy else tile(C, width)
+    angle = tile(2, C, half, dtype=F16) if roomy else tile(C, half, dtype=F16)
+    buffers = {
+        "la": tile(C, C, dtype=F32), "q": q_tile, "do": q_tile, "o": tile(parts, C, C), "k": tile(2, C, width),
+        "kr": tile(2, C, width), "v": tile(2, C, width), "sk": tile(C, width), "sv": tile(C, width),
+        "cos": angle, "sin": angle,
+    }  # fmt: skip
+    if roomy:
+        buffers |= {"side": buffers["la"], "dk": tile(C, width), "dv": tile(C, width)}
+    if parts == 1:
+        buffers["pd"] = tile(2, C, C)
+    if cfg.interpret:
+        buffers["stage"] = tile(C, width)
+    arrivals = {"start": 4, "la": 1, "key": 3, "in": 4 + parts, "v": 1}  # copies that a barrier waits for
+
     def body(q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, o_ref, do_ref, lse_ref, push_s_ref, push_w_ref, ones_ref,
-             zero_ref, dq_ref, dl_ref, p_ref, side_ref, delta_ref, dst_ref, ones, ones_bar, end_bar, union, *rest):  # fmt: skip
-        wg = lax.axis_index("wg")
+             dq_ref, dl_ref, p_ref, side_ref, delta_ref, dst_ref, ones, ones_bar, end_bar, union, *rest):  # fmt: skip
+        wg = 0 if wgs == 1 else lax.axis_index("wg")
         run = lax.axis_index("block") * wgs + wg
-        everything = *union, *rest
-        (sums_s, b0_s, la_s, q_s, do_s, o_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s,
-         start_bar, la_bar, key_bar, in_bar, v_bar, *more_s) = (x.at[wg] for x in everything)  # fmt: skip
-        pd_s = o_s if parts == 2 else more_s.pop(0)
-        stage = more_s[0] if more_s else None
+        refs = dict(zip(buffers, rest, strict=False), sums=union[0], b0=union[1])
+        bars = {name: x.at[wg] for name, x in zip(arrivals, rest[len(buffers) :], strict=True)}
+
+        def of(wg) -> SimpleNamespace:
+            """Buffers of a warpgroup."""
+            x = {name: ref.at[wg] for name, ref in refs.items()}
+            if not roomy:
+                x |= {"side": x["la"], "dk": x["sk"], "dv": x["sv"]}
+            if parts == 2:
+                x["pd"] = x["o"]
+            return SimpleNamespace(**x)
+
+        def turn(ref, n):
+            """The buffer of chunks n, n + 2, ... of a run, where there are two."""
+            return ref.at[n] if roomy else ref
+
         row = lax.rem(run, batch * heads)  # neighbours read the heads of one place
         b, h = lax.div(row, heads), lax.rem(row, heads)
         first = lax.div(run, batch * heads) * steps
@@ -102,80 +136,83 @@ def dq(
             return pl.ds(pl.multiple_of(jnp.maximum(c, 0) * C, C), C)
 
         def load_rows(ref, c, dst, bar, on=None) -> None:
-            copy_in(cfg, ref.at[b, tokens(c), h], dst, bar, on)
+            copy_in(cfg, ref.at[b, tokens(c), h], dst, bars[bar], on)
 
-        def load_o(c, on=None) -> None:
-            for i in range(parts):
-                copy_in(cfg, o_ref.at[b, tokens(c), h, pl.ds(i * C, C)], o_s.at[i], in_bar, on)
+        def load_o(c, s, on=None) -> None:
+            for n in range(parts):
+                src = o_ref.at[b, tokens(c), h, pl.ds(n * C, C)]
+                copy_in(cfg, src, s.o.at[n], bars["in"], on)
 
-        def load_state(c, on=None) -> None:
-            for part, dst in enumerate((sk_s, sv_s)):
-                copy_in(cfg, st_ref.at[row, c, :, pl.ds(part * width, width)], dst, in_bar, on)
+        def load_state(c, part, dst, on=None) -> None:
+            src = st_ref.at[row, c, :, pl.ds(part * width, width)]
+            copy_in(cfg, src, dst, bars["in"], on)
 
-        def load_angles(c, bar, on=None) -> None:
-            copy_in(cfg, cos_ref.at[tokens(c)], cos_s, bar, on)
-            copy_in(cfg, sin_ref.at[tokens(c)], sin_s, bar, on)
+        def load_angles(c, s, n, bar, on=None) -> None:
+            copy_in(cfg, cos_ref.at[tokens(c)], turn(s.cos, n), bars[bar], on)
+            copy_in(cfg, sin_ref.at[tokens(c)], turn(s.sin, n), bars[bar], on)
 
-        def angles():
-            return load(cos_s).astype(F32), load(sin_s).astype(F32)
-
-        def product(acc, a, b) -> None:
-            mm(cfg, acc, a, b, stage)
+        def angles(s, n):
+            return load(turn(s.cos, n)).astype(F32), load(turn(s.sin, n)).astype(F32)
 
         def step(i, _) -> None:
-            nonlocal sums_s, b0_s, la_s, q_s, do_s, o_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, pd_s
-            # addresses worked out in each step rather than held in registers
-            at = wg + zero_ref[0]
-            sums_s, b0_s, la_s, q_s, do_s, o_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s = (
-                x.at[at] for x in everything[:13]
-            )
-            pd_s = o_s if parts == 2 else everything[18].at[at]
-            dl_s, p_s = pd_s.at[0], pd_s.at[1]
+            s = of(wg + opaque_zero(cfg))  # addresses are not to be held in registers
             c = first + i
             own = lax.rem(i, 2)
             old = 1 - own
             more = i + 1 < count
-            here = b, tokens(c), h
+            here, written = (b, tokens(c), h), (b, tokens(c - 1), h)
+            q_s, do_s, dl_s, p_s = turn(s.q, own), turn(s.do, own), s.pd.at[0], s.pd.at[1]
+            k_old, kr_old, v_old = s.k.at[old], s.kr.at[old], s.v.at[old]
+            kr_own = s.kr.at[own]
+
+            def product(acc, a, b) -> None:
+                mm(cfg, acc, a, b, s.stage if cfg.interpret else None)
+
             lse = load_row(lse_ref.at[here])
             push_s, push_w = load_row(push_s_ref.at[here]), load_row(push_w_ref.at[here])
 
             # gates, base 2; those of chunk 0 are 0
-            plgpu.barrier_wait(la_bar)
-            gate = jnp.maximum(load(la_s), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
-            sums_s[...] = gate.astype(F16)
+            plgpu.barrier_wait(bars["la"])
+            gate = jnp.maximum(load(s.la), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
+            s.sums[...] = gate.astype(F16)
             plgpu.commit_smem()
+            if roomy:
+                load_rows(la_ref, c, s.la, "la", more)
+                load_rows(q_ref, c + 1, turn(s.q, old), "in", more)
+                load_rows(do_ref, c + 1, turn(s.do, old), "in", more)
+                load_angles(c + 1, s, old, "key", more)
 
             def sums(acc):
-                plgpu.wgmma(acc, ones, sums_s)
+                plgpu.wgmma(acc, ones, s.sums)
                 w = weight(gate)
                 g = landed(acc)
                 sync(cfg)  # b0 takes the place of the sums' operand
-                b0_s[...] = (jnp.exp2(-g) * w).astype(BF16)
+                s.b0[...] = (jnp.exp2(-g) * w).astype(BF16)
                 return jnp.exp2(g)
 
             e0 = pl.run_scoped(sums, acc_c)
 
-            plgpu.barrier_wait(key_bar)
+            plgpu.barrier_wait(bars["key"])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dq of the chunk before has left
-            kr_s.at[own][...] = turned(load(k_s.at[own]), *angles()).astype(BF16)
+            kr_own[...] = turned(load(s.k.at[own]), *angles(s, own)).astype(BF16)
             plgpu.commit_smem()
 
-            plgpu.barrier_wait(in_bar)
+            plgpu.barrier_wait(bars["in"])
 
             # the slots' side
             def logits(xk, xv, y, z):
-                plgpu.wgmma(xk, q_s, k_s.at[old].T)
-                plgpu.wgmma(xv, do_s, v_s.at[old].T)
-                plgpu.wgmma(y, q_s, sk_s.T)
-                plgpu.wgmma(z, do_s, sv_s.T)
-                delta = sum(
-                    jnp.sum(load(o_s.at[n]).astype(F32) * load(do_s.at[:, pl.ds(n * C, C)]).astype(F32), 1)
-                    for n in range(parts)
-                )  # fmt: skip
+                plgpu.wgmma(xk, q_s, k_old.T)
+                plgpu.wgmma(xv, do_s, v_old.T)
+                plgpu.wgmma(y, q_s, s.sk.T)
+                plgpu.wgmma(z, do_s, s.sv.T)
+                delta = 0.0
+                for n in range(parts):
+                    x = load(s.o.at[n]).astype(F32)
+                    delta += jnp.sum(x * load(do_s.at[:, pl.ds(n * C, C)]).astype(F32), 1)
                 x = short(jnp.where(causal(), landed(xk, 3), 0.0))
-                product(y, x, b0_s)
+                product(y, x, s.b0)
                 x = short(jnp.where(causal(), landed(xv, 3), 0.0))
-                product(z, x, b0_s)
+                product(z, x, s.b0)
                 return landed(y, 1), landed(z), delta
 
             y, z, delta = pl.run_scoped(logits, acc_c, acc_c, acc_c, acc_c)
@@ -186,25 +223,27 @@ def dq(
             dl = p * (z * e0 - full(delta - push_s)) * scale
             p, dl = lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
             sync(cfg)  # o and the gates have been read
+            if roomy:
+                load_o(c + 1, s, more)
+                load_state(c + 1, 1, s.sv, more)
             dl_s[...] = dl
             p_s[...] = p
-            la_s[...] = dl.astype(F32) * y + p.astype(F32) * z
+            s.side[...] = dl.astype(F32) * y + p.astype(F32) * z
             plgpu.commit_smem()
-            written = b, tokens(c - 1), h
             copy_out(cfg, dl_s, dl_ref.at[*written, pl.ds(0, C)], c > 0)
             copy_out(cfg, p_s, p_ref.at[*written, pl.ds(0, C)], c > 0)
-            copy_out(cfg, la_s, side_ref.at[written], c > 0)
+            copy_out(cfg, s.side, side_ref.at[written], c > 0)
 
             def slots(dq_acc):
                 def demand_v(a_acc, dv_acc):
-                    product(a_acc, dl, b0_s.T)
-                    product(dq_acc, dl, sk_s)
+                    product(a_acc, dl, s.b0.T)
+                    product(dq_acc, dl, s.sk)
                     plgpu.wgmma(dv_acc, p_s.T, do_s)
                     a = short(jnp.where(causal(), landed(a_acc, 2), 0.0))
-                    product(dq_acc, a, k_s.at[old])
+                    product(dq_acc, a, k_old)
                     x = landed(dv_acc, 1).astype(BF16)
                     sync(cfg)
-                    sv_s[...] = x
+                    s.dv[...] = x
 
                 pl.run_scoped(demand_v, acc_c, acc_d)
 
@@ -212,13 +251,16 @@ def dq(
                     plgpu.wgmma(dk_acc, dl_s.T, q_s)
                     x = landed(dk_acc).astype(BF16)
                     sync(cfg)
-                    sk_s[...] = x
+                    s.dk[...] = x
 
                 pl.run_scoped(demand_k, acc_d)
                 plgpu.commit_smem()
-                for part, src in enumerate((sk_s, sv_s)):
-                    copy_out(cfg, src, dst_ref.at[row, c, :, pl.ds(part * width, width)])
-                load_rows(k_ref, c + 1, k_s.at[old], key_bar, more)
+                for part, src in enumerate((s.dk, s.dv)):
+                    dst = dst_ref.at[row, c, :, pl.ds(part * width, width)]
+                    copy_out(cfg, src, dst)
+                load_rows(k_ref, c + 1, k_old, "key", more)
+                if roomy:
+                    load_state(c + 1, 0, s.sk, more)
                 return landed(dq_acc)
 
             dq_slots = pl.run_scoped(slots, acc_d)
@@ -226,72 +268,82 @@ def dq(
             # the window's side
             def window(s_acc, d_acc):
                 if not cfg.interpret:  # chunk 0 does not see the rows before it
-                    s_acc[...] = plgpu.layout_cast(
-                        jnp.full((C, C), jnp.where(c == 0, NINF, 0.0), F32), TILE
-                    )
-                x = turned(load(q_s), *angles()).astype(BF16)
-                product(s_acc, x, kr_s.at[old].T)
-                product(d_acc, x, kr_s.at[own].T)
+                    bias = jnp.full((C, C), jnp.where(c == 0, NINF, 0.0), F32)
+                    s_acc[...] = plgpu.layout_cast(bias, TILE)
+                x = turned(load(q_s), *angles(s, own)).astype(BF16)
+                product(s_acc, x, kr_old.T)
+                product(d_acc, x, kr_own.T)
                 d = landed(d_acc)
-                s = landed(s_acc)
+                x = landed(s_acc)
                 if cfg.interpret:
-                    s = s + jnp.where(c == 0, NINF, 0.0)
-                return jnp.where(causal(), d, s)
+                    x = x + jnp.where(c == 0, NINF, 0.0)
+                return jnp.where(causal(), d, x)
 
             near = pl.run_scoped(window, acc_c, acc_c)
 
             def values(s_acc, d_acc):
-                plgpu.barrier_wait(v_bar)
-                plgpu.wgmma(s_acc, do_s, v_s.at[old].T)
-                plgpu.wgmma(d_acc, do_s, v_s.at[own].T)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier, too: q has been read
-                load_rows(la_ref, c, la_s, la_bar, more)
-                load_state(c + 1, more)
-                load_rows(q_ref, c + 1, q_s, in_bar, more)
-                load_o(c + 1, more)
-                p = jnp.exp2(near * post - full(lse)) * scale
+                plgpu.barrier_wait(bars["v"])
+                plgpu.wgmma(s_acc, do_s, v_old.T)
+                plgpu.wgmma(d_acc, do_s, s.v.at[own].T)
+                if not roomy:
+                    # a barrier, too: q has been read
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    load_rows(la_ref, c, s.la, "la", more)
+                    load_state(c + 1, 0, s.sk, more)
+                    load_state(c + 1, 1, s.sv, more)
+                    load_rows(q_ref, c + 1, s.q, "in", more)
+                    load_o(c + 1, s, more)
+                p = jnp.exp2(near * post - full(lse - math.log2(scale)))  # times the scale
                 d = landed(d_acc)
-                s = landed(s_acc)
-                ds = p * (jnp.where(causal(), d, s) - full(delta_w))
+                x = landed(s_acc)
+                ds = p * (jnp.where(causal(), d, x) - full(delta_w))
                 return short(jnp.where(causal(), 0.0, ds)), short(jnp.where(causal(), ds, 0.0))
 
             before, after = pl.run_scoped(values, acc_c, acc_c)
             sync(cfg)
-            load_rows(do_ref, c + 1, do_s, in_bar, more)
-            load_rows(v_ref, c + 1, v_s.at[old], v_bar, more)
+            if not roomy:
+                load_rows(do_ref, c + 1, s.do, "in", more)
+            load_rows(v_ref, c + 1, v_old, "v", more)
 
             def keys(acc):
-                product(acc, before, kr_s.at[old])
-                product(acc, after, kr_s.at[own])
-                cos, sin = angles()
+                product(acc, before, kr_old)
+                product(acc, after, kr_own)
+                cos, sin = angles(s, own)
                 return dq_slots + turned(landed(acc), cos, -sin)
 
             x = pl.run_scoped(keys, acc_d).astype(BF16)
             sync(cfg)  # the angles and the older keys have been read
-            load_angles(c + 1, key_bar, more)
-            kr_s.at[old][...] = x
+            if not roomy:
+                load_angles(c + 1, s, old, "key", more)
+            kr_old[...] = x
             plgpu.commit_smem()
-            copy_out(cfg, kr_s.at[old], dq_ref.at[here])
+            copy_out(cfg, kr_old, dq_ref.at[here])
 
-        @pl.when(wg == 0)
-        def _():
+        def load_ones() -> None:
             plgpu.copy_gmem_to_smem(ones_ref, ones, ones_bar)
 
+        if wgs == 1:
+            load_ones()
+        else:
+            pl.when(wg == 0)(load_ones)
+
         def walk() -> None:
-            load_rows(k_ref, first - 1, k_s.at[1], start_bar)
-            load_rows(v_ref, first - 1, v_s.at[1], start_bar)
-            load_angles(first - 1, start_bar)
-            load_rows(la_ref, first - 1, la_s, la_bar)
-            load_rows(k_ref, first, k_s.at[0], key_bar)
-            load_rows(q_ref, first, q_s, in_bar)
-            load_rows(do_ref, first, do_s, in_bar)
-            load_state(first)
-            load_o(first)
-            load_rows(v_ref, first, v_s.at[0], v_bar)
-            plgpu.barrier_wait(start_bar)
-            kr_s.at[1][...] = turned(load(k_s.at[1]), *angles()).astype(BF16)
+            s = of(wg)
+            load_rows(k_ref, first - 1, s.k.at[1], "start")
+            load_rows(v_ref, first - 1, s.v.at[1], "start")
+            load_angles(first - 1, s, 1, "start")
+            load_rows(la_ref, first - 1, s.la, "la")
+            load_rows(k_ref, first, s.k.at[0], "key")
+            load_rows(q_ref, first, turn(s.q, 0), "in")
+            load_rows(do_ref, first, turn(s.do, 0), "in")
+            load_state(first, 0, s.sk)
+            load_state(first, 1, s.sv)
+            load_o(first, s)
+            load_rows(v_ref, first, s.v.at[0], "v")
+            plgpu.barrier_wait(bars["start"])
+            s.kr.at[1][...] = turned(load(s.k.at[1]), *angles(s, 1)).astype(BF16)
             plgpu.commit_smem()
-            load_angles(first, key_bar)
+            load_angles(first, s, 0, "key")
             plgpu.barrier_wait(ones_bar)
             lax.fori_loop(0, count, step, None)
             plgpu.wait_smem_to_gmem(0)
@@ -304,24 +356,11 @@ def dq(
         plgpu.barrier_arrive(end_bar)
         plgpu.barrier_wait(end_bar)
 
-    def buffer(*shape, dtype=BF16):
-        return tiled((wgs, *shape), dtype)
-
-    def barrier(arrivals: int):
-        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=wgs)
-
-    tile, two = buffer(C, width), buffer(2, C, width)
-    angle = buffer(C, half, dtype=F16)
     scratch = (
         tiled((C, C), F16), plgpu.Barrier(num_arrivals=1), plgpu.Barrier(num_arrivals=wgs),
-        plgpu.RefUnion(buffer(C, C, dtype=F16), buffer(C, C)), buffer(C, C, dtype=F32),
-        tile, tile, buffer(parts, C, C), two, two, two, tile, tile, angle, angle,
-        barrier(4), barrier(1), barrier(3), barrier(4 + parts), barrier(1),
+        plgpu.RefUnion(tile(C, C, dtype=F16), tile(C, C)), *buffers.values(),
+        *[plgpu.Barrier(num_arrivals=n, num_barriers=wgs) for n in arrivals.values()],
     )  # fmt: skip
-    if parts == 1:
-        scratch += (buffer(2, C, C),)
-    if cfg.interpret:
-        scratch += (tile,)
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -344,7 +383,6 @@ def dq(
         kernel_name="nha_dq",
     )
     ones = jnp.tril(jnp.ones((C, C), F16))
-    zero = jnp.zeros((1,), jnp.int32)
     return tuple(
-        kernel(q, k, v, log_alpha, st, cos, sin, o, do, lse, push_s, push_w, ones, zero)
+        kernel(q, k, v, log_alpha, st, cos, sin, o, do, lse, push_s, push_w, ones)
     )
