@@ -82,6 +82,16 @@ def device_name() -> str:
     return kind.replace(" ", "-")
 
 
+@functools.cache
+def _mosaic() -> Any:
+    """How this device runs the Pallas Mosaic GPU kernels (mosaic_common.Config), or None where it does not."""
+    if device_name() not in ("h100", "h200") or jax.__version_info__ < (0, 11):
+        return None
+    from pallas_kernels.gpu import mosaic_common
+
+    return mosaic_common.Config(processors=getattr(jax.devices()[0], "core_count", 132))
+
+
 class _Call:
     """Shapes, constants and tile choices of one call."""
 
@@ -136,6 +146,20 @@ class _Call:
         memory of a multiprocessor, or one of 8."""
         return warps >= 8 or self.D + self.V <= 128
 
+    def two(self) -> bool:
+        """Whether window, lag and chunk are one: the case of the Mosaic GPU kernels, which know neither documents
+        nor a state before the call."""
+        spec = self.spec
+        return (
+            spec.window == spec.slot_lag == self.C == 64
+            and spec.halo == 0
+            and spec.feature_map == "none"
+            and spec.empty_slots == "masked"
+            and self.flags["ROPE"]
+            and self.rope_batch == 0
+            and not (self.init or self.lag["HAS_DOC"] or self.flags["HAS_VIS"])
+        )
+
     def heads(self, wanted: int) -> int:
         """Query heads to stack: as many as wanted where the group allows."""
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
@@ -164,18 +188,22 @@ def _optional(cos, sin, doc, visible0, halo, T, dtype):
     )
 
 
-def _both(call: _Call, kernel, *args, out, grid, into=None, **constants):
+def _both(call: _Call, kernel, *args, out, grid, into=None, common=None, **constants):
     """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs.
 
-    ``into`` holds the arrays that outputs, by position, are written over."""
+    ``into`` holds the arrays that outputs, by position, are written over; ``common`` are the outputs where another
+    kernel has done the chunks of ordinary gates."""
     from pallas_kernels.gpu.kernels import BATCH
 
     args, into = (*args, grid), into or {}
-    held = [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
-    held = launch.call(
-        kernel, *args, *held, out=out, grid=grid, STRONG=False,
-        aliases={len(args) + i: i for i in into}, **constants,
-    )  # fmt: skip
+    if common is None:
+        held = [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
+        held = launch.call(
+            kernel, *args, *held, out=out, grid=grid, STRONG=False,
+            aliases={len(args) + i: i for i in into}, **constants,
+        )  # fmt: skip
+    else:
+        held = common
     if not call.slots:
         return held
     return launch.call(
@@ -293,6 +321,14 @@ def _backward(spec, residuals, cotangents, tiles=None):
     share = inplace and HQ == H and min(D, c.V) >= M and c.gate_dtype == v.dtype
     read = (B, T, HQ, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
+    common = None
+    if share and turn and c.two() and (mosaic := _mosaic()) is not None:
+        from pallas_kernels.gpu import mosaic_dq
+
+        if mosaic_dq.supports(q, k, v, log_alpha) is None:
+            common = mosaic_dq.dq(
+                q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, float(spec.scale), mosaic
+            )
     dq, dl, p, side, delta, dst = _both(
         c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
@@ -302,7 +338,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             _sds(shares, f32), _sds((B, T, HQ), f32),
             demand if alone else _sds((1,), c.gate_dtype),
         ],
-        grid=NC * B * (HQ // heads), **c.tiles.dq.options,
+        grid=NC * B * (HQ // heads), common=common, **c.tiles.dq.options,
         HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
         AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
     )  # fmt: skip
