@@ -141,6 +141,7 @@ def variants():
         yield Config(interpret=True, processors=2)
     else:
         yield Config()
+        yield Config(roomy=False)
 
 
 def exact(d):

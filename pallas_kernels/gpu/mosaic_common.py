@@ -85,6 +85,13 @@ def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
 
 
+def turned_back(x: jax.Array, cos: jax.Array, sin: jax.Array, more: jax.Array) -> jax.Array:
+    """more and rows x [C, D] with RoPE undone, float32."""
+    half = x.shape[1] // 2
+    a, b = x[:, :half], x[:, half:]
+    return jnp.concatenate([more[:, :half] + a * cos + b * sin, more[:, half:] + b * cos - a * sin], 1)
+
+
 def weight(x: jax.Array) -> jax.Array:
     """1 - 2^x for x <= 0, to 2^-16 (as kernels._write_weight)."""
     return jnp.where(x > -0.01 * LOG2E, x * (-LN2 + x * (-(LN2**2) / 2)), 1.0 - jnp.exp2(x))

@@ -43,13 +43,16 @@ from pallas_kernels.gpu.mosaic_common import (
     load_row,
     mm,
     opaque_zero,
-    short,
     split,
     sync,
     tiled,
     turned,
+    turned_back,
     weight,
 )
+
+
+BITS = 7.0  # 2^-BITS in bfloat16 has the bits of 1 in float16
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array) -> str | None:
@@ -154,6 +157,10 @@ def dq(
         def angles(s, n):
             return load(turn(s.cos, n)).astype(F32), load(turn(s.sin, n)).astype(F32)
 
+        def tril() -> jax.Array:
+            """The mask row >= column, in bfloat16 and times 2^-BITS: the bits of float16's 1."""
+            return lax.bitcast_convert_type(load(ones), BF16)
+
         def step(i, _) -> None:
             s = of(wg + opaque_zero(cfg))  # addresses are not to be held in registers
             c = first + i
@@ -187,7 +194,7 @@ def dq(
                 w = weight(gate)
                 g = landed(acc)
                 sync(cfg)  # b0 takes the place of the sums' operand
-                s.b0[...] = (jnp.exp2(-g) * w).astype(BF16)
+                s.b0[...] = (jnp.exp2(BITS - g) * w).astype(BF16)
                 return jnp.exp2(g)
 
             e0 = pl.run_scoped(sums, acc_c)
@@ -209,9 +216,9 @@ def dq(
                 for n in range(parts):
                     x = load(s.o.at[n]).astype(F32)
                     delta += jnp.sum(x * load(do_s.at[:, pl.ds(n * C, C)]).astype(F32), 1)
-                x = short(jnp.where(causal(), landed(xk, 3), 0.0))
+                x = landed(xk, 3).astype(BF16) * tril()
                 product(y, x, s.b0)
-                x = short(jnp.where(causal(), landed(xv, 3), 0.0))
+                x = landed(xv, 3).astype(BF16) * tril()
                 product(z, x, s.b0)
                 return landed(y, 1), landed(z), delta
 
@@ -239,7 +246,7 @@ def dq(
                     product(a_acc, dl, s.b0.T)
                     product(dq_acc, dl, s.sk)
                     plgpu.wgmma(dv_acc, p_s.T, do_s)
-                    a = short(jnp.where(causal(), landed(a_acc, 2), 0.0))
+                    a = landed(a_acc, 2).astype(BF16) * tril()
                     product(dq_acc, a, k_old)
                     x = landed(dv_acc, 1).astype(BF16)
                     sync(cfg)
@@ -293,11 +300,13 @@ def dq(
                     load_state(c + 1, 1, s.sv, more)
                     load_rows(q_ref, c + 1, s.q, "in", more)
                     load_o(c + 1, s, more)
-                p = jnp.exp2(near * post - full(lse - math.log2(scale)))  # times the scale
+                p = jnp.exp2(near * post - full(lse - (math.log2(scale) + BITS)))  # times scale 2^BITS
                 d = landed(d_acc)
                 x = landed(s_acc)
                 ds = p * (jnp.where(causal(), d, x) - full(delta_w))
-                return short(jnp.where(causal(), 0.0, ds)), short(jnp.where(causal(), ds, 0.0))
+                ds = ds.astype(BF16)
+                after = ds * tril()
+                return ds * jnp.asarray(2.0**-BITS, BF16) - after, after
 
             before, after = pl.run_scoped(values, acc_c, acc_c)
             sync(cfg)
@@ -308,8 +317,7 @@ def dq(
             def keys(acc):
                 product(acc, before, kr_old)
                 product(acc, after, kr_own)
-                cos, sin = angles(s, own)
-                return dq_slots + turned(landed(acc), cos, -sin)
+                return turned_back(landed(acc), *angles(s, own), dq_slots)
 
             x = pl.run_scoped(keys, acc_d).astype(BF16)
             sync(cfg)  # the angles and the older keys have been read
