@@ -185,9 +185,6 @@ def dq(
             plgpu.commit_smem()
             if roomy:
                 load_rows(la_ref, c, s.la, "la", more)
-                load_rows(q_ref, c + 1, turn(s.q, old), "in", more)
-                load_rows(do_ref, c + 1, turn(s.do, old), "in", more)
-                load_angles(c + 1, s, old, "key", more)
 
             def sums(acc):
                 plgpu.wgmma(acc, ones, s.sums)
@@ -205,6 +202,10 @@ def dq(
             plgpu.commit_smem()
 
             plgpu.barrier_wait(bars["in"])
+            if roomy:  # a barrier takes the next chunk's copies only once it has let this chunk's pass
+                load_angles(c + 1, s, old, "key", more)
+                load_rows(q_ref, c + 1, turn(s.q, old), "in", more)
+                load_rows(do_ref, c + 1, turn(s.do, old), "in", more)
 
             # the slots' side
             def logits(xk, xv, y, z):
