@@ -190,7 +190,7 @@ def main():
         if want is not None and not SMALL:
             timed(f"{name} triton", by_triton, *arrays)
         x = [named[n] for n in OURS]
-        for cfg in variants(d):
+        for cfg in variants(s.d):
             f = lambda *a, cfg=cfg: md.dq(*a, scale=s.d**-0.5, cfg=cfg)
             got = guarded(f"{cfg}", lambda: jax.block_until_ready(jax.jit(f)(*x)))
             if got is None:

@@ -33,6 +33,9 @@ class Config:
     interpret: bool = False
 
 
+PLAIN = Config()
+
+
 def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
     """Runs that each row of ``chunks`` chunks is cut into, and the chunks of a run: least time for all."""
 
@@ -89,7 +92,9 @@ def turned_back(x: jax.Array, cos: jax.Array, sin: jax.Array, more: jax.Array) -
     """more and rows x [C, D] with RoPE undone, float32."""
     half = x.shape[1] // 2
     a, b = x[:, :half], x[:, half:]
-    return jnp.concatenate([more[:, :half] + a * cos + b * sin, more[:, half:] + b * cos - a * sin], 1)
+    return jnp.concatenate(
+        [more[:, :half] + a * cos + b * sin, more[:, half:] + b * cos - a * sin], 1
+    )
 
 
 def weight(x: jax.Array) -> jax.Array:

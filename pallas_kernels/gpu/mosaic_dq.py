@@ -30,6 +30,7 @@ from pallas_kernels.gpu.mosaic_common import (
     LN2,
     LOG2E,
     NINF,
+    PLAIN,
     SPAN,
     TILE,
     C,
@@ -51,7 +52,6 @@ from pallas_kernels.gpu.mosaic_common import (
     weight,
 )
 
-
 BITS = 7.0  # 2^-BITS in bfloat16 has the bits of 1 in float16
 
 
@@ -69,7 +69,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array) -> 
 def dq(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array, cos: jax.Array, sin: jax.Array,
     o: jax.Array, do: jax.Array, lse: jax.Array, push_s: jax.Array, push_w: jax.Array,
-    scale: float, cfg: Config = Config(),
+    scale: float, cfg: Config = PLAIN,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """dq and what the kernels after it need, as ``backward_kernels.dq_kernel`` with INPLACE and SHARE.
 
@@ -106,7 +106,8 @@ def dq(
         buffers["pd"] = tile(2, C, C)
     if cfg.interpret:
         buffers["stage"] = tile(C, width)
-    arrivals = {"start": 4, "la": 1, "key": 3, "in": 4 + parts, "v": 1}  # copies that a barrier waits for
+    # how many copies each barrier waits for
+    arrivals = {"start": 4, "la": 1, "key": 3, "in": 4 + parts, "v": 1}
 
     def body(q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, o_ref, do_ref, lse_ref, push_s_ref, push_w_ref, ones_ref,
              dq_ref, dl_ref, p_ref, side_ref, delta_ref, dst_ref, ones, ones_bar, end_bar, union, *rest):  # fmt: skip
@@ -202,7 +203,8 @@ def dq(
             plgpu.commit_smem()
 
             plgpu.barrier_wait(bars["in"])
-            if roomy:  # a barrier takes the next chunk's copies only once it has let this chunk's pass
+            # a barrier takes the next chunk's copies only once it has let this chunk's pass
+            if roomy:
                 load_angles(c + 1, s, old, "key", more)
                 load_rows(q_ref, c + 1, turn(s.q, old), "in", more)
                 load_rows(do_ref, c + 1, turn(s.do, old), "in", more)
@@ -301,7 +303,8 @@ def dq(
                     load_state(c + 1, 1, s.sv, more)
                     load_rows(q_ref, c + 1, s.q, "in", more)
                     load_o(c + 1, s, more)
-                p = jnp.exp2(near * post - full(lse - (math.log2(scale) + BITS)))  # times scale 2^BITS
+                # times scale 2^BITS
+                p = jnp.exp2(near * post - full(lse - (math.log2(scale) + BITS)))
                 d = landed(d_acc)
                 x = landed(s_acc)
                 ds = p * (jnp.where(causal(), d, x) - full(delta_w))
@@ -392,6 +395,4 @@ def dq(
         kernel_name="nha_dq",
     )
     ones = jnp.tril(jnp.ones((C, C), F16))
-    return tuple(
-        kernel(q, k, v, log_alpha, st, cos, sin, o, do, lse, push_s, push_w, ones)
-    )
+    return tuple(kernel(q, k, v, log_alpha, st, cos, sin, o, do, lse, push_s, push_w, ones))
