@@ -1,4 +1,4 @@
-"""The backward pass with the Mosaic GPU dq kernel, in Pallas' interpreter, beside Triton's in its own."""
+"""The backward pass with the Mosaic GPU dq kernel, interpreted, beside Triton's."""
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
