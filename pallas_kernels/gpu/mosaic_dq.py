@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -132,7 +133,7 @@ def dq(
         row = lax.rem(run, batch * heads)  # neighbours read the heads of one place
         b, h = lax.div(row, heads), lax.rem(row, heads)
         first = lax.div(run, batch * heads) * steps
-        count = steps
+        count: Any = steps
         if ragged:
             count = jnp.where(run < total_runs, jnp.minimum(steps, chunks - first), 0)
 
@@ -215,7 +216,7 @@ def dq(
                 plgpu.wgmma(xv, do_s, v_old.T)
                 plgpu.wgmma(y, q_s, s.sk.T)
                 plgpu.wgmma(z, do_s, s.sv.T)
-                delta = 0.0
+                delta: Any = 0.0
                 for n in range(parts):
                     x = load(s.o.at[n]).astype(F32)
                     delta += jnp.sum(x * load(do_s.at[:, pl.ds(n * C, C)]).astype(F32), 1)
@@ -321,7 +322,8 @@ def dq(
             def keys(acc):
                 product(acc, before, kr_old)
                 product(acc, after, kr_own)
-                return turned_back(landed(acc), *angles(s, own), dq_slots)
+                cos, sin = angles(s, own)
+                return turned_back(landed(acc), cos, sin, dq_slots)
 
             x = pl.run_scoped(keys, acc_d).astype(BF16)
             sync(cfg)  # the angles and the older keys have been read
