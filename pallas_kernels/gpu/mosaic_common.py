@@ -27,9 +27,7 @@ F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 class Config:
     """How a kernel runs."""
 
-    warpgroups: int = 1  # of a block, one block per multiprocessor
-    processors: int = 132  # multiprocessors to fill
-    roomy: bool = True  # where shared memory allows: loads a whole chunk ahead, results in buffers of their own
+    processors: int = 132  # multiprocessors to fill, one block each
     interpret: bool = False
 
 
@@ -88,13 +86,9 @@ def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
 
 
-def turned_back(x: jax.Array, cos: jax.Array, sin: jax.Array, more: jax.Array) -> jax.Array:
-    """more and rows x [C, D] with RoPE undone, float32."""
-    half = x.shape[1] // 2
-    a, b = x[:, :half], x[:, half:]
-    return jnp.concatenate(
-        [more[:, :half] + a * cos + b * sin, more[:, half:] + b * cos - a * sin], 1
-    )
+def turned_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rows x [C, D] with RoPE undone, float32."""
+    return turned(x, cos, -sin)
 
 
 def weight(x: jax.Array) -> jax.Array:

@@ -2,14 +2,15 @@
 """The backward pass's dq kernel as a Pallas Mosaic GPU kernel, for Hopper.
 
 It computes what ``backward_kernels.dq_kernel`` does where window, lag and chunk are one and every query head has
-its own keys (notation in kernels.py). Each warpgroup walks a run of consecutive chunks of one head: the keys,
-rotated keys and values of a chunk stay in shared memory for the next, whose written rows they are. Tiles
-arrive in shared memory by TMA at least half a chunk before they are needed, and results leave through
-buffers whose tile is used up, so that neither holds a register.
+its own keys (notation in kernels.py). A block walks a run of consecutive chunks of one head: the keys,
+rotated keys and values of a chunk stay in shared memory for the next, whose written rows they are. Of a block's two
+warpgroups, one has the slots' side (gates; logits y, dp z; p, dl and their gate gradient; the demand on the
+state), the other the window's side and dq, for which the first hands it delta, dl and b0. Tiles arrive
+in shared memory by TMA, as soon as both warpgroups have read the ones before, and results leave
+through buffers, so that neither holds a register.
 
-Per chunk, in this order: gates; keys rotated; the slots' side (logits y, dp z; p, dl and their gate gradient;
-the demand on the state; dq); the window's side, whose logits of the chunk before lie above the diagonal and those
-of the chunk itself on it and below, so that both are one tile.
+The window's logits of the chunk before lie above the diagonal and those of the chunk itself on it and below, so that
+both are one tile.
 """
 
 from __future__ import annotations
@@ -82,60 +83,62 @@ def dq(
     """
     batch, length, heads, width = q.shape
     half, parts = width // 2, width // C
+    small = parts == 1  # shared memory has room for all results; else they leave through buffers of what has been read
     chunks = length // C
     post = scale * LOG2E
-    wgs = cfg.warpgroups
-    roomy = cfg.roomy and parts == 1 and wgs == 1
-    runs, steps = split(batch * heads, chunks, cfg.processors * wgs)
-    total_runs = batch * heads * runs
-    ragged = chunks % steps != 0 or total_runs % wgs != 0
+    runs, steps = split(batch * heads, chunks, cfg.processors)
     acc_c, acc_d = plgpu.ACC((C, C), F32), plgpu.ACC((C, width), F32)
 
     def tile(*shape, dtype=BF16):
-        return tiled((wgs, *shape), dtype)
+        return tiled((1, *shape), dtype)
 
-    q_tile = tile(2, C, width) if roomy else tile(C, width)
-    angle = tile(2, C, half, dtype=F16) if roomy else tile(C, half, dtype=F16)
+    rows, angle = tile(C, width), tile(C, half, dtype=F16)
     buffers = {
-        "la": tile(C, C, dtype=F32), "q": q_tile, "do": q_tile, "o": tile(parts, C, C), "k": tile(2, C, width),
-        "kr": tile(2, C, width), "v": tile(2, C, width), "sk": tile(C, width), "sv": tile(C, width),
-        "cos": angle, "sin": angle,
+        "la": tile(C, C, dtype=F32), "q": rows, "do": rows, "o": tile(parts, C, C), "k": tile(2, C, width),
+        "kr": tile(2, C, width), "v": tile(2, C, width), "sk": rows, "sv": rows, "cos": angle, "sin": angle,
+        "delta": plgpu.SMEM((1, C), F32),
     }  # fmt: skip
-    if roomy:
-        buffers |= {"side": buffers["la"], "dk": tile(C, width), "dv": tile(C, width)}
-    if parts == 1:
-        buffers["pd"] = tile(2, C, C)
+    sums, b0 = tile(C, C, dtype=F16), tile(C, C)
+    if small:
+        buffers |= {"side": buffers["la"], "dk": rows, "dv": rows, "pd": tile(2, C, C), "sums": sums, "b0": b0}
+    else:
+        buffers |= {"union": plgpu.RefUnion(sums, b0)}
     if cfg.interpret:
-        buffers["stage"] = tile(C, width)
+        buffers |= {"stage": rows, "stage_w": rows}
     # how many copies each barrier waits for
-    arrivals = {"start": 4, "la": 1, "key": 3, "in": 4 + parts, "v": 1}
+    arrivals = {"start": 4, "la": 1, "q": 1, "do": 1, "in": 2 + parts, "key": 1, "angle": 2, "v": 1}
+    # the warpgroups' to each other: delta; dl and b0; q and do have been read; all has been read
+    signals = "delta", "dl", "read", "done"
 
     def body(q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, o_ref, do_ref, lse_ref, push_s_ref, push_w_ref, ones_ref,
-             dq_ref, dl_ref, p_ref, side_ref, delta_ref, dst_ref, ones, ones_bar, end_bar, union, *rest):  # fmt: skip
-        wg = 0 if wgs == 1 else lax.axis_index("wg")
-        run = lax.axis_index("block") * wgs + wg
-        refs = dict(zip(buffers, rest, strict=False), sums=union[0], b0=union[1])
-        bars = {name: x.at[wg] for name, x in zip(arrivals, rest[len(buffers) :], strict=True)}
+             dq_ref, dl_ref, p_ref, side_ref, delta_ref, dst_ref, ones, ones_bar, end_bar, *rest):  # fmt: skip
+        wg = lax.axis_index("wg")
+        run = lax.axis_index("block")
+        refs = dict(zip(buffers, rest, strict=False))
+        if not small:
+            refs["sums"], refs["b0"] = refs.pop("union")
+        bars = dict(zip((*arrivals, *signals), rest[len(buffers) :], strict=True))
 
-        def of(wg) -> SimpleNamespace:
-            """Buffers of a warpgroup."""
-            x = {name: ref.at[wg] for name, ref in refs.items()}
-            if not roomy:
-                x |= {"side": x["la"], "dk": x["sk"], "dv": x["sv"]}
-            if parts == 2:
-                x["pd"] = x["o"]
+        def of(at) -> SimpleNamespace:
+            """The buffers; ``at`` is 0."""
+            x = {name: ref.at[at] for name, ref in refs.items()}
+            if not small:
+                x |= {"side": x["la"], "dk": x["sv"], "dv": x["do"], "pd": x["o"]}
             return SimpleNamespace(**x)
 
-        def turn(ref, n):
-            """The buffer of chunks n, n + 2, ... of a run, where there are two."""
-            return ref.at[n] if roomy else ref
+        def wait(*names) -> None:
+            for name in names:
+                plgpu.barrier_wait(bars[name])
+
+        def arrive(name) -> None:
+            plgpu.barrier_arrive(bars[name])
 
         row = lax.rem(run, batch * heads)  # neighbours read the heads of one place
         b, h = lax.div(row, heads), lax.rem(row, heads)
         first = lax.div(run, batch * heads) * steps
         count: Any = steps
-        if ragged:
-            count = jnp.where(run < total_runs, jnp.minimum(steps, chunks - first), 0)
+        if chunks % steps:
+            count = jnp.minimum(steps, chunks - first)
 
         def tokens(c):
             return pl.ds(pl.multiple_of(jnp.maximum(c, 0) * C, C), C)
@@ -152,74 +155,70 @@ def dq(
             src = st_ref.at[row, c, :, pl.ds(part * width, width)]
             copy_in(cfg, src, dst, bars["in"], on)
 
-        def load_angles(c, s, n, bar, on=None) -> None:
-            copy_in(cfg, cos_ref.at[tokens(c)], turn(s.cos, n), bars[bar], on)
-            copy_in(cfg, sin_ref.at[tokens(c)], turn(s.sin, n), bars[bar], on)
+        def load_angles(c, s, bar, on=None) -> None:
+            copy_in(cfg, cos_ref.at[tokens(c)], s.cos, bars[bar], on)
+            copy_in(cfg, sin_ref.at[tokens(c)], s.sin, bars[bar], on)
 
-        def angles(s, n):
-            return load(turn(s.cos, n)).astype(F32), load(turn(s.sin, n)).astype(F32)
+        def angles(s):
+            return load(s.cos).astype(F32), load(s.sin).astype(F32)
 
         def tril() -> jax.Array:
             """The mask row >= column, in bfloat16 and times 2^-BITS: the bits of float16's 1."""
             return lax.bitcast_convert_type(load(ones), BF16)
 
-        def step(i, _) -> None:
-            s = of(wg + opaque_zero(cfg))  # addresses are not to be held in registers
+        def slots(i, _) -> None:
+            """The first warpgroup: gates, dl, p, side and the demand on the state."""
+            s = of(opaque_zero(cfg))  # addresses are not to be held in registers
             c = first + i
             own = lax.rem(i, 2)
             old = 1 - own
             more = i + 1 < count
             here, written = (b, tokens(c), h), (b, tokens(c - 1), h)
-            q_s, do_s, dl_s, p_s = turn(s.q, own), turn(s.do, own), s.pd.at[0], s.pd.at[1]
-            k_old, kr_old, v_old = s.k.at[old], s.kr.at[old], s.v.at[old]
-            kr_own = s.kr.at[own]
+            dl_s, p_s = s.pd.at[0], s.pd.at[1]
+            k_old, v_old = s.k.at[old], s.v.at[old]
 
             def product(acc, a, b) -> None:
                 mm(cfg, acc, a, b, s.stage if cfg.interpret else None)
 
-            lse = load_row(lse_ref.at[here])
-            push_s, push_w = load_row(push_s_ref.at[here]), load_row(push_w_ref.at[here])
+            lse, push_s = load_row(lse_ref.at[here]), load_row(push_s_ref.at[here])
+            if not small:
+                wait("done")
+                load_o(c, s)
 
             # gates, base 2; those of chunk 0 are 0
-            plgpu.barrier_wait(bars["la"])
+            wait("la")
             gate = jnp.maximum(load(s.la), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
             s.sums[...] = gate.astype(F16)
             plgpu.commit_smem()
-            if roomy:
+            if small:
                 load_rows(la_ref, c, s.la, "la", more)
 
-            def sums(acc):
+            def totals(acc):
                 plgpu.wgmma(acc, ones, s.sums)
                 w = weight(gate)
                 g = landed(acc)
-                sync(cfg)  # b0 takes the place of the sums' operand
+                if small:
+                    wait("done")
+                else:
+                    sync(cfg)  # b0 takes the place of the sums' operand
                 s.b0[...] = (jnp.exp2(BITS - g) * w).astype(BF16)
                 return jnp.exp2(g)
 
-            e0 = pl.run_scoped(sums, acc_c)
-
-            plgpu.barrier_wait(bars["key"])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dq of the chunk before has left
-            kr_own[...] = turned(load(s.k.at[own]), *angles(s, own)).astype(BF16)
+            e0 = pl.run_scoped(totals, acc_c)
             plgpu.commit_smem()
+            wait("q", "do", "in")
 
-            plgpu.barrier_wait(bars["in"])
-            # a barrier takes the next chunk's copies only once it has let this chunk's pass
-            if roomy:
-                load_angles(c + 1, s, old, "key", more)
-                load_rows(q_ref, c + 1, turn(s.q, old), "in", more)
-                load_rows(do_ref, c + 1, turn(s.do, old), "in", more)
-
-            # the slots' side
             def logits(xk, xv, y, z):
-                plgpu.wgmma(xk, q_s, k_old.T)
-                plgpu.wgmma(xv, do_s, v_old.T)
-                plgpu.wgmma(y, q_s, s.sk.T)
-                plgpu.wgmma(z, do_s, s.sv.T)
+                plgpu.wgmma(xk, s.q, k_old.T)
+                plgpu.wgmma(xv, s.do, v_old.T)
+                plgpu.wgmma(y, s.q, s.sk.T)
+                plgpu.wgmma(z, s.do, s.sv.T)
                 delta: Any = 0.0
                 for n in range(parts):
                     x = load(s.o.at[n]).astype(F32)
-                    delta += jnp.sum(x * load(do_s.at[:, pl.ds(n * C, C)]).astype(F32), 1)
+                    delta += jnp.sum(x * load(s.do.at[:, pl.ds(n * C, C)]).astype(F32), 1)
+                s.delta[...] = delta
+                arrive("delta")
                 x = landed(xk, 3).astype(BF16) * tril()
                 product(y, x, s.b0)
                 x = landed(xv, 3).astype(BF16) * tril()
@@ -227,17 +226,19 @@ def dq(
                 return landed(y, 1), landed(z), delta
 
             y, z, delta = pl.run_scoped(logits, acc_c, acc_c, acc_c, acc_c)
-            delta_w = delta - push_w
-            delta_ref.at[here][...] = delta_w
             hidden = jnp.where(c == 0, jnp.inf, lse)
             p = jnp.exp2(y * (e0 * post) - full(hidden)) * e0
             dl = p * (z * e0 - full(delta - push_s)) * scale
             p, dl = lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
-            sync(cfg)  # o and the gates have been read
-            if roomy:
-                load_o(c + 1, s, more)
+            # a barrier, too: the state, o and the gates have been read
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if small:
                 load_state(c + 1, 1, s.sv, more)
+                load_o(c + 1, s, more)
             dl_s[...] = dl
+            plgpu.commit_smem()
+            wait("key", "v")  # for the next chunk, and before they take the chunk's after it
+            arrive("dl")
             p_s[...] = p
             s.side[...] = dl.astype(F32) * y + p.astype(F32) * z
             plgpu.commit_smem()
@@ -245,135 +246,151 @@ def dq(
             copy_out(cfg, p_s, p_ref.at[*written, pl.ds(0, C)], c > 0)
             copy_out(cfg, s.side, side_ref.at[written], c > 0)
 
-            def slots(dq_acc):
-                def demand_v(a_acc, dv_acc):
-                    product(a_acc, dl, s.b0.T)
-                    product(dq_acc, dl, s.sk)
-                    plgpu.wgmma(dv_acc, p_s.T, do_s)
-                    a = landed(a_acc, 2).astype(BF16) * tril()
-                    product(dq_acc, a, k_old)
-                    x = landed(dv_acc, 1).astype(BF16)
-                    sync(cfg)
-                    s.dv[...] = x
-
-                pl.run_scoped(demand_v, acc_c, acc_d)
-
-                def demand_k(dk_acc):
-                    plgpu.wgmma(dk_acc, dl_s.T, q_s)
-                    x = landed(dk_acc).astype(BF16)
-                    sync(cfg)
-                    s.dk[...] = x
-
-                pl.run_scoped(demand_k, acc_d)
+            def demand(dk_acc, dv_acc):
+                plgpu.wgmma(dk_acc, dl_s.T, s.q)
+                plgpu.wgmma(dv_acc, p_s.T, s.do)
+                wait("read")
+                s.dk[...] = landed(dk_acc, 1).astype(BF16)
+                plgpu.commit_smem()  # a barrier, too: q has been read
+                load_rows(q_ref, c + 1, s.q, "q", more)
+                copy_out(cfg, s.dk, dst_ref.at[row, c, :, pl.ds(0, width)])
+                x = landed(dv_acc).astype(BF16)
+                if not small:
+                    # a barrier, too: do has been read
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    load_rows(la_ref, c, s.la, "la", more)
+                s.dv[...] = x
                 plgpu.commit_smem()
-                for part, src in enumerate((s.dk, s.dv)):
-                    dst = dst_ref.at[row, c, :, pl.ds(part * width, width)]
-                    copy_out(cfg, src, dst)
-                load_rows(k_ref, c + 1, k_old, "key", more)
-                if roomy:
-                    load_state(c + 1, 0, s.sk, more)
-                return landed(dq_acc)
+                copy_out(cfg, s.dv, dst_ref.at[row, c, :, pl.ds(width, width)])
+                if not small:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    load_state(c + 1, 1, s.sv, more)
+                load_rows(do_ref, c + 1, s.do, "do", more)
 
-            dq_slots = pl.run_scoped(slots, acc_d)
+            pl.run_scoped(demand, acc_d, acc_d)
 
-            # the window's side
-            def window(s_acc, d_acc):
+        def window(i, _) -> None:
+            """The second warpgroup: the window's side and dq."""
+            s = of(opaque_zero(cfg))
+            c = first + i
+            own = lax.rem(i, 2)
+            old = 1 - own
+            more = i + 1 < count
+            here = b, tokens(c), h
+            dl_s = s.pd.at[0]
+            k_old, v_old, kr_old, kr_own = s.k.at[old], s.v.at[old], s.kr.at[old], s.kr.at[own]
+
+            def product(acc, a, b) -> None:
+                mm(cfg, acc, a, b, s.stage_w if cfg.interpret else None)
+
+            lse, push_w = load_row(lse_ref.at[here]), load_row(push_w_ref.at[here])
+            wait("q", "angle")
+            cos, sin = angles(s)
+            turned_q = turned(load(s.q), cos, sin).astype(BF16)
+            wait("key")
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dq of the chunk before has left
+            kr_own[...] = turned(load(s.k.at[own]), cos, sin).astype(BF16)
+            plgpu.commit_smem()
+
+            def pairs(s_acc, d_acc, z_acc, dz_acc):
                 if not cfg.interpret:  # chunk 0 does not see the rows before it
                     bias = jnp.full((C, C), jnp.where(c == 0, NINF, 0.0), F32)
                     s_acc[...] = plgpu.layout_cast(bias, TILE)
-                x = turned(load(q_s), *angles(s, own)).astype(BF16)
-                product(s_acc, x, kr_old.T)
-                product(d_acc, x, kr_own.T)
-                d = landed(d_acc)
-                x = landed(s_acc)
+                product(s_acc, turned_q, kr_old.T)
+                product(d_acc, turned_q, kr_own.T)
+                wait("do", "v")
+                plgpu.wgmma(z_acc, s.do, v_old.T)
+                plgpu.wgmma(dz_acc, s.do, s.v.at[own].T)
+                d = landed(d_acc, 2)
+                x = landed(s_acc, 2)
                 if cfg.interpret:
                     x = x + jnp.where(c == 0, NINF, 0.0)
-                return jnp.where(causal(), d, x)
-
-            near = pl.run_scoped(window, acc_c, acc_c)
-
-            def values(s_acc, d_acc):
-                plgpu.barrier_wait(bars["v"])
-                plgpu.wgmma(s_acc, do_s, v_old.T)
-                plgpu.wgmma(d_acc, do_s, s.v.at[own].T)
-                if not roomy:
-                    # a barrier, too: q has been read
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    load_rows(la_ref, c, s.la, "la", more)
-                    load_state(c + 1, 0, s.sk, more)
-                    load_state(c + 1, 1, s.sv, more)
-                    load_rows(q_ref, c + 1, s.q, "in", more)
-                    load_o(c + 1, s, more)
                 # times scale 2^BITS
-                p = jnp.exp2(near * post - full(lse - (math.log2(scale) + BITS)))
-                d = landed(d_acc)
-                x = landed(s_acc)
-                ds = p * (jnp.where(causal(), d, x) - full(delta_w))
-                ds = ds.astype(BF16)
+                p = jnp.exp2(jnp.where(causal(), d, x) * post - full(lse - (math.log2(scale) + BITS)))
+                wait("delta")
+                delta = load_row(s.delta) - push_w
+                delta_ref.at[here][...] = delta
+                d = landed(dz_acc)
+                x = landed(z_acc)
+                arrive("read")
+                ds = (p * (jnp.where(causal(), d, x) - full(delta))).astype(BF16)
                 after = ds * tril()
                 return ds * jnp.asarray(2.0**-BITS, BF16) - after, after
 
-            before, after = pl.run_scoped(values, acc_c, acc_c)
-            sync(cfg)
-            if not roomy:
-                load_rows(do_ref, c + 1, s.do, "in", more)
-            load_rows(v_ref, c + 1, v_old, "v", more)
+            before, after = pl.run_scoped(pairs, *[acc_c] * 4)
 
             def keys(acc):
                 product(acc, before, kr_old)
                 product(acc, after, kr_own)
-                cos, sin = angles(s, own)
-                return turned_back(landed(acc), cos, sin, dq_slots)
+                cos, sin = angles(s)
+                return turned_back(landed(acc), cos, sin)
 
-            x = pl.run_scoped(keys, acc_d).astype(BF16)
+            near = pl.run_scoped(keys, acc_d)
             sync(cfg)  # the angles and the older keys have been read
-            if not roomy:
-                load_angles(c + 1, s, old, "key", more)
+            load_angles(c + 1, s, "angle", more)
+
+            def queries(a_acc, acc):
+                wait("dl")
+                load_rows(v_ref, c + 1, v_old, "v", more)
+                if not cfg.interpret:  # whose accumulators start with 0
+                    acc[...] = near
+                plgpu.wgmma(a_acc, dl_s, s.b0.T)
+                plgpu.wgmma(acc, dl_s, s.sk)
+                product(acc, landed(a_acc, 1).astype(BF16) * tril(), k_old)
+                x = landed(acc)
+                return x + near if cfg.interpret else x
+
+            x = pl.run_scoped(queries, acc_c, acc_d).astype(BF16)
+            arrive("done")
+            sync(cfg)
+            load_rows(k_ref, c + 1, k_old, "key", more)
+            load_state(c + 1, 0, s.sk, more)
             kr_old[...] = x
             plgpu.commit_smem()
             copy_out(cfg, kr_old, dq_ref.at[here])
 
-        def load_ones() -> None:
+        @pl.when(wg == 0)
+        def _():
+            s = of(0)
             plgpu.copy_gmem_to_smem(ones_ref, ones, ones_bar)
-
-        if wgs == 1:
-            load_ones()
-        else:
-            pl.when(wg == 0)(load_ones)
-
-        def walk() -> None:
-            s = of(wg)
-            load_rows(k_ref, first - 1, s.k.at[1], "start")
-            load_rows(v_ref, first - 1, s.v.at[1], "start")
-            load_angles(first - 1, s, 1, "start")
             load_rows(la_ref, first - 1, s.la, "la")
-            load_rows(k_ref, first, s.k.at[0], "key")
-            load_rows(q_ref, first, turn(s.q, 0), "in")
-            load_rows(do_ref, first, turn(s.do, 0), "in")
+            load_rows(q_ref, first, s.q, "q")
+            load_rows(do_ref, first, s.do, "do")
             load_state(first, 0, s.sk)
             load_state(first, 1, s.sv)
-            load_o(first, s)
-            load_rows(v_ref, first, s.v.at[0], "v")
-            plgpu.barrier_wait(bars["start"])
-            s.kr.at[1][...] = turned(load(s.k.at[1]), *angles(s, 1)).astype(BF16)
-            plgpu.commit_smem()
-            load_angles(first, s, 0, "key")
+            if small:
+                load_o(first, s)
             plgpu.barrier_wait(ones_bar)
-            lax.fori_loop(0, count, step, None)
+            wait("start")
+            lax.fori_loop(0, count, slots, None)
+            wait("done")
             plgpu.wait_smem_to_gmem(0)
 
-        if ragged:
-            pl.when(count > 0)(walk)
-        else:
-            walk()
-        # no warpgroup leaves while another has products in flight
+        @pl.when(wg == 1)
+        def _():
+            s = of(0)
+            load_rows(k_ref, first - 1, s.k.at[1], "start")
+            load_angles(first - 1, s, "start")
+            load_rows(v_ref, first - 1, s.v.at[1], "start")
+            load_rows(k_ref, first, s.k.at[0], "key")
+            load_rows(v_ref, first, s.v.at[0], "v")
+            arrive("done")
+            wait("start")
+            s.kr.at[1][...] = turned(load(s.k.at[1]), *angles(s)).astype(BF16)
+            plgpu.commit_smem()
+            load_angles(first, s, "angle")
+            plgpu.barrier_wait(ones_bar)
+            lax.fori_loop(0, count, window, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        # neither leaves while the other has products in flight
         plgpu.barrier_arrive(end_bar)
         plgpu.barrier_wait(end_bar)
 
+    bars = *arrivals.values(), *[1] * len(signals)
     scratch = (
-        tiled((C, C), F16), plgpu.Barrier(num_arrivals=1), plgpu.Barrier(num_arrivals=wgs),
-        plgpu.RefUnion(tile(C, C, dtype=F16), tile(C, C)), *buffers.values(),
-        *[plgpu.Barrier(num_arrivals=n, num_barriers=wgs) for n in arrivals.values()],
+        tiled((C, C), F16), plgpu.Barrier(num_arrivals=1), plgpu.Barrier(num_arrivals=2), *buffers.values(),
+        *[plgpu.Barrier(num_arrivals=n) for n in bars],
     )  # fmt: skip
     kernel = plgpu.kernel(
         body,
@@ -383,9 +400,9 @@ def dq(
             jax.ShapeDtypeStruct(lse.shape, F32),
             jax.ShapeDtypeStruct(st.shape, BF16),
         ),
-        grid=(-(-total_runs // wgs),),
+        grid=(batch * heads * runs,),
         grid_names=("block",),
-        num_threads=wgs,
+        num_threads=2,
         thread_name="wg",
         scratch_types=scratch,
         interpret=plgpu.InterpretGPUParams(inline_mgpu="ignore") if cfg.interpret else None,
