@@ -96,7 +96,6 @@ def dq(
     buffers = {
         "la": tile(C, C, dtype=F32), "q": rows, "do": rows, "o": tile(parts, C, C), "k": tile(2, C, width),
         "kr": tile(2, C, width), "v": tile(2, C, width), "sk": rows, "sv": rows, "cos": angle, "sin": angle,
-        "delta": plgpu.SMEM((1, C), F32),
     }  # fmt: skip
     sums, b0 = tile(C, C, dtype=F16), tile(C, C)
     if small:
@@ -105,6 +104,7 @@ def dq(
         buffers |= {"union": plgpu.RefUnion(sums, b0)}
     if cfg.interpret:
         buffers |= {"stage": rows, "stage_w": rows}
+    buffers["delta"] = plgpu.SMEM((1, C), F32)
     # how many copies each barrier waits for
     arrivals = {"start": 4, "la": 1, "q": 1, "do": 1, "in": 2 + parts, "key": 1, "angle": 2, "v": 1}
     # the warpgroups' to each other: delta; dl and b0; q and do have been read; all has been read
@@ -409,6 +409,7 @@ def dq(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,  # no reduction goes across warps
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         kernel_name="nha_dq",
