@@ -87,6 +87,7 @@ def dq(
     chunks = length // C
     post = scale * LOG2E
     runs, steps = split(batch * heads, chunks, cfg.processors)
+    key_buffers = 3 if small else 2
     acc_c, acc_d = plgpu.ACC((C, C), F32), plgpu.ACC((C, width), F32)
 
     def tile(*shape, dtype=BF16):
@@ -94,7 +95,7 @@ def dq(
 
     rows, angle = tile(C, width), tile(C, half, dtype=F16)
     buffers = {
-        "la": tile(C, C, dtype=F32), "q": rows, "do": rows, "o": tile(parts, C, C), "k": tile(2, C, width),
+        "la": tile(C, C, dtype=F32), "q": rows, "do": rows, "o": tile(parts, C, C), "k": tile(key_buffers, C, width),
         "kr": tile(2, C, width), "v": tile(2, C, width), "sk": rows, "sv": rows, "cos": angle, "sin": angle,
     }  # fmt: skip
     sums, b0 = tile(C, C, dtype=F16), tile(C, C)
@@ -106,8 +107,8 @@ def dq(
         buffers |= {"stage": rows, "stage_w": rows}
     buffers["delta"] = plgpu.SMEM((1, C), F32)
     # how many copies each barrier waits for
-    arrivals = {"start": 4, "la": 1, "q": 1, "do": 1, "in": 2 + parts, "key": 1, "angle": 2, "v": 1}
-    # the warpgroups' to each other: delta; dl and b0; q and do have been read; all has been read
+    arrivals = {"start": 4, "la": 1, "q": 1, "do": 1, "o": parts, "in": 2, "key": 1, "angle": 2, "v": 1}
+    # what a warpgroup tells the other: delta is there; dl and b0 are; q and do have been read; all has been read
     signals = "delta", "dl", "read", "done"
 
     def body(q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, o_ref, do_ref, lse_ref, push_s_ref, push_w_ref, ones_ref,
@@ -149,7 +150,7 @@ def dq(
         def load_o(c, s, on=None) -> None:
             for n in range(parts):
                 src = o_ref.at[b, tokens(c), h, pl.ds(n * C, C)]
-                copy_in(cfg, src, s.o.at[n], bars["in"], on)
+                copy_in(cfg, src, s.o.at[n], bars["o"], on)
 
         def load_state(c, part, dst, on=None) -> None:
             src = st_ref.at[row, c, :, pl.ds(part * width, width)]
@@ -161,6 +162,10 @@ def dq(
 
         def angles(s):
             return load(s.cos).astype(F32), load(s.sin).astype(F32)
+
+        def key(s, i):
+            """Keys of the run's chunk i."""
+            return s.k.at[lax.rem(i + key_buffers, key_buffers)]
 
         def tril() -> jax.Array:
             """The mask row >= column, in bfloat16 and times 2^-BITS: the bits of float16's 1."""
@@ -175,7 +180,7 @@ def dq(
             more = i + 1 < count
             here, written = (b, tokens(c), h), (b, tokens(c - 1), h)
             dl_s, p_s = s.pd.at[0], s.pd.at[1]
-            k_old, v_old = s.k.at[old], s.v.at[old]
+            k_old, v_old = key(s, i - 1), s.v.at[old]
 
             def product(acc, a, b) -> None:
                 mm(cfg, acc, a, b, s.stage if cfg.interpret else None)
@@ -213,28 +218,22 @@ def dq(
                 plgpu.wgmma(xv, s.do, v_old.T)
                 plgpu.wgmma(y, s.q, s.sk.T)
                 plgpu.wgmma(z, s.do, s.sv.T)
-                delta: Any = 0.0
-                for n in range(parts):
-                    x = load(s.o.at[n]).astype(F32)
-                    delta += jnp.sum(x * load(s.do.at[:, pl.ds(n * C, C)]).astype(F32), 1)
-                s.delta[...] = delta
-                arrive("delta")
                 x = landed(xk, 3).astype(BF16) * tril()
                 product(y, x, s.b0)
                 x = landed(xv, 3).astype(BF16) * tril()
                 product(z, x, s.b0)
-                return landed(y, 1), landed(z), delta
+                return landed(y, 1), landed(z)
 
-            y, z, delta = pl.run_scoped(logits, acc_c, acc_c, acc_c, acc_c)
+            y, z = pl.run_scoped(logits, acc_c, acc_c, acc_c, acc_c)
             hidden = jnp.where(c == 0, jnp.inf, lse)
             p = jnp.exp2(y * (e0 * post) - full(hidden)) * e0
-            dl = p * (z * e0 - full(delta - push_s)) * scale
+            wait("delta")
+            dl = p * (z * e0 - full(load_row(s.delta) - push_s)) * scale
             p, dl = lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
-            # a barrier, too: the state, o and the gates have been read
+            # a barrier, too: the state and the gates have been read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if small:
                 load_state(c + 1, 1, s.sv, more)
-                load_o(c + 1, s, more)
             dl_s[...] = dl
             plgpu.commit_smem()
             wait("key", "v")  # for the next chunk, and before they take the chunk's after it
@@ -278,7 +277,7 @@ def dq(
             more = i + 1 < count
             here = b, tokens(c), h
             dl_s = s.pd.at[0]
-            k_old, v_old, kr_old, kr_own = s.k.at[old], s.v.at[old], s.kr.at[old], s.kr.at[own]
+            k_old, v_old, kr_old, kr_own = key(s, i - 1), s.v.at[old], s.kr.at[old], s.kr.at[own]
 
             def product(acc, a, b) -> None:
                 mm(cfg, acc, a, b, s.stage_w if cfg.interpret else None)
@@ -289,7 +288,7 @@ def dq(
             turned_q = turned(load(s.q), cos, sin).astype(BF16)
             wait("key")
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dq of the chunk before has left
-            kr_own[...] = turned(load(s.k.at[own]), cos, sin).astype(BF16)
+            kr_own[...] = turned(load(key(s, i)), cos, sin).astype(BF16)
             plgpu.commit_smem()
 
             def pairs(s_acc, d_acc, z_acc, dz_acc):
@@ -301,15 +300,21 @@ def dq(
                 wait("do", "v")
                 plgpu.wgmma(z_acc, s.do, v_old.T)
                 plgpu.wgmma(dz_acc, s.do, s.v.at[own].T)
+                wait("o")
+                delta: Any = 0.0
+                for n in range(parts):
+                    x = load(s.o.at[n]).astype(F32)
+                    delta += jnp.sum(x * load(s.do.at[:, pl.ds(n * C, C)]).astype(F32), 1)
+                s.delta[...] = delta
+                arrive("delta")
+                delta -= push_w
+                delta_ref.at[here][...] = delta
                 d = landed(d_acc, 2)
                 x = landed(s_acc, 2)
                 if cfg.interpret:
                     x = x + jnp.where(c == 0, NINF, 0.0)
                 # times scale 2^BITS
                 p = jnp.exp2(jnp.where(causal(), d, x) * post - full(lse - (math.log2(scale) + BITS)))
-                wait("delta")
-                delta = load_row(s.delta) - push_w
-                delta_ref.at[here][...] = delta
                 d = landed(dz_acc)
                 x = landed(z_acc)
                 arrive("read")
@@ -326,12 +331,16 @@ def dq(
                 return turned_back(landed(acc), cos, sin)
 
             near = pl.run_scoped(keys, acc_d)
-            sync(cfg)  # the angles and the older keys have been read
+            sync(cfg)  # the angles, o and the older keys have been read
             load_angles(c + 1, s, "angle", more)
+            if small:
+                load_o(c + 1, s, more)
 
             def queries(a_acc, acc):
                 wait("dl")
                 load_rows(v_ref, c + 1, v_old, "v", more)
+                if small:
+                    load_rows(k_ref, c + 1, key(s, i + 1), "key", more)
                 if not cfg.interpret:  # whose accumulators start with 0
                     acc[...] = near
                 plgpu.wgmma(a_acc, dl_s, s.b0.T)
@@ -343,7 +352,8 @@ def dq(
             x = pl.run_scoped(queries, acc_c, acc_d).astype(BF16)
             arrive("done")
             sync(cfg)
-            load_rows(k_ref, c + 1, k_old, "key", more)
+            if not small:
+                load_rows(k_ref, c + 1, k_old, "key", more)
             load_state(c + 1, 0, s.sk, more)
             kr_old[...] = x
             plgpu.commit_smem()
@@ -369,14 +379,14 @@ def dq(
         @pl.when(wg == 1)
         def _():
             s = of(0)
-            load_rows(k_ref, first - 1, s.k.at[1], "start")
+            load_rows(k_ref, first - 1, key(s, -1), "start")
             load_angles(first - 1, s, "start")
             load_rows(v_ref, first - 1, s.v.at[1], "start")
-            load_rows(k_ref, first, s.k.at[0], "key")
+            load_rows(k_ref, first, key(s, 0), "key")
             load_rows(v_ref, first, s.v.at[0], "v")
             arrive("done")
             wait("start")
-            s.kr.at[1][...] = turned(load(s.k.at[1]), *angles(s)).astype(BF16)
+            s.kr.at[1][...] = turned(load(key(s, -1)), *angles(s)).astype(BF16)
             plgpu.commit_smem()
             load_angles(first, s, "angle")
             plgpu.barrier_wait(ones_bar)
