@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas.mosaic_gpu as mosaic_gpu
 import jax.numpy as jnp
 from jax import lax
+
+plgpu: Any = mosaic_gpu  # whose types change from version to version
 
 C = 64  # tokens of a chunk, and slots
 LOG2E = math.log2(math.e)
@@ -46,7 +48,7 @@ def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
     return -(-chunks // length), length
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> plgpu.SMEM:
+def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the tiling and swizzle of TMA and WGMMA, 128 bytes a row at most."""
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, shape[-1] * size)
@@ -131,7 +133,7 @@ def opaque_zero(cfg: Config) -> Any:
         from jaxlib.mlir.dialects import llvm
 
         i32 = ir.IntegerType.get_signless(32)
-        x = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+        x: Any = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
         return FragmentedArray.splat(x, (), is_signed=True)
 
     return zero()

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
@@ -46,6 +45,7 @@ from pallas_kernels.gpu.mosaic_common import (
     load_row,
     mm,
     opaque_zero,
+    plgpu,
     split,
     sync,
     tiled,
@@ -83,7 +83,8 @@ def dq(
     """
     batch, length, heads, width = q.shape
     half, parts = width // 2, width // C
-    small = parts == 1  # shared memory has room for all results; else they leave through buffers of what has been read
+    # shared memory has room for all results; else they leave through buffers of what has been read
+    small = parts == 1
     chunks = length // C
     post = scale * LOG2E
     runs, steps = split(batch * heads, chunks, cfg.processors)
@@ -100,15 +101,17 @@ def dq(
     }  # fmt: skip
     sums, b0 = tile(C, C, dtype=F16), tile(C, C)
     if small:
-        buffers |= {"side": buffers["la"], "dk": rows, "dv": rows, "pd": tile(2, C, C), "sums": sums, "b0": b0}
+        buffers |= {"side": buffers["la"], "dk": rows, "dv": rows, "pd": tile(2, C, C)}
+        buffers |= {"sums": sums, "b0": b0}
     else:
         buffers |= {"union": plgpu.RefUnion(sums, b0)}
     if cfg.interpret:
         buffers |= {"stage": rows, "stage_w": rows}
     buffers["delta"] = plgpu.SMEM((1, C), F32)
     # how many copies each barrier waits for
-    arrivals = {"start": 4, "la": 1, "q": 1, "do": 1, "o": parts, "in": 2, "key": 1, "angle": 2, "v": 1}
-    # what a warpgroup tells the other: delta is there; dl and b0 are; q and do have been read; all has been read
+    arrivals = {"start": 4, "la": 1, "q": 1, "do": 1, "o": parts, "in": 2}
+    arrivals |= {"key": 1, "angle": 2, "v": 1}
+    # what a warpgroup tells the other: delta is there; dl and b0 are; it has read q and do; and all
     signals = "delta", "dl", "read", "done"
 
     def body(q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, o_ref, do_ref, lse_ref, push_s_ref, push_w_ref, ones_ref,
