@@ -103,9 +103,10 @@ def main():
 
     for args, kw in (
         (dict(B=1, T=256, H=2), dict(processors=1)),
+        (dict(B=1, T=256, H=2), dict(processors=1, ahead=True)),
         (dict(B=1, T=192, H=1, D=128, gate=4.0), dict(processors=2)),
         (dict(B=1, T=320, H=1, D=128, gate=0.01), dict(processors=1)),
-        (dict(B=2, T=192, H=1, gate=4.0), dict(processors=3)),
+        (dict(B=2, T=192, H=1, gate=4.0), dict(processors=3, ahead=True)),
     ):
         x = make(**args)
         scale = args.get("D", 64) ** -0.5

@@ -30,6 +30,7 @@ class Config:
     """How a kernel runs."""
 
     processors: int = 132  # multiprocessors to fill, one block each
+    ahead: bool = False  # for trial: heads of 64 with q, do and the state's keys in two buffers
     interpret: bool = False
 
 

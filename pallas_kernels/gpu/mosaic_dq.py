@@ -88,16 +88,18 @@ def dq(
     chunks = length // C
     post = scale * LOG2E
     runs, steps = split(batch * heads, chunks, cfg.processors)
+    ahead = small and cfg.ahead
     key_buffers = 3 if small else 2
     acc_c, acc_d = plgpu.ACC((C, C), F32), plgpu.ACC((C, width), F32)
 
     def tile(*shape, dtype=BF16):
         return tiled((1, *shape), dtype)
 
-    rows, angle = tile(C, width), tile(C, half, dtype=F16)
+    rows, two = tile(C, width), tile(2, C, width) if ahead else tile(C, width)
+    angle = tile(C, half, dtype=F16)
     buffers = {
-        "la": tile(C, C, dtype=F32), "q": rows, "do": rows, "o": tile(parts, C, C), "k": tile(key_buffers, C, width),
-        "kr": tile(2, C, width), "v": tile(2, C, width), "sk": rows, "sv": rows, "cos": angle, "sin": angle,
+        "la": tile(C, C, dtype=F32), "q": two, "do": two, "o": tile(parts, C, C), "k": tile(key_buffers, C, width),
+        "kr": tile(2, C, width), "v": tile(2, C, width), "sk": two, "sv": rows, "cos": angle, "sin": angle,
     }  # fmt: skip
     sums, b0 = tile(C, C, dtype=F16), tile(C, C)
     if small:
@@ -166,6 +168,10 @@ def dq(
         def angles(s):
             return load(s.cos).astype(F32), load(s.sin).astype(F32)
 
+        def turn(ref, i):
+            """The buffer of chunks i, i + 2, ... of a run, where there are two."""
+            return ref.at[i] if ahead else ref
+
         def key(s, i):
             """Keys of the run's chunk i."""
             return s.k.at[lax.rem(i + key_buffers, key_buffers)]
@@ -182,6 +188,7 @@ def dq(
             old = 1 - own
             more = i + 1 < count
             here, written = (b, tokens(c), h), (b, tokens(c - 1), h)
+            q_s, do_s, sk_s = turn(s.q, own), turn(s.do, own), turn(s.sk, own)
             dl_s, p_s = s.pd.at[0], s.pd.at[1]
             k_old, v_old = key(s, i - 1), s.v.at[old]
 
@@ -217,10 +224,10 @@ def dq(
             wait("q", "do", "in")
 
             def logits(xk, xv, y, z):
-                plgpu.wgmma(xk, s.q, k_old.T)
-                plgpu.wgmma(xv, s.do, v_old.T)
-                plgpu.wgmma(y, s.q, s.sk.T)
-                plgpu.wgmma(z, s.do, s.sv.T)
+                plgpu.wgmma(xk, q_s, k_old.T)
+                plgpu.wgmma(xv, do_s, v_old.T)
+                plgpu.wgmma(y, q_s, sk_s.T)
+                plgpu.wgmma(z, do_s, s.sv.T)
                 x = landed(xk, 3).astype(BF16) * tril()
                 product(y, x, s.b0)
                 x = landed(xv, 3).astype(BF16) * tril()
@@ -237,6 +244,10 @@ def dq(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if small:
                 load_state(c + 1, 1, s.sv, more)
+            if ahead:
+                load_rows(q_ref, c + 1, turn(s.q, old), "q", more)
+                load_rows(do_ref, c + 1, turn(s.do, old), "do", more)
+                load_state(c + 1, 0, turn(s.sk, old), more)
             dl_s[...] = dl
             plgpu.commit_smem()
             wait("key", "v")  # for the next chunk, and before they take the chunk's after it
@@ -249,12 +260,14 @@ def dq(
             copy_out(cfg, s.side, side_ref.at[written], c > 0)
 
             def demand(dk_acc, dv_acc):
-                plgpu.wgmma(dk_acc, dl_s.T, s.q)
-                plgpu.wgmma(dv_acc, p_s.T, s.do)
-                wait("read")
+                plgpu.wgmma(dk_acc, dl_s.T, q_s)
+                plgpu.wgmma(dv_acc, p_s.T, do_s)
+                if not ahead:
+                    wait("read")
                 s.dk[...] = landed(dk_acc, 1).astype(BF16)
                 plgpu.commit_smem()  # a barrier, too: q has been read
-                load_rows(q_ref, c + 1, s.q, "q", more)
+                if not ahead:
+                    load_rows(q_ref, c + 1, q_s, "q", more)
                 copy_out(cfg, s.dk, dst_ref.at[row, c, :, pl.ds(0, width)])
                 x = landed(dv_acc).astype(BF16)
                 if not small:
@@ -267,7 +280,8 @@ def dq(
                 if not small:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     load_state(c + 1, 1, s.sv, more)
-                load_rows(do_ref, c + 1, s.do, "do", more)
+                if not ahead:
+                    load_rows(do_ref, c + 1, do_s, "do", more)
 
             pl.run_scoped(demand, acc_d, acc_d)
 
@@ -279,7 +293,7 @@ def dq(
             old = 1 - own
             more = i + 1 < count
             here = b, tokens(c), h
-            dl_s = s.pd.at[0]
+            q_s, do_s, sk_s, dl_s = turn(s.q, own), turn(s.do, own), turn(s.sk, own), s.pd.at[0]
             k_old, v_old, kr_old, kr_own = key(s, i - 1), s.v.at[old], s.kr.at[old], s.kr.at[own]
 
             def product(acc, a, b) -> None:
@@ -288,7 +302,7 @@ def dq(
             lse, push_w = load_row(lse_ref.at[here]), load_row(push_w_ref.at[here])
             wait("q", "angle")
             cos, sin = angles(s)
-            turned_q = turned(load(s.q), cos, sin).astype(BF16)
+            turned_q = turned(load(q_s), cos, sin).astype(BF16)
             wait("key")
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dq of the chunk before has left
             kr_own[...] = turned(load(key(s, i)), cos, sin).astype(BF16)
@@ -301,13 +315,13 @@ def dq(
                 product(s_acc, turned_q, kr_old.T)
                 product(d_acc, turned_q, kr_own.T)
                 wait("do", "v")
-                plgpu.wgmma(z_acc, s.do, v_old.T)
-                plgpu.wgmma(dz_acc, s.do, s.v.at[own].T)
+                plgpu.wgmma(z_acc, do_s, v_old.T)
+                plgpu.wgmma(dz_acc, do_s, s.v.at[own].T)
                 wait("o")
                 delta: Any = 0.0
                 for n in range(parts):
                     x = load(s.o.at[n]).astype(F32)
-                    delta += jnp.sum(x * load(s.do.at[:, pl.ds(n * C, C)]).astype(F32), 1)
+                    delta += jnp.sum(x * load(do_s.at[:, pl.ds(n * C, C)]).astype(F32), 1)
                 s.delta[...] = delta
                 arrive("delta")
                 delta -= push_w
@@ -317,10 +331,13 @@ def dq(
                 if cfg.interpret:
                     x = x + jnp.where(c == 0, NINF, 0.0)
                 # times scale 2^BITS
-                p = jnp.exp2(jnp.where(causal(), d, x) * post - full(lse - (math.log2(scale) + BITS)))
+                p = jnp.exp2(
+                    jnp.where(causal(), d, x) * post - full(lse - (math.log2(scale) + BITS))
+                )
                 d = landed(dz_acc)
                 x = landed(z_acc)
-                arrive("read")
+                if not ahead:
+                    arrive("read")
                 ds = (p * (jnp.where(causal(), d, x) - full(delta))).astype(BF16)
                 after = ds * tril()
                 return ds * jnp.asarray(2.0**-BITS, BF16) - after, after
@@ -347,7 +364,7 @@ def dq(
                 if not cfg.interpret:  # whose accumulators start with 0
                     acc[...] = near
                 plgpu.wgmma(a_acc, dl_s, s.b0.T)
-                plgpu.wgmma(acc, dl_s, s.sk)
+                plgpu.wgmma(acc, dl_s, sk_s)
                 product(acc, landed(a_acc, 1).astype(BF16) * tril(), k_old)
                 x = landed(acc)
                 return x + near if cfg.interpret else x
@@ -357,7 +374,8 @@ def dq(
             sync(cfg)
             if not small:
                 load_rows(k_ref, c + 1, k_old, "key", more)
-            load_state(c + 1, 0, s.sk, more)
+            if not ahead:
+                load_state(c + 1, 0, sk_s, more)
             kr_old[...] = x
             plgpu.commit_smem()
             copy_out(cfg, kr_old, dq_ref.at[here])
@@ -367,9 +385,9 @@ def dq(
             s = of(0)
             plgpu.copy_gmem_to_smem(ones_ref, ones, ones_bar)
             load_rows(la_ref, first - 1, s.la, "la")
-            load_rows(q_ref, first, s.q, "q")
-            load_rows(do_ref, first, s.do, "do")
-            load_state(first, 0, s.sk)
+            load_rows(q_ref, first, turn(s.q, 0), "q")
+            load_rows(do_ref, first, turn(s.do, 0), "do")
+            load_state(first, 0, turn(s.sk, 0))
             load_state(first, 1, s.sv)
             if small:
                 load_o(first, s)
