@@ -301,19 +301,13 @@ def dq(
 
             lse, push_w = load_row(lse_ref.at[here]), load_row(push_w_ref.at[here])
             wait("q", "angle")
-            cos, sin = angles(s)
-            turned_q = turned(load(q_s), cos, sin).astype(BF16)
-            wait("key")
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dq of the chunk before has left
-            kr_own[...] = turned(load(key(s, i)), cos, sin).astype(BF16)
-            plgpu.commit_smem()
+            turned_q = turned(load(q_s), *angles(s)).astype(BF16)
 
             def pairs(s_acc, d_acc, z_acc, dz_acc):
                 if not cfg.interpret:  # chunk 0 does not see the rows before it
                     bias = jnp.full((C, C), jnp.where(c == 0, NINF, 0.0), F32)
                     s_acc[...] = plgpu.layout_cast(bias, TILE)
                 product(s_acc, turned_q, kr_old.T)
-                product(d_acc, turned_q, kr_own.T)
                 wait("do", "v")
                 plgpu.wgmma(z_acc, do_s, v_old.T)
                 plgpu.wgmma(dz_acc, do_s, s.v.at[own].T)
@@ -326,19 +320,24 @@ def dq(
                 arrive("delta")
                 delta -= push_w
                 delta_ref.at[here][...] = delta
-                d = landed(d_acc, 2)
-                x = landed(s_acc, 2)
+                wait("key")
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dq of the chunk before has left
+                kr_own[...] = turned(load(key(s, i)), *angles(s)).astype(BF16)
+                plgpu.commit_smem()
+                product(d_acc, turned_q, kr_own.T)
+                x = landed(s_acc, 3)
+                z = landed(z_acc, 2)
+                dz = landed(dz_acc, 1)
+                d = landed(d_acc)
+                if not ahead:
+                    arrive("read")
                 if cfg.interpret:
                     x = x + jnp.where(c == 0, NINF, 0.0)
                 # times scale 2^BITS
                 p = jnp.exp2(
                     jnp.where(causal(), d, x) * post - full(lse - (math.log2(scale) + BITS))
                 )
-                d = landed(dz_acc)
-                x = landed(z_acc)
-                if not ahead:
-                    arrive("read")
-                ds = (p * (jnp.where(causal(), d, x) - full(delta))).astype(BF16)
+                ds = (p * (jnp.where(causal(), dz, z) - full(delta))).astype(BF16)
                 after = ds * tril()
                 return ds * jnp.asarray(2.0**-BITS, BF16) - after, after
 

@@ -41,7 +41,7 @@ def inputs(T, H, D, gate=1.0, B=1):
     ("sizes", "config"),
     [
         (dict(T=256, H=2, D=64), dict(processors=1)),
-        (dict(T=192, H=1, D=64, B=2), dict(processors=3)),
+        (dict(T=192, H=1, D=64, B=2), dict(processors=3, ahead=True)),
         (dict(T=192, H=1, D=128, gate=4.0), dict(processors=2)),
         (dict(T=256, H=1, D=64, gate=60.0), dict(processors=1)),  # of more than one level: Triton's
     ],
