@@ -109,7 +109,9 @@ def causal() -> jax.Array:
 
 def sync(cfg: Config) -> None:
     """A barrier of the warpgroup."""
-    if not cfg.interpret:
+    if cfg.interpret:
+        plgpu.commit_smem()  # which its search for races knows
+    else:
 
         @plgpu.inline_mgpu()
         def barrier(_):

@@ -328,9 +328,9 @@ def dq(
                 x = landed(s_acc, 3)
                 z = landed(z_acc, 2)
                 dz = landed(dz_acc, 1)
-                d = landed(d_acc)
                 if not ahead:
                     arrive("read")
+                d = landed(d_acc)
                 if cfg.interpret:
                     x = x + jnp.where(c == 0, NINF, 0.0)
                 # times scale 2^BITS
