@@ -64,13 +64,10 @@ def describe_model(config: ModelConfig) -> Model:
     )
     axes = nnx.to_pure_dict(axes)
     dtype = jnp.dtype(config.dtype)
-    names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
-    abstract, tree = jax.tree.flatten(nnx.to_pure_dict(state))
-    apart = [
-        x.shape[0] if config.unroll and name[0] == "layers" else 0
-        for x, name in zip(abstract, names, strict=True)
-    ]
-    abstract, apart = tree.unflatten(abstract), tree.unflatten(apart)
+    abstract = nnx.to_pure_dict(state)
+    apart = jax.tree.map(
+        lambda x, names: x.shape[0] if config.unroll and names[0] == "layers" else 0, abstract, axes
+    )
     return Model(graph, abstract, axes, dtype, matrices(axes), apart, create)
 
 
