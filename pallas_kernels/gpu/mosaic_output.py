@@ -1,0 +1,427 @@
+"""The forward pass's output kernel as a Pallas Mosaic GPU kernel, for Hopper.
+
+It computes what ``forward_kernels.output_kernel`` does where window, lag and chunk are one (notation in
+kernels.py). A block walks a run of consecutive chunks of one kv head. Tiles arrive in shared memory by TMA
+while earlier ones are worked on, so that a load holds no register; keys, rotated keys and values of a chunk
+stay there for the next, whose written rows they are. Query heads that share a kv head take turns.
+
+Per chunk: ``y = 2^g (q st_k + tril(q k_prev) b0)``, b0 = w 2^-g; one softmax over y and the window's logits,
+of which those of the chunk before lie above the diagonal and those of the chunk itself on it and below, so
+that both are one tile; ``o = p st_v + (tril(p b0^T) + p_prev) v_prev + p_own v_own``, p = the slots' weights
+2^g.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+C = 64  # tokens of a chunk, and slots
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+NINF = float("-inf")
+SPAN = 96.0  # no gate matters below -SPAN (base 2)
+TILE = plgpu.Layout.WGMMA
+F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel runs."""
+
+    warpgroups: int = 1  # of a block, each with query heads of its own
+    processors: int = 132  # multiprocessors to fill, with one block each
+    interpret: bool = False
+
+
+def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
+    """Runs that each row of ``chunks`` chunks is cut into, and the chunks of a run: least time for all."""
+
+    def time(runs: int) -> float:  # a run's start takes as long as half a chunk
+        return -(-rows * runs // workers) * (-(-chunks // runs) + 0.5)
+
+    best = min(range(1, chunks + 1), key=time)
+    length = -(-chunks // best)
+    return -(-chunks // length), length
+
+
+def _tiled(*shape: int, dtype=BF16) -> plgpu.SMEM:
+    """Shared memory in the tiling and swizzle of TMA and WGMMA, 128 bytes a row at most."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(128, shape[-1] * size)
+    transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _load(ref) -> jax.Array:
+    """A tile of shared memory in registers, as products give it."""
+    return plgpu.load(ref, layout=TILE, optimized=False)
+
+
+def _full(x: jax.Array, n: int = C) -> jax.Array:
+    """A value per row, [C], on each of n columns."""
+    return lax.broadcast_in_dim(x, (C, n), [0])
+
+
+def _wait(acc, n: int = 0) -> jax.Array:
+    """The accumulator once at most n later products run; nothing that reads it may be moved before."""
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=n))
+
+
+def _short(x: jax.Array) -> jax.Array:
+    """A masked tile in bfloat16: masked as float32, since halves would be taken apart and packed again."""
+    return lax.optimization_barrier(x).astype(BF16)
+
+
+def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """RoPE of rows x [C, D] bfloat16; cos, sin [C, D / 2]. A few columns at a time, to hold few registers."""
+    half, n = cos.shape[1], 32
+    left, right = [], []
+    for i in range(0, half, n):
+        a, b, c, s = (
+            y[:, j : j + n].astype(F32) for y, j in ((x, i), (x, half + i), (cos, i), (sin, i))
+        )
+        left.append((a * c - b * s).astype(BF16))
+        right.append((b * c + a * s).astype(BF16))
+    return jnp.concatenate(left + right, 1)
+
+
+def _weight(x: jax.Array) -> jax.Array:
+    """1 - 2^x for x <= 0, to 2^-16 (as kernels._write_weight)."""
+    series = x * (-LN2 + x * (-(LN2**2) / 2 + x * (-(LN2**3) / 6)))
+    return jnp.where(x > -0.06 * LOG2E, series, 1.0 - jnp.exp2(x))
+
+
+def _causal() -> jax.Array:
+    """Pairs of a query and a key that is not after it, [C, C]."""
+    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
+    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
+    # what is constant of a thread's columns on the right, for the compiler to see
+    return i - (j & 6) >= (j & ~6)
+
+
+def _accumulators(f: Callable, *columns: int):
+    """f of accumulators of C rows, which start as zeros."""
+    return pl.run_scoped(f, *(plgpu.ACC((C, n), F32) for n in columns))
+
+
+def output(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array,
+    cos: jax.Array, sin: jax.Array, scale: float, cfg: Config = Config(),
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Output and both log-sum-exps of every chunk.
+
+    q [B,T,HQ,D], k [B,T,H,D] and v [B,T,H,V] bfloat16; log_alpha [B,T,H,64] float32; st
+    [B*H,NC+1,64,D+V] bfloat16, keys first; cos, sin [T,D/2] float16; scale > 0. Returns o [B,T,HQ,V]
+    bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ] float32, -inf where empty.
+    """
+    batch, length, heads, d = q.shape
+    kv_heads, width = v.shape[2:]
+    chunks, group, wgs = length // C, heads // kv_heads, cfg.warpgroups
+    turns = group // wgs  # query heads of a warpgroup
+    post = scale * LOG2E
+    rows = batch * kv_heads
+    runs, steps = split(rows, chunks, cfg.processors)
+    ragged = chunks % steps != 0
+    direct = wgs > 1  # o leaves from registers: no room for a buffer
+
+    def body(
+        q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, ones_ref, zero_ref,
+        o_ref, lse_s_ref, lse_w_ref, ones, tiles, own_tiles, bars, team_bar, stages,
+    ) -> None:  # fmt: skip
+        ones_bar, in_bar, la_bar, cs_bar, v_bar, all_q_bar = bars
+        wg = lax.axis_index("wg")
+        q_bar = all_q_bar.at[wg]
+        run = lax.axis_index("block")
+        row = lax.rem(run, rows)  # neighbours read the heads of one place
+        b, h = lax.div(row, kv_heads), lax.rem(row, kv_heads)
+        first = lax.div(run, rows) * steps
+        count = jnp.minimum(steps, chunks - first) if ragged else steps
+
+        def mm(acc, a, b) -> None:
+            """acc += a b. The interpreter's products take both operands from shared memory."""
+            if cfg.interpret and not hasattr(a, "ref"):
+                stage = stages[a.shape[1]].at[wg]
+                stage[...] = a
+                plgpu.commit_smem()
+                a = stage
+            plgpu.wgmma(acc, a, b)
+
+        def on(at: int, f: Callable) -> None:
+            """f() in one warpgroup."""
+            f() if wgs == 1 else pl.when(wg == at)(f)
+
+        def sync() -> None:
+            """A barrier of the warpgroup."""
+            plgpu.commit_smem()
+
+        def team() -> None:
+            """A barrier of the block; writes to shared memory before it are seen after it."""
+            plgpu.commit_smem()
+            if wgs > 1:
+                plgpu.barrier_arrive(team_bar)
+                plgpu.barrier_wait(team_bar)
+
+        def copy(src, dst, bar, when) -> None:
+            """Start a copy to shared memory ``when``."""
+            if cfg.interpret and when is not None:  # the interpreter has no predicates
+                pl.when(when)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
+            else:
+                plgpu.copy_gmem_to_smem(src, dst, bar, predicate=when)
+
+        def tokens(c):
+            return pl.ds(pl.multiple_of(jnp.maximum(c, 0) * C, C), C)
+
+        def load_rows(ref, c, dst, bar, when=None) -> None:
+            copy(ref.at[b, tokens(c), h], dst, bar, when)
+
+        def load_query(c, turn, dst, when=None) -> None:
+            copy(q_ref.at[b, tokens(c), head(turn)], dst, q_bar, when)
+
+        def load_keys(c, dst, when=None) -> None:
+            copy(st_ref.at[row, c, :, pl.ds(0, d)], dst, in_bar, when)
+
+        def load_values(c, dst, when=None) -> None:
+            copy(st_ref.at[row, c, :, pl.ds(d, width)], dst, v_bar, when)
+
+        def load_angles(c, cos_s, sin_s, bar, when=None) -> None:
+            copy(cos_ref.at[tokens(c)], cos_s, bar, when)
+            copy(sin_ref.at[tokens(c)], sin_s, bar, when)
+
+        def head(turn):
+            """The query head of a turn."""
+            return h * group + turn * wgs + wg
+
+        def afresh():
+            """The buffers, by addresses that the compiler works out here and holds in no register."""
+            zero = zero_ref[0]
+            return [x.at[zero] for x in tiles], [x.at[zero + wg] for x in own_tiles]
+
+        def bias(c):
+            """Added to what chunk 0 does not see: slots, and the chunk before it."""
+            return jnp.where(c == 0, NINF, 0.0)
+
+        def step(i, _) -> None:
+            """One chunk: its rotated keys and gates, then its query heads."""
+            c, own = first + i, lax.rem(i, 2)
+            (la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s), _ = afresh()
+            plgpu.barrier_wait(la_bar)
+            # base-2 gates, as stored for their sums; those of chunk 0 are 0
+            gate = jnp.maximum(_load(la_s), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
+
+            def put_gates() -> None:
+                sums_s[...] = gate.astype(F16)
+
+            on(0, put_gates)
+            team()
+            on(0, lambda: load_rows(la_ref, c, la_s, la_bar, i + 1 < count))
+
+            def sums(g_acc):
+                plgpu.wgmma(g_acc, ones, sums_s)
+                plgpu.barrier_wait(in_bar)
+                plgpu.barrier_wait(cs_bar)
+
+                def put_keys() -> None:
+                    turned = _rotated(_load(k_s.at[own]), _load(cos_s), _load(sin_s))
+                    kr_s.at[own][...] = turned
+
+                on(wgs - 1, put_keys)
+                w = _weight(gate)
+                g = _wait(g_acc)
+
+                def put_factors() -> None:
+                    b0_s[...] = (jnp.exp2(-g) * w).astype(BF16)
+
+                on(0, put_factors)
+                return jnp.exp2(g)
+
+            e0 = _accumulators(sums, C)
+            team()
+            if turns == 1:
+                query(0, i, e0)
+            else:
+                lax.fori_loop(0, turns, lambda turn, _: query(turn, i, e0), None)
+
+        def query(turn, i, e0) -> None:
+            """One query head of chunk i of the run; each buffer is filled again when free."""
+            c, own = first + i, lax.rem(i, 2)
+            old = 1 - own
+            buffers, (q_s, *o_s) = afresh()
+            la_s, sums_s, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s = buffers
+            last = turn == turns - 1
+            more = i + 1 < count
+
+            def at_last(f: Callable) -> None:
+                """f() in the last turn."""
+                f() if turns == 1 else pl.when(last)(f)
+
+            def next_keys() -> None:
+                if wgs > 1:
+                    team()
+
+                def loads() -> None:
+                    load_rows(k_ref, c + 1, k_s.at[old], in_bar, more)
+                    load_keys(c + 1, sk_s, more)
+                    load_angles(c + 1, cos_s, sin_s, cs_bar, more)
+
+                on(0, loads)
+
+            def logits(y_acc):
+                def inner(x_acc):
+                    plgpu.barrier_wait(q_bar)
+                    plgpu.wgmma(x_acc, q_s, k_s.at[old].T)
+                    plgpu.wgmma(y_acc, q_s, sk_s.T)
+                    turned = _rotated(_load(q_s), _load(cos_s), _load(sin_s))
+
+                    def window(s_acc, d_acc):
+                        if not cfg.interpret:
+                            hidden = jnp.full((C, C), bias(c), F32)
+                            s_acc[...] = plgpu.layout_cast(hidden, TILE)
+                        mm(s_acc, turned, kr_s.at[old].T)
+                        mm(d_acc, turned, kr_s.at[own].T)
+                        x = _short(jnp.where(_causal(), _wait(x_acc, 3), 0.0))
+                        mm(y_acc, x, b0_s)
+                        far = _wait(s_acc, 2)
+                        if cfg.interpret:
+                            far += bias(c)
+                        return jnp.where(_causal(), _wait(d_acc, 1), far)
+
+                    return _accumulators(window, C, C)
+
+                near = _accumulators(inner, C)
+                sync()
+                if turns == 1:
+                    load_query(c + 1, 0, q_s, more)
+                else:
+                    n = turn + 1
+                    load_query(
+                        jnp.where(last, c + 1, c), jnp.where(last, 0, n), q_s, more | ~last
+                    )
+                at_last(next_keys)
+                return _wait(y_acc) * e0 + bias(c), near
+
+            y, near = _accumulators(logits, C)  # before the scale
+            m_s = jnp.max(y, axis=1) * post
+            m_w = jnp.max(near, axis=1) * post
+            m = jnp.maximum(m_s, m_w)
+            shift = _full(m)
+            p = jnp.exp2(y * post - shift)
+            l_s = jnp.sum(p, axis=1)
+            p = (p * e0).astype(BF16)
+
+            def values(o_acc):
+                if turns == 1:
+                    plgpu.barrier_wait(v_bar)
+                else:
+                    pl.when(turn == 0)(lambda: plgpu.barrier_wait(v_bar))
+
+                def pairs(a_acc):
+                    mm(a_acc, p, b0_s.T)
+                    mm(o_acc, p, sv_s)
+                    w = jnp.exp2(near * post - shift)
+                    own = _short(jnp.where(_causal(), w, 0.0))
+                    a = _wait(a_acc, 1)
+                    return _short(jnp.where(_causal(), a, w)), own, jnp.sum(w, axis=1)
+
+                before, here, l_w = _accumulators(pairs, C)
+                mm(o_acc, before, v_s.at[old])
+                mm(o_acc, here, v_s.at[own])
+                at = b, tokens(c), head(turn)
+                share = 1.0 / (l_s + l_w)
+                lse_s_ref.at[at][...] = jnp.where(l_s > 0, m + jnp.log2(l_s), m_s) * LN2
+                lse_w_ref.at[at][...] = jnp.where(l_w > 0, m + jnp.log2(l_w), m_w) * LN2
+                return _wait(o_acc) * _full(share, width)
+
+            o = _accumulators(values, width)
+            at = b, tokens(c), head(turn)
+            if direct:
+                o_ref.at[at][...] = o.astype(BF16)
+            else:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last output has left
+                o_s[0][...] = o.astype(BF16)
+                sync()
+                plgpu.copy_smem_to_gmem(o_s[0], o_ref.at[at])
+
+            def next_values() -> None:
+                if wgs > 1:
+                    team()
+
+                def loads() -> None:
+                    load_rows(v_ref, c + 1, v_s.at[old], v_bar, more)
+                    load_values(c + 1, sv_s, more)
+
+                on(0, loads)
+
+            at_last(next_values)
+
+        # chunk c works on rows of chunks c - 1 (written) and c, of which the former are there already
+        (la_s, _, _, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s), (q_s, *_) = afresh()
+
+        def start() -> None:
+            plgpu.copy_gmem_to_smem(ones_ref, ones, ones_bar)
+            load_rows(k_ref, first - 1, k_s.at[1], ones_bar)
+            load_angles(first - 1, cos_s, sin_s, ones_bar)
+            load_rows(v_ref, first - 1, v_s.at[1], ones_bar)
+            load_rows(v_ref, first, v_s.at[0], v_bar)
+            load_values(first, sv_s)
+            load_rows(k_ref, first, k_s.at[0], in_bar)
+            load_keys(first, sk_s)
+            load_rows(la_ref, first - 1, la_s, la_bar)
+
+        on(0, start)
+        load_query(first, 0, q_s)
+        plgpu.barrier_wait(ones_bar)
+
+        def put_keys() -> None:
+            kr_s.at[1][...] = _rotated(_load(k_s.at[1]), _load(cos_s), _load(sin_s))
+
+        on(0, put_keys)
+        team()
+        on(0, lambda: load_angles(first, cos_s, sin_s, cs_bar))
+        lax.fori_loop(0, count, step, None)
+        if not direct:
+            plgpu.wait_smem_to_gmem(0)
+
+    def shared(*shape: int, dtype=BF16):
+        return _tiled(1, *shape, dtype=dtype)
+
+    tiles = (
+        shared(C, C, dtype=F32), shared(C, C, dtype=F16), shared(C, C),
+        shared(2, C, d), shared(2, C, d), shared(2, C, width), shared(C, d), shared(C, width),
+        shared(C, d // 2, dtype=F16), shared(C, d // 2, dtype=F16),
+    )  # fmt: skip
+    own_tiles = (_tiled(wgs, C, d),) + (() if direct else (_tiled(wgs, C, width),))
+    bars = tuple(plgpu.Barrier(num_arrivals=n) for n in (5, 2, 1, 2, 2))
+    stages = {n: _tiled(wgs, C, n) for n in {C, d}} if cfg.interpret else {}
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, length, heads, width), BF16),
+            *[jax.ShapeDtypeStruct((batch, length, heads), F32)] * 2,
+        ),
+        grid=(rows * runs,),
+        grid_names=("block",),
+        num_threads=wgs,
+        thread_name="wg",
+        scratch_types=(
+            _tiled(C, C, dtype=F16), tiles, own_tiles,
+            (*bars, plgpu.Barrier(num_arrivals=1, num_barriers=wgs)),
+            plgpu.Barrier(num_arrivals=wgs), stages,
+        ),  # fmt: skip
+        interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        kernel_name="nha_output",
+    )
+    ones, zero = jnp.tril(jnp.ones((C, C), F16)), jnp.zeros((1,), jnp.int32)
+    return tuple(kernel(q, k, v, log_alpha, st, cos, sin, ones, zero))
