@@ -20,6 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 LOG2E = math.log2(math.e)
 WIDE = 16384  # slots times width, in powers of two, whose float32 products fit shared memory
 SHORT = 64  # tokens
+MOSAIC = 64  # tokens of a chunk, and slots, of mosaic_output
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -141,6 +142,31 @@ class _Call:
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
 
 
+def _by_mosaic(call: _Call, log_alpha, cos, doc, visible0) -> bool:
+    """Whether the common copy of the output pass is mosaic_output's: rows of whole chunks that see, without
+    exception, the chunk before them through the window and what is older through 64 slots."""
+    spec, tile = call.spec, call.C
+    most = call.B * max(call.T * call.HQ, (call.NC + 1) * call.H * call.M) * (call.D + call.V)
+    return (
+        call.tiles.mosaic
+        and call.M == tile == MOSAIC
+        and call.D in (MOSAIC, 2 * MOSAIC)
+        and call.V in (MOSAIC, 2 * MOSAIC)
+        and call.T % tile == 0
+        and spec.window == spec.slot_lag == tile
+        and (spec.halo, spec.feature_map, spec.empty_slots) == (0, "none", "masked")
+        and spec.scale > 0
+        and doc is None
+        and visible0 is None
+        and cos is not None
+        and cos.ndim == 2
+        and call.gate_dtype == call.dtype == jnp.bfloat16
+        and log_alpha.dtype == jnp.float32
+        and most < 2**31  # places in one array, more or less
+        and launch.missing_mosaic() is None
+    )
+
+
 def _optional(cos, sin, doc, visible0, halo, T, dtype):
     """Arrays for the absent optional inputs, and the running document of each query.
 
@@ -164,18 +190,20 @@ def _optional(cos, sin, doc, visible0, halo, T, dtype):
     )
 
 
-def _both(call: _Call, kernel, *args, out, grid, into=None, **constants):
+def _both(call: _Call, kernel, *args, out, grid, into=None, common=None, **constants):
     """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs.
 
-    ``into`` holds the arrays that outputs, by position, are written over."""
+    ``into`` holds the arrays that outputs, by position, are written over; ``common`` the outputs where
+    another kernel was run on the former."""
     from pallas_kernels.gpu.kernels import BATCH
 
     args, into = (*args, grid), into or {}
-    held = [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
-    held = launch.call(
-        kernel, *args, *held, out=out, grid=grid, STRONG=False,
-        aliases={len(args) + i: i for i in into}, **constants,
-    )  # fmt: skip
+    held = common or [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
+    if common is None:
+        held = launch.call(
+            kernel, *args, *held, out=out, grid=grid, STRONG=False,
+            aliases={len(args) + i: i for i in into}, **constants,
+        )  # fmt: skip
     if not call.slots:
         return held
     return launch.call(
@@ -241,12 +269,17 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
     keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
+    common = None
+    if _by_mosaic(c, log_alpha, cos, doc, visible0):
+        from pallas_kernels.gpu import mosaic_output
+
+        common = mosaic_output.output(q, k, v, la, st, cos_, sin_, spec.scale, launch.processors())
     o, lse_s, lse_w = _both(
         c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
         grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, AHEAD=c.ahead(c.tiles.output.warps),
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads, common=common,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0

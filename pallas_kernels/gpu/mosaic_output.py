@@ -1,27 +1,30 @@
 """The forward pass's output kernel as a Pallas Mosaic GPU kernel, for Hopper.
 
-It computes what ``forward_kernels.output_kernel`` does where window, lag and chunk are one (notation in
-kernels.py). A block walks a run of consecutive chunks of one kv head. Tiles arrive in shared memory by TMA
-while earlier ones are worked on, so that a load holds no register; keys, rotated keys and values of a chunk
-stay there for the next, whose written rows they are. Query heads that share a kv head take turns.
+It computes what ``forward_kernels.output_kernel`` does where window, lag and chunk are one
+(notation in kernels.py). A block walks a run of consecutive chunks of one kv head. Tiles arrive in
+shared memory by TMA while earlier ones are worked on, so that a load holds no register; keys,
+rotated keys and values of a chunk stay there for the next, whose written rows they are. Query heads
+of a kv head take turns, two at a time where two warpgroups share its tiles.
 
-Per chunk: ``y = 2^g (q st_k + tril(q k_prev) b0)``, b0 = w 2^-g; one softmax over y and the window's logits,
-of which those of the chunk before lie above the diagonal and those of the chunk itself on it and below, so
-that both are one tile; ``o = p st_v + (tril(p b0^T) + p_prev) v_prev + p_own v_own``, p = the slots' weights
-2^g.
+Per chunk: ``y = 2^g (q st_k + tril(q k_prev) b0)``, b0 = w 2^-g; one softmax over y and the
+window's logits, of which those of the chunk before lie above the diagonal and those of the chunk
+itself on it and below, so that both are one tile; ``o = p st_v + (tril(p b0^T) + p_prev) v_prev +
+p_own v_own``, p = the slots' weights 2^g.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas.mosaic_gpu as mosaic_gpu
 import jax.numpy as jnp
 from jax import lax
+
+plgpu: Any = mosaic_gpu  # whose types change from version to version
 
 C = 64  # tokens of a chunk, and slots
 LOG2E = math.log2(math.e)
@@ -32,17 +35,8 @@ TILE = plgpu.Layout.WGMMA
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the kernel runs."""
-
-    warpgroups: int = 1  # of a block, each with query heads of its own
-    processors: int = 132  # multiprocessors to fill, with one block each
-    interpret: bool = False
-
-
 def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
-    """Runs that each row of ``chunks`` chunks is cut into, and the chunks of a run: least time for all."""
+    """Runs that each of the rows is cut into, and the chunks of a run, for the least time."""
 
     def time(runs: int) -> float:  # a run's start takes as long as half a chunk
         return -(-rows * runs // workers) * (-(-chunks // runs) + 0.5)
@@ -52,7 +46,7 @@ def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
     return -(-chunks // length), length
 
 
-def _tiled(*shape: int, dtype=BF16) -> plgpu.SMEM:
+def _tiled(*shape: int, dtype=BF16) -> Any:
     """Shared memory in the tiling and swizzle of TMA and WGMMA, 128 bytes a row at most."""
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, shape[-1] * size)
@@ -65,23 +59,31 @@ def _load(ref) -> jax.Array:
     return plgpu.load(ref, layout=TILE, optimized=False)
 
 
+def _store(ref, x: jax.Array) -> None:
+    """x to global memory; jax 0.12 wants to be told that this is not coalesced."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
 def _full(x: jax.Array, n: int = C) -> jax.Array:
     """A value per row, [C], on each of n columns."""
     return lax.broadcast_in_dim(x, (C, n), [0])
 
 
 def _wait(acc, n: int = 0) -> jax.Array:
-    """The accumulator once at most n later products run; nothing that reads it may be moved before."""
+    """The accumulator once at most n later products run; what reads it cannot be moved before."""
     return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=n))
 
 
 def _short(x: jax.Array) -> jax.Array:
-    """A masked tile in bfloat16: masked as float32, since halves would be taken apart and packed again."""
+    """A masked tile in bfloat16, masked as float32: halves are taken apart and packed again."""
     return lax.optimization_barrier(x).astype(BF16)
 
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """RoPE of rows x [C, D] bfloat16; cos, sin [C, D / 2]. A few columns at a time, to hold few registers."""
+    """RoPE of rows x [C, D] bfloat16; cos, sin [C, D / 2]. In parts, to hold few registers."""
     half, n = cos.shape[1], 32
     left, right = [], []
     for i in range(0, half, n):
@@ -114,31 +116,37 @@ def _accumulators(f: Callable, *columns: int):
 
 def output(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array,
-    cos: jax.Array, sin: jax.Array, scale: float, cfg: Config = Config(),
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    cos: jax.Array, sin: jax.Array, scale: float, processors: int,
+    warpgroups: int | None = None, interpret: bool = False,
+) -> list[jax.Array]:  # fmt: skip
     """Output and both log-sum-exps of every chunk.
 
-    q [B,T,HQ,D], k [B,T,H,D] and v [B,T,H,V] bfloat16; log_alpha [B,T,H,64] float32; st
-    [B*H,NC+1,64,D+V] bfloat16, keys first; cos, sin [T,D/2] float16; scale > 0. Returns o [B,T,HQ,V]
-    bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ] float32, -inf where empty.
+    q [B,T,HQ,D], k [B,T,H,D] and v [B,T,H,V] bfloat16, D and V each 64 or 128; log_alpha
+    [B,T,H,64] float32; st [B*H,NC+1,64,D+V] bfloat16, keys first; cos, sin [T,D/2] float16;
+    scale > 0. Returns o [B,T,HQ,V] bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ]
+    float32, -inf where empty.
+
+    One block runs on each of the ``processors``; its warpgroups share the tiles of a kv head and
+    divide its query heads.
     """
     batch, length, heads, d = q.shape
     kv_heads, width = v.shape[2:]
-    chunks, group, wgs = length // C, heads // kv_heads, cfg.warpgroups
+    chunks, group = length // C, heads // kv_heads
+    wgs = warpgroups or (1 if group % 2 else 2)
     turns = group // wgs  # query heads of a warpgroup
     post = scale * LOG2E
     rows = batch * kv_heads
-    runs, steps = split(rows, chunks, cfg.processors)
+    runs, steps = split(rows, chunks, processors)
     ragged = chunks % steps != 0
     direct = wgs > 1  # o leaves from registers: no room for a buffer
 
     def body(
         q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, ones_ref, zero_ref,
-        o_ref, lse_s_ref, lse_w_ref, ones, tiles, own_tiles, bars, team_bar, stages,
+        o_ref, lse_s_ref, lse_w_ref, ones, tiles, own_tiles, bars, stages,
     ) -> None:  # fmt: skip
-        ones_bar, in_bar, la_bar, cs_bar, v_bar, all_q_bar = bars
+        start_bar, in_bar, la_bar, cs_bar, v_bar, team_bar, q_bars = bars
         wg = lax.axis_index("wg")
-        q_bar = all_q_bar.at[wg]
+        q_bar = q_bars.at[wg]
         run = lax.axis_index("block")
         row = lax.rem(run, rows)  # neighbours read the heads of one place
         b, h = lax.div(row, kv_heads), lax.rem(row, kv_heads)
@@ -147,7 +155,7 @@ def output(
 
         def mm(acc, a, b) -> None:
             """acc += a b. The interpreter's products take both operands from shared memory."""
-            if cfg.interpret and not hasattr(a, "ref"):
+            if interpret and not hasattr(a, "ref"):
                 stage = stages[a.shape[1]].at[wg]
                 stage[...] = a
                 plgpu.commit_smem()
@@ -158,10 +166,6 @@ def output(
             """f() in one warpgroup."""
             f() if wgs == 1 else pl.when(wg == at)(f)
 
-        def sync() -> None:
-            """A barrier of the warpgroup."""
-            plgpu.commit_smem()
-
         def team() -> None:
             """A barrier of the block; writes to shared memory before it are seen after it."""
             plgpu.commit_smem()
@@ -171,7 +175,7 @@ def output(
 
         def copy(src, dst, bar, when) -> None:
             """Start a copy to shared memory ``when``."""
-            if cfg.interpret and when is not None:  # the interpreter has no predicates
+            if interpret and when is not None:  # the interpreter has no predicates
                 pl.when(when)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
             else:
                 plgpu.copy_gmem_to_smem(src, dst, bar, predicate=when)
@@ -200,7 +204,7 @@ def output(
             return h * group + turn * wgs + wg
 
         def afresh():
-            """The buffers, by addresses that the compiler works out here and holds in no register."""
+            """The buffers, by addresses that are worked out here rather than held in registers."""
             zero = zero_ref[0]
             return [x.at[zero] for x in tiles], [x.at[zero + wg] for x in own_tiles]
 
@@ -254,7 +258,7 @@ def output(
             c, own = first + i, lax.rem(i, 2)
             old = 1 - own
             buffers, (q_s, *o_s) = afresh()
-            la_s, sums_s, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s = buffers
+            _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s = buffers
             last = turn == turns - 1
             more = i + 1 < count
 
@@ -281,7 +285,7 @@ def output(
                     turned = _rotated(_load(q_s), _load(cos_s), _load(sin_s))
 
                     def window(s_acc, d_acc):
-                        if not cfg.interpret:
+                        if not interpret:
                             hidden = jnp.full((C, C), bias(c), F32)
                             s_acc[...] = plgpu.layout_cast(hidden, TILE)
                         mm(s_acc, turned, kr_s.at[old].T)
@@ -289,21 +293,20 @@ def output(
                         x = _short(jnp.where(_causal(), _wait(x_acc, 3), 0.0))
                         mm(y_acc, x, b0_s)
                         far = _wait(s_acc, 2)
-                        if cfg.interpret:
+                        if interpret:
                             far += bias(c)
                         return jnp.where(_causal(), _wait(d_acc, 1), far)
 
                     return _accumulators(window, C, C)
 
                 near = _accumulators(inner, C)
-                sync()
+                plgpu.commit_smem()
                 if turns == 1:
                     load_query(c + 1, 0, q_s, more)
                 else:
                     n = turn + 1
-                    load_query(
-                        jnp.where(last, c + 1, c), jnp.where(last, 0, n), q_s, more | ~last
-                    )
+                    at = jnp.where(last, c + 1, c), jnp.where(last, 0, n)
+                    load_query(*at, q_s, more | ~last)
                 at_last(next_keys)
                 return _wait(y_acc) * e0 + bias(c), near
 
@@ -335,18 +338,18 @@ def output(
                 mm(o_acc, here, v_s.at[own])
                 at = b, tokens(c), head(turn)
                 share = 1.0 / (l_s + l_w)
-                lse_s_ref.at[at][...] = jnp.where(l_s > 0, m + jnp.log2(l_s), m_s) * LN2
-                lse_w_ref.at[at][...] = jnp.where(l_w > 0, m + jnp.log2(l_w), m_w) * LN2
+                _store(lse_s_ref.at[at], jnp.where(l_s > 0, m + jnp.log2(l_s), m_s) * LN2)
+                _store(lse_w_ref.at[at], jnp.where(l_w > 0, m + jnp.log2(l_w), m_w) * LN2)
                 return _wait(o_acc) * _full(share, width)
 
             o = _accumulators(values, width)
             at = b, tokens(c), head(turn)
             if direct:
-                o_ref.at[at][...] = o.astype(BF16)
+                _store(o_ref.at[at], o.astype(BF16))
             else:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last output has left
                 o_s[0][...] = o.astype(BF16)
-                sync()
+                plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_s[0], o_ref.at[at])
 
             def next_values() -> None:
@@ -361,14 +364,14 @@ def output(
 
             at_last(next_values)
 
-        # chunk c works on rows of chunks c - 1 (written) and c, of which the former are there already
+        # chunk c works on rows of chunk c - 1, which it writes, and on its own
         (la_s, _, _, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s), (q_s, *_) = afresh()
 
         def start() -> None:
-            plgpu.copy_gmem_to_smem(ones_ref, ones, ones_bar)
-            load_rows(k_ref, first - 1, k_s.at[1], ones_bar)
-            load_angles(first - 1, cos_s, sin_s, ones_bar)
-            load_rows(v_ref, first - 1, v_s.at[1], ones_bar)
+            plgpu.copy_gmem_to_smem(ones_ref, ones, start_bar)
+            load_rows(k_ref, first - 1, k_s.at[1], start_bar)
+            load_angles(first - 1, cos_s, sin_s, start_bar)
+            load_rows(v_ref, first - 1, v_s.at[1], start_bar)
             load_rows(v_ref, first, v_s.at[0], v_bar)
             load_values(first, sv_s)
             load_rows(k_ref, first, k_s.at[0], in_bar)
@@ -377,7 +380,7 @@ def output(
 
         on(0, start)
         load_query(first, 0, q_s)
-        plgpu.barrier_wait(ones_bar)
+        plgpu.barrier_wait(start_bar)
 
         def put_keys() -> None:
             kr_s.at[1][...] = _rotated(_load(k_s.at[1]), _load(cos_s), _load(sin_s))
@@ -398,8 +401,12 @@ def output(
         shared(C, d // 2, dtype=F16), shared(C, d // 2, dtype=F16),
     )  # fmt: skip
     own_tiles = (_tiled(wgs, C, d),) + (() if direct else (_tiled(wgs, C, width),))
-    bars = tuple(plgpu.Barrier(num_arrivals=n) for n in (5, 2, 1, 2, 2))
-    stages = {n: _tiled(wgs, C, n) for n in {C, d}} if cfg.interpret else {}
+    bars = (  # arrivals: copies, or warpgroups
+        *(plgpu.Barrier(num_arrivals=n) for n in (5, 2, 1, 2, 2, wgs)),
+        plgpu.Barrier(num_arrivals=1, num_barriers=wgs),
+    )
+    stages = {n: _tiled(wgs, C, n) for n in {C, d}} if interpret else {}
+    scratch = _tiled(C, C, dtype=F16), tiles, own_tiles, bars, stages
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -410,12 +417,8 @@ def output(
         grid_names=("block",),
         num_threads=wgs,
         thread_name="wg",
-        scratch_types=(
-            _tiled(C, C, dtype=F16), tiles, own_tiles,
-            (*bars, plgpu.Barrier(num_arrivals=1, num_barriers=wgs)),
-            plgpu.Barrier(num_arrivals=wgs), stages,
-        ),  # fmt: skip
-        interpret=plgpu.InterpretGPUParams() if cfg.interpret else None,
+        scratch_types=scratch,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             unsafe_no_auto_barriers=True,
@@ -424,4 +427,4 @@ def output(
         kernel_name="nha_output",
     )
     ones, zero = jnp.tril(jnp.ones((C, C), F16)), jnp.zeros((1,), jnp.int32)
-    return tuple(kernel(q, k, v, log_alpha, st, cos, sin, ones, zero))
+    return list(kernel(q, k, v, log_alpha, st, cos, sin, ones, zero))
