@@ -63,7 +63,7 @@ def test_widths(d, v, slots, window, dtype):
         assert compared(case, dtype) == []
 
 
-@pytest.mark.parametrize("strongest", [-2.0, -6.0])  # the latter: some chunks need levels
+@pytest.mark.parametrize("strongest", [-2.0, -4.0])  # the latter: many chunks need levels
 @pytest.mark.parametrize(
     ("d", "v", "heads", "kv_heads"),
     [(64, 64, 2, 2), (64, 128, 3, 1), (128, 128, 2, 2), (128, 128, 4, 1)],
