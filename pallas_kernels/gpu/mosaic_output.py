@@ -1,10 +1,10 @@
 """The forward pass's output kernel as a Pallas Mosaic GPU kernel, for Hopper.
 
 It computes what ``forward_kernels.output_kernel`` does where window, lag and chunk are one
-(notation in kernels.py). A block walks a run of consecutive chunks of one kv head. Tiles arrive in
-shared memory by TMA while earlier ones are worked on, so that a load holds no register; keys,
-rotated keys and values of a chunk stay there for the next, whose written rows they are. Query heads
-of a kv head take turns, two at a time where two warpgroups share its tiles.
+(notation in kernels.py). A block, one warpgroup, walks a run of consecutive chunks of one kv head,
+whose query heads take turns in each. Tiles arrive in shared memory by TMA while earlier ones are
+worked on, so that a load holds no register; keys, rotated keys and values of a chunk stay there for
+the next, whose written rows they are.
 
 Per chunk: ``y = 2^g (q st_k + tril(q k_prev) b0)``, b0 = w 2^-g; one softmax over y and the
 window's logits, of which those of the chunk before lie above the diagonal and those of the chunk
@@ -116,37 +116,32 @@ def _accumulators(f: Callable, *columns: int):
 
 def output(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array,
-    cos: jax.Array, sin: jax.Array, scale: float, processors: int,
-    warpgroups: int | None = None, interpret: bool = False,
+    cos: jax.Array, sin: jax.Array, scale: float, processors: int, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """Output and both log-sum-exps of every chunk.
 
-    q [B,T,HQ,D], k [B,T,H,D] and v [B,T,H,V] bfloat16, D and V each 64 or 128; log_alpha
-    [B,T,H,64] float32; st [B*H,NC+1,64,D+V] bfloat16, keys first; cos, sin [T,D/2] float16;
-    scale > 0. Returns o [B,T,HQ,V] bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ]
-    float32, -inf where empty.
+    q [B,T,HQ,D], k [B,T,H,D] and v [B,T,H,V] bfloat16, T a multiple of 64, HQ of H, D and V each
+    64 or 128; log_alpha [B,T,H,64] float32; st [B*H,NC+1,64,D+V] bfloat16, the slots before each
+    chunk writes, keys first; cos, sin [T,D/2] float16; scale > 0. None of this is checked. Returns
+    o [B,T,HQ,V] bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ] float32, -inf where
+    empty; where the gates of a chunk sum to less than -SPAN, all three are to be written over.
 
-    One block runs on each of the ``processors``; its warpgroups share the tiles of a kv head and
-    divide its query heads.
+    Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
+    Pallas' interpreter, no GPU needed.
     """
     batch, length, heads, d = q.shape
     kv_heads, width = v.shape[2:]
     chunks, group = length // C, heads // kv_heads
-    wgs = warpgroups or (1 if group % 2 else 2)
-    turns = group // wgs  # query heads of a warpgroup
     post = scale * LOG2E
     rows = batch * kv_heads
     runs, steps = split(rows, chunks, processors)
     ragged = chunks % steps != 0
-    direct = wgs > 1  # o leaves from registers: no room for a buffer
 
     def body(
         q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, ones_ref, zero_ref,
-        o_ref, lse_s_ref, lse_w_ref, ones, tiles, own_tiles, bars, stages,
+        o_ref, lse_s_ref, lse_w_ref, ones, tiles, bars, stages,
     ) -> None:  # fmt: skip
-        start_bar, in_bar, la_bar, cs_bar, v_bar, team_bar, q_bars = bars
-        wg = lax.axis_index("wg")
-        q_bar = q_bars.at[wg]
+        start_bar, in_bar, la_bar, cs_bar, v_bar, q_bar = bars
         run = lax.axis_index("block")
         row = lax.rem(run, rows)  # neighbours read the heads of one place
         b, h = lax.div(row, kv_heads), lax.rem(row, kv_heads)
@@ -156,22 +151,11 @@ def output(
         def mm(acc, a, b) -> None:
             """acc += a b. The interpreter's products take both operands from shared memory."""
             if interpret and not hasattr(a, "ref"):
-                stage = stages[a.shape[1]].at[wg]
+                stage = stages[a.shape[1]]
                 stage[...] = a
                 plgpu.commit_smem()
                 a = stage
             plgpu.wgmma(acc, a, b)
-
-        def on(at: int, f: Callable) -> None:
-            """f() in one warpgroup."""
-            f() if wgs == 1 else pl.when(wg == at)(f)
-
-        def team() -> None:
-            """A barrier of the block; writes to shared memory before it are seen after it."""
-            plgpu.commit_smem()
-            if wgs > 1:
-                plgpu.barrier_arrive(team_bar)
-                plgpu.barrier_wait(team_bar)
 
         def copy(src, dst, bar, when) -> None:
             """Start a copy to shared memory ``when``."""
@@ -186,8 +170,12 @@ def output(
         def load_rows(ref, c, dst, bar, when=None) -> None:
             copy(ref.at[b, tokens(c), h], dst, bar, when)
 
+        def queries(c, turn):
+            """Where q and the results have the rows of chunk c and a turn's query head."""
+            return b, tokens(c), h * group + turn
+
         def load_query(c, turn, dst, when=None) -> None:
-            copy(q_ref.at[b, tokens(c), head(turn)], dst, q_bar, when)
+            copy(q_ref.at[queries(c, turn)], dst, q_bar, when)
 
         def load_keys(c, dst, when=None) -> None:
             copy(st_ref.at[row, c, :, pl.ds(0, d)], dst, in_bar, when)
@@ -199,14 +187,10 @@ def output(
             copy(cos_ref.at[tokens(c)], cos_s, bar, when)
             copy(sin_ref.at[tokens(c)], sin_s, bar, when)
 
-        def head(turn):
-            """The query head of a turn."""
-            return h * group + turn * wgs + wg
-
         def afresh():
             """The buffers, by addresses that are worked out here rather than held in registers."""
             zero = zero_ref[0]
-            return [x.at[zero] for x in tiles], [x.at[zero + wg] for x in own_tiles]
+            return [x.at[zero] for x in tiles]
 
         def bias(c):
             """Added to what chunk 0 does not see: slots, and the chunk before it."""
@@ -215,67 +199,47 @@ def output(
         def step(i, _) -> None:
             """One chunk: its rotated keys and gates, then its query heads."""
             c, own = first + i, lax.rem(i, 2)
-            (la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s), _ = afresh()
+            la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s, *_ = afresh()
             plgpu.barrier_wait(la_bar)
             # base-2 gates, as stored for their sums; those of chunk 0 are 0
             gate = jnp.maximum(_load(la_s), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
-
-            def put_gates() -> None:
-                sums_s[...] = gate.astype(F16)
-
-            on(0, put_gates)
-            team()
-            on(0, lambda: load_rows(la_ref, c, la_s, la_bar, i + 1 < count))
+            sums_s[...] = gate.astype(F16)
+            plgpu.commit_smem()  # all warps wait, too
+            load_rows(la_ref, c, la_s, la_bar, i + 1 < count)
 
             def sums(g_acc):
                 plgpu.wgmma(g_acc, ones, sums_s)
                 plgpu.barrier_wait(in_bar)
                 plgpu.barrier_wait(cs_bar)
-
-                def put_keys() -> None:
-                    turned = _rotated(_load(k_s.at[own]), _load(cos_s), _load(sin_s))
-                    kr_s.at[own][...] = turned
-
-                on(wgs - 1, put_keys)
+                kr_s.at[own][...] = _rotated(_load(k_s.at[own]), _load(cos_s), _load(sin_s))
                 w = _weight(gate)
                 g = _wait(g_acc)
-
-                def put_factors() -> None:
-                    b0_s[...] = (jnp.exp2(-g) * w).astype(BF16)
-
-                on(0, put_factors)
+                b0_s[...] = (jnp.exp2(-g) * w).astype(BF16)
                 return jnp.exp2(g)
 
             e0 = _accumulators(sums, C)
-            team()
-            if turns == 1:
+            plgpu.commit_smem()
+            if group == 1:
                 query(0, i, e0)
             else:
-                lax.fori_loop(0, turns, lambda turn, _: query(turn, i, e0), None)
+                lax.fori_loop(0, group, lambda turn, _: query(turn, i, e0), None)
 
         def query(turn, i, e0) -> None:
             """One query head of chunk i of the run; each buffer is filled again when free."""
             c, own = first + i, lax.rem(i, 2)
             old = 1 - own
-            buffers, (q_s, *o_s) = afresh()
-            _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s = buffers
-            last = turn == turns - 1
+            _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, o_s = afresh()
+            last = turn == group - 1
             more = i + 1 < count
 
             def at_last(f: Callable) -> None:
                 """f() in the last turn."""
-                f() if turns == 1 else pl.when(last)(f)
+                f() if group == 1 else pl.when(last)(f)
 
             def next_keys() -> None:
-                if wgs > 1:
-                    team()
-
-                def loads() -> None:
-                    load_rows(k_ref, c + 1, k_s.at[old], in_bar, more)
-                    load_keys(c + 1, sk_s, more)
-                    load_angles(c + 1, cos_s, sin_s, cs_bar, more)
-
-                on(0, loads)
+                load_rows(k_ref, c + 1, k_s.at[old], in_bar, more)
+                load_keys(c + 1, sk_s, more)
+                load_angles(c + 1, cos_s, sin_s, cs_bar, more)
 
             def logits(y_acc):
                 def inner(x_acc):
@@ -301,12 +265,11 @@ def output(
 
                 near = _accumulators(inner, C)
                 plgpu.commit_smem()
-                if turns == 1:
+                if group == 1:
                     load_query(c + 1, 0, q_s, more)
                 else:
-                    n = turn + 1
-                    at = jnp.where(last, c + 1, c), jnp.where(last, 0, n)
-                    load_query(*at, q_s, more | ~last)
+                    after = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
+                    load_query(*after, q_s, more | ~last)
                 at_last(next_keys)
                 return _wait(y_acc) * e0 + bias(c), near
 
@@ -320,7 +283,7 @@ def output(
             p = (p * e0).astype(BF16)
 
             def values(o_acc):
-                if turns == 1:
+                if group == 1:
                     plgpu.barrier_wait(v_bar)
                 else:
                     pl.when(turn == 0)(lambda: plgpu.barrier_wait(v_bar))
@@ -329,68 +292,49 @@ def output(
                     mm(a_acc, p, b0_s.T)
                     mm(o_acc, p, sv_s)
                     w = jnp.exp2(near * post - shift)
-                    own = _short(jnp.where(_causal(), w, 0.0))
+                    here = _short(jnp.where(_causal(), w, 0.0))
                     a = _wait(a_acc, 1)
-                    return _short(jnp.where(_causal(), a, w)), own, jnp.sum(w, axis=1)
+                    return _short(jnp.where(_causal(), a, w)), here, jnp.sum(w, axis=1)
 
                 before, here, l_w = _accumulators(pairs, C)
                 mm(o_acc, before, v_s.at[old])
                 mm(o_acc, here, v_s.at[own])
-                at = b, tokens(c), head(turn)
+                at = queries(c, turn)
                 share = 1.0 / (l_s + l_w)
                 _store(lse_s_ref.at[at], jnp.where(l_s > 0, m + jnp.log2(l_s), m_s) * LN2)
                 _store(lse_w_ref.at[at], jnp.where(l_w > 0, m + jnp.log2(l_w), m_w) * LN2)
                 return _wait(o_acc) * _full(share, width)
 
             o = _accumulators(values, width)
-            at = b, tokens(c), head(turn)
-            if direct:
-                _store(o_ref.at[at], o.astype(BF16))
-            else:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last output has left
-                o_s[0][...] = o.astype(BF16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_s[0], o_ref.at[at])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last output has left
+            o_s[...] = o.astype(BF16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_s, o_ref.at[queries(c, turn)])
 
             def next_values() -> None:
-                if wgs > 1:
-                    team()
-
-                def loads() -> None:
-                    load_rows(v_ref, c + 1, v_s.at[old], v_bar, more)
-                    load_values(c + 1, sv_s, more)
-
-                on(0, loads)
+                load_rows(v_ref, c + 1, v_s.at[old], v_bar, more)
+                load_values(c + 1, sv_s, more)
 
             at_last(next_values)
 
         # chunk c works on rows of chunk c - 1, which it writes, and on its own
-        (la_s, _, _, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s), (q_s, *_) = afresh()
-
-        def start() -> None:
-            plgpu.copy_gmem_to_smem(ones_ref, ones, start_bar)
-            load_rows(k_ref, first - 1, k_s.at[1], start_bar)
-            load_angles(first - 1, cos_s, sin_s, start_bar)
-            load_rows(v_ref, first - 1, v_s.at[1], start_bar)
-            load_rows(v_ref, first, v_s.at[0], v_bar)
-            load_values(first, sv_s)
-            load_rows(k_ref, first, k_s.at[0], in_bar)
-            load_keys(first, sk_s)
-            load_rows(la_ref, first - 1, la_s, la_bar)
-
-        on(0, start)
+        la_s, _, _, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, _ = afresh()
+        plgpu.copy_gmem_to_smem(ones_ref, ones, start_bar)
+        load_rows(k_ref, first - 1, k_s.at[1], start_bar)
+        load_angles(first - 1, cos_s, sin_s, start_bar)
+        load_rows(v_ref, first - 1, v_s.at[1], start_bar)
+        load_rows(v_ref, first, v_s.at[0], v_bar)
+        load_values(first, sv_s)
+        load_rows(k_ref, first, k_s.at[0], in_bar)
+        load_keys(first, sk_s)
+        load_rows(la_ref, first - 1, la_s, la_bar)
         load_query(first, 0, q_s)
         plgpu.barrier_wait(start_bar)
-
-        def put_keys() -> None:
-            kr_s.at[1][...] = _rotated(_load(k_s.at[1]), _load(cos_s), _load(sin_s))
-
-        on(0, put_keys)
-        team()
-        on(0, lambda: load_angles(first, cos_s, sin_s, cs_bar))
+        kr_s.at[1][...] = _rotated(_load(k_s.at[1]), _load(cos_s), _load(sin_s))
+        plgpu.commit_smem()
+        load_angles(first, cos_s, sin_s, cs_bar)
         lax.fori_loop(0, count, step, None)
-        if not direct:
-            plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0)
 
     def shared(*shape: int, dtype=BF16):
         return _tiled(1, *shape, dtype=dtype)
@@ -398,15 +342,10 @@ def output(
     tiles = (
         shared(C, C, dtype=F32), shared(C, C, dtype=F16), shared(C, C),
         shared(2, C, d), shared(2, C, d), shared(2, C, width), shared(C, d), shared(C, width),
-        shared(C, d // 2, dtype=F16), shared(C, d // 2, dtype=F16),
+        shared(C, d // 2, dtype=F16), shared(C, d // 2, dtype=F16), shared(C, d), shared(C, width),
     )  # fmt: skip
-    own_tiles = (_tiled(wgs, C, d),) + (() if direct else (_tiled(wgs, C, width),))
-    bars = (  # arrivals: copies, or warpgroups
-        *(plgpu.Barrier(num_arrivals=n) for n in (5, 2, 1, 2, 2, wgs)),
-        plgpu.Barrier(num_arrivals=1, num_barriers=wgs),
-    )
-    stages = {n: _tiled(wgs, C, n) for n in {C, d}} if interpret else {}
-    scratch = _tiled(C, C, dtype=F16), tiles, own_tiles, bars, stages
+    bars = tuple(plgpu.Barrier(num_arrivals=copies) for copies in (5, 2, 1, 2, 2, 1))
+    stages = {n: _tiled(C, n) for n in {C, d}} if interpret else {}
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -415,9 +354,7 @@ def output(
         ),
         grid=(rows * runs,),
         grid_names=("block",),
-        num_threads=wgs,
-        thread_name="wg",
-        scratch_types=scratch,
+        scratch_types=(_tiled(C, C, dtype=F16), tiles, bars, stages),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -28,7 +28,7 @@ CASES = {
     "narrow": (1, 320, 2, 1, 64, 64, 1.0),
     "wide_strong": (2, 192, 1, 1, 128, 128, 5.0),
     "grouped_weak": (1, 192, 1, 4, 128, 128, 0.01),
-    "odd_group": (1, 128, 2, 3, 64, 128, 1.0),
+    "grouped_mixed": (1, 128, 2, 3, 64, 128, 1.0),
 }
 
 
@@ -75,13 +75,13 @@ def oracle(arrays, tables):
         return reference.forward(*x[:4], None, None, *x[4:], None, None, spec_for(arrays[0]))
 
 
-def run(arrays, tables, **how):
+def run(arrays, tables):
     from pallas_kernels.gpu import mosaic_output
 
     tables = [x.astype(jnp.float16) for x in tables]
     st = states(*arrays[1:])
-    how = {"processors": 2, "interpret": True} | how
-    return mosaic_output.output(*arrays, st, *tables, spec_for(arrays[0]).scale, **how)
+    scale = spec_for(arrays[0]).scale
+    return mosaic_output.output(*arrays, st, *tables, scale, processors=2, interpret=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,12 +102,6 @@ def test_tolerance_rejects_wrong_outputs():
     assert relative(want.lse_slot * 1.001, want.lse_slot) > LSE
     gates = arrays[3].at[:, 70].set(0)  # one token is not written
     assert relative(run([*arrays[:3], gates], tables)[0], want.o) > OUT
-
-
-def test_warpgroups_give_the_same():
-    arrays, tables = build(*CASES["grouped_weak"])
-    for a, b in zip(*(run(arrays, tables, warpgroups=n) for n in (1, 2)), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture
