@@ -27,6 +27,7 @@ from nha_jax.models.config import ModelConfig
 # its results; those of the xla backend have the name "attention".
 KERNELS = (
     *("triton_kernel_call", "pallas_call"),
+    *("custom_vmap_call", "mpmd_map"),  # Mosaic GPU
     *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
 )
 

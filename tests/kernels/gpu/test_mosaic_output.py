@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nha_jax.models.language_model import REMAT
 from nha_jax.ops import reference
 from nha_jax.ops.core import Spec
 from pallas_kernels.gpu import attention, launch
@@ -166,6 +167,24 @@ def test_in_the_op_with_chunks_of_strong_gates(on_hopper, monkeypatch):
     assert ran
     for a, b in zip(got[:3], want[:3], strict=True):
         assert relative(a, b) < 2 * OUT
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("dots", 1), ("save_attention", 1), ("full", 2)])
+def test_runs_once_unless_all_is_recomputed(remat, runs):
+    from pallas_kernels.gpu import mosaic_output
+
+    arrays, (cos, sin) = build(1, 128, 1, 1, 64, 64, 1.0)
+    st = jnp.zeros((1, 3, C, 128), jnp.bfloat16)
+    tables = cos.astype(jnp.float16), sin.astype(jnp.float16)
+
+    def kernel(q):
+        return mosaic_output.output(q, *arrays[1:], st, *tables, 0.1, 132)[0]
+
+    op = jax.custom_vjp(kernel)
+    op.defvjp(lambda q: (kernel(q),) * 2, lambda o, d: (o * d,))
+    block = jax.checkpoint(lambda q: op(jnp.sin(q)), policy=REMAT[remat])
+    text = str(jax.make_jaxpr(jax.grad(lambda q: block(q).astype(jnp.float32).sum()))(arrays[0]))
+    assert text.count("custom_vmap_call[") == runs
 
 
 @pytest.mark.parametrize(
