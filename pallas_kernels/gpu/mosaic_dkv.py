@@ -128,7 +128,7 @@ def dkv(
         first = lax.div(run, batch * heads) * steps
         end = jnp.minimum(first + steps, chunks)
         count = jnp.minimum(end, chunks - 1) - first  # row chunks that a later chunk writes
-        k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, lse_s, delta_s, total_s, cross_s, mix_s = buffers(0)  # fmt: skip
+        k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s = buffers(0)  # fmt: skip
 
         def tokens(c):
             return pl.ds(pl.multiple_of(c * C, C), C)
@@ -143,8 +143,8 @@ def dkv(
         def load_queries(c, at, on=None) -> None:
             """do, lse and delta of the queries of chunk c."""
             load_rows(do_ref, c, do_s.at[at], q_bar, on)
-            copy(lse_ref.at[b, h, tokens(c)], lse_s.at[at], q_bar, on)
-            copy(delta_ref.at[b, h, tokens(c)], delta_s.at[at], q_bar, on)
+            copy(lse_ref.at[b, h, tokens(c)], number_s.at[at], q_bar, on)
+            copy(delta_ref.at[b, h, tokens(c)], number_s.at[at + 2], q_bar, on)
 
         def load_waiting(c, on=None) -> None:
             copy(dk_ref.at[b, tokens(c), h, columns(0)], dl_s, q_bar, on)
@@ -152,8 +152,8 @@ def dkv(
 
         def load_gates(r, on=None) -> None:
             copy(la_ref.at[b, tokens(r), h], gate_s, la_bar, on)
-            copy(total_ref.at[row, r + 1], total_s, la_bar, on)
-            copy(cross_ref.at[row, r + 1], cross_s, la_bar, on)
+            copy(total_ref.at[row, r + 1], number_s.at[4], la_bar, on)
+            copy(cross_ref.at[row, r + 1], number_s.at[5], la_bar, on)
 
         def load_angles(c, at, bar, on=None) -> None:
             copy(cos_ref.at[tokens(c)], cos_s.at[at], bar, on)
@@ -218,8 +218,8 @@ def dkv(
 
         def window(s, z, at):
             """Weights and gradients of the logits of pairs [row, query], unmasked."""
-            w = jnp.exp2(s * post - _column(lse_s.at[at]))
-            return w, w * ((z - _column(delta_s.at[at])) * scale)
+            w = jnp.exp2(s * post - _column(number_s.at[at]))
+            return w, w * ((z - _column(number_s.at[at + 2])) * scale)
 
         def own(s_acc, z_acc, at):
             """Weights and gradients of the logits of the rows' own chunk."""
@@ -235,9 +235,9 @@ def dkv(
             return pl.run_scoped(f, *[plgpu.ACC((C, C), F32)] * parts)
 
         def step(i, _) -> None:
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, lse_s, delta_s, total_s, cross_s, mix_s  # fmt: skip
+            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s  # fmt: skip
             if cfg.afresh:  # addresses worked out in each step rather than held in registers
-                k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, lse_s, delta_s, total_s, cross_s, mix_s = buffers(zero_ref[0])  # fmt: skip
+                k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s = buffers(zero_ref[0])  # fmt: skip
             r = first + i
             old = lax.rem(i, 2)
             new = 1 - old
@@ -257,7 +257,7 @@ def dkv(
                 weight = _weight(gate)
                 g = _wait(g_acc)
                 b0 = jnp.exp2(-g) * weight
-                return b0.astype(BF16), (b0 * _column(total_s)).astype(BF16), jnp.exp2(gate - g)
+                return b0.astype(BF16), (b0 * _column(number_s.at[4])).astype(BF16), jnp.exp2(gate - g)
 
             bw, last, after = pl.run_scoped(factors, plgpu.ACC((C, C), F32))
 
@@ -270,7 +270,7 @@ def dkv(
                 products(u_acc, k_s, dsk_s)
                 products(xk_acc, k_s, q_s)
                 products(xv_acc, v_s, do_s.at[new])
-                dw = _wait(u_acc, 2 * parts) * _column(total_s)
+                dw = _wait(u_acc, 2 * parts) * _column(number_s.at[4])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last dk has left
                 split16(bw.astype(F32) * dw, mix)
                 plgpu.commit_smem()
@@ -299,7 +299,7 @@ def dkv(
                 plgpu.commit_smem()
                 plgpu.wgmma(t_acc, triu_s, mix.at[0])
                 plgpu.wgmma(t_acc, triu_s, mix.at[1])
-                rest = _column(cross_s) - grad * after
+                rest = _column(number_s.at[5]) - grad * after
                 return _wait(t_acc) + rest
 
             gate_s[...] = pl.run_scoped(sums, plgpu.ACC((C, C), F32))
@@ -395,14 +395,14 @@ def dkv(
             wide(keys)
 
         def walk() -> None:
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, lse_s, delta_s, total_s, cross_s, mix_s  # fmt: skip
+            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s  # fmt: skip
             some = count > 0
             plgpu.copy_gmem_to_smem(triu_ref, triu_s, start_bar)
             load_angles(first, 0, start_bar)
             load_rows(q_ref, first, q_s, start_bar)
             load_rows(do_ref, first, do_s.at[0], start_bar)
-            copy(lse_ref.at[b, h, tokens(first)], lse_s.at[0], start_bar)
-            copy(delta_ref.at[b, h, tokens(first)], delta_s.at[0], start_bar)
+            copy(lse_ref.at[b, h, tokens(first)], number_s.at[0], start_bar)
+            copy(delta_ref.at[b, h, tokens(first)], number_s.at[2], start_bar)
             load_gates(first, some)
             load_rows(k_ref, first, k_s, kv_bar)
             load_rows(v_ref, first, v_s, kv_bar)
@@ -415,7 +415,7 @@ def dkv(
             plgpu.commit_smem()
             load_rows(q_ref, first + 1, q_s, q_bar, some)
             lax.fori_loop(0, count, step, None)
-            k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, lse_s, delta_s, total_s, cross_s, mix_s = buffers(0)  # fmt: skip
+            k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s = buffers(0)  # fmt: skip
             pl.when(end == chunks)(tail)
             plgpu.wait_smem_to_gmem(0)
 
@@ -426,9 +426,8 @@ def dkv(
 
     angle = _tiled((1, 2, C, width // 2), F16)
     rows, two = buffer(parts), buffer(2, parts)
-    numbers = plgpu.SMEM((1, 2, C), F32), plgpu.SMEM((1, C), F32)
     scratch = [rows, rows, rows, two, two, rows, rows, buffer(), buffer(), buffer(dtype=F32), buffer(dtype=F16), buffer()]
-    scratch += [angle, angle, numbers[0], numbers[0], numbers[1], numbers[1]]
+    scratch += [angle, angle, plgpu.SMEM((1, 6, C), F32)]  # lse and delta twice, total, cross
     if parts == 1:
         scratch += [buffer(2)]
     if cfg.interpret:
