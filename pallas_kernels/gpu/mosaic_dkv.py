@@ -32,7 +32,6 @@ from pallas_kernels.gpu.mosaic_common import (
     C,
     _column,
     _load,
-    _short,
     _sync,
     _tiled,
     _wait,
@@ -112,7 +111,7 @@ def dkv(
         return [jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)]
 
     def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref, strong_ref,
-             cos_ref, sin_ref, triu_ref, zero_ref, dk_ref, dv_ref, dla_ref, *scratch):  # fmt: skip
+             cos_ref, sin_ref, mask_ref, zero_ref, dk_ref, dv_ref, dla_ref, *scratch):  # fmt: skip
         *everything, la_bar, side_bar, kv_bar, q_bar, cs_bar, start_bar = scratch
         stage = stage16 = None
         if cfg.interpret:
@@ -128,7 +127,7 @@ def dkv(
         first = lax.div(run, batch * heads) * steps
         end = jnp.minimum(first + steps, chunks)
         count = jnp.minimum(end, chunks - 1) - first  # row chunks that a later chunk writes
-        k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s = buffers(0)  # fmt: skip
+        k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, mask_s, cos_s, sin_s, number_s, mix_s = buffers(0)  # fmt: skip
 
         def tokens(c):
             return pl.ds(pl.multiple_of(c * C, C), C)
@@ -169,11 +168,22 @@ def dkv(
         def angles(at) -> list:
             return [_load(cos_s.at[at]).astype(F32), _load(sin_s.at[at]).astype(F32)]
 
-        def causal() -> jax.Array:
-            i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
-            j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-            # row j <= query tok; what is constant of a thread's columns on the right, for the compiler to see
-            return i - (j & 6) <= (j & ~6)
+        def bits(x) -> jax.Array:
+            """Of x in bfloat16, as pairs that the compiler does not take apart."""
+            return lax.bitcast_convert_type(x.astype(BF16), jnp.int16)
+
+        def number(x) -> jax.Array:
+            return lax.bitcast_convert_type(x, BF16)
+
+        def causal(x, other=None) -> jax.Array:
+            """x in bfloat16 where row j <= query tok, elsewhere the other or 0."""
+            on = _load(mask_s)
+            x = bits(x) & on
+            return number(x if other is None else x | (bits(other) & ~on))
+
+        def later(x) -> jax.Array:
+            """x in bfloat16 where row j > query tok, elsewhere 0."""
+            return number(bits(x) & ~_load(mask_s))
 
         def tril() -> jax.Array:
             i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
@@ -192,7 +202,7 @@ def dkv(
 
         def split16(x, dst) -> None:
             """x in two bfloat16 parts."""
-            high = x.astype(BF16)
+            high = lax.optimization_barrier(x.astype(BF16))
             dst.at[0][...] = high
             dst.at[1][...] = (x - high.astype(F32)).astype(BF16)
 
@@ -219,14 +229,14 @@ def dkv(
         def window(s, z, at):
             """Weights and gradients of the logits of pairs [row, query], unmasked."""
             w = jnp.exp2(s * post - _column(number_s.at[at]))
-            return w, w * ((z - _column(number_s.at[at + 2])) * scale)
+            return w, w * (z * scale - _column(number_s.at[at + 2]))
 
         def own(s_acc, z_acc, at):
             """Weights and gradients of the logits of the rows' own chunk."""
             products(s_acc, k_s, qr_s.at[at])
             products(z_acc, v_s, do_s.at[at])
             w, ds = window(_wait(s_acc, parts), _wait(z_acc), at)
-            return _short(jnp.where(causal(), w, 0.0)), _short(jnp.where(causal(), ds, 0.0))
+            return causal(w), causal(ds)
 
         def own_side(at):
             return pl.run_scoped(lambda s, z: own(s, z, at), plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32))
@@ -235,9 +245,9 @@ def dkv(
             return pl.run_scoped(f, *[plgpu.ACC((C, C), F32)] * parts)
 
         def step(i, _) -> None:
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s  # fmt: skip
+            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, mask_s, cos_s, sin_s, number_s, mix_s  # fmt: skip
             if cfg.afresh:  # addresses worked out in each step rather than held in registers
-                k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s = buffers(zero_ref[0])  # fmt: skip
+                k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, mask_s, cos_s, sin_s, number_s, mix_s = buffers(zero_ref[0])  # fmt: skip
             r = first + i
             old = lax.rem(i, 2)
             new = 1 - old
@@ -256,8 +266,9 @@ def dkv(
                 mm(g_acc, tril(), sums_s, stage16)
                 weight = _weight(gate)
                 g = _wait(g_acc)
-                b0 = jnp.exp2(-g) * weight
-                return b0.astype(BF16), (b0 * _column(number_s.at[4])).astype(BF16), jnp.exp2(gate - g)
+                e = jnp.exp2(-g)
+                b0 = e * weight
+                return lax.optimization_barrier(b0.astype(BF16)), (b0 * _column(number_s.at[4])).astype(BF16), e - b0
 
             bw, last, after = pl.run_scoped(factors, plgpu.ACC((C, C), F32))
 
@@ -272,10 +283,10 @@ def dkv(
                 products(xv_acc, v_s, do_s.at[new])
                 dw = _wait(u_acc, 2 * parts) * _column(number_s.at[4])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last dk has left
-                split16(bw.astype(F32) * dw, mix)
+                split16(lax.optimization_barrier(bw).astype(F32) * dw, mix)
                 plgpu.commit_smem()
-                xk = _short(jnp.where(causal(), _wait(xk_acc, parts), 0.0))
-                xv = _short(jnp.where(causal(), _wait(xv_acc), 0.0))
+                xk = causal(_wait(xk_acc, parts))
+                xv = causal(_wait(xv_acc))
                 return dw, xk, xv
 
             dw, xk, xv = pl.run_scoped(written, *[plgpu.ACC((C, C), F32)] * 3)
@@ -292,13 +303,14 @@ def dkv(
 
                 grad = pl.run_scoped(pairs, plgpu.ACC((C, C), F32))
                 plgpu.barrier_wait(side_bar)
-                x = _load(gate_s) - bw.astype(F32) * grad
+                x = _load(gate_s) - lax.optimization_barrier(bw).astype(F32) * grad
                 _sync(cfg)
                 split16(x, mix)
                 rotate(k_s, k_s, old)
                 plgpu.commit_smem()
-                plgpu.wgmma(t_acc, triu_s, mix.at[0])
-                plgpu.wgmma(t_acc, triu_s, mix.at[1])
+                triu = number(_load(mask_s) & 0x3F80)  # 1.0
+                mm(t_acc, triu, mix.at[0], stage)
+                mm(t_acc, triu, mix.at[1], stage)
                 rest = _column(number_s.at[5]) - grad * after
                 return _wait(t_acc) + rest
 
@@ -310,16 +322,16 @@ def dkv(
             rotate(q_s, qr_s.at[new], new)
             plgpu.commit_smem()
 
-            def later(s_acc, z_acc, a_acc):
+            def next_chunk(s_acc, z_acc, a_acc):
                 """Pairs with the queries of the next chunk."""
                 products(s_acc, k_s, qr_s.at[new])
                 products(z_acc, v_s, do_s.at[new])
                 mm(a_acc, bw, p_s.T, stage)
                 w, ds = window(_wait(s_acc, parts + 1), _wait(z_acc, 1), new)
-                ds = _short(jnp.where(causal(), 0.0, ds))
-                return _short(jnp.where(causal(), _wait(a_acc), w)), ds
+                ds = later(ds)
+                return causal(_wait(a_acc), w), ds
 
-            both, ds_new = pl.run_scoped(later, *[plgpu.ACC((C, C), F32)] * 3)
+            both, ds_new = pl.run_scoped(next_chunk, *[plgpu.ACC((C, C), F32)] * 3)
 
             def values(*dv):
                 for n in range(parts):
@@ -342,7 +354,7 @@ def dkv(
                     for n in range(parts):
                         mm(dk[n], ds_new, qr_s.at[new].at[n], stage)
                         mm(dk[n], ds_old, qr_s.at[old].at[n], stage)
-                    return _short(jnp.where(causal(), _wait(a_acc, 2 * parts), 0.0))
+                    return causal(_wait(a_acc, 2 * parts))
 
                 a = pl.run_scoped(slots, plgpu.ACC((C, C), F32))
                 cos, sin = angles(old)
@@ -395,9 +407,9 @@ def dkv(
             wide(keys)
 
         def walk() -> None:
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s  # fmt: skip
+            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, mask_s, cos_s, sin_s, number_s, mix_s  # fmt: skip
             some = count > 0
-            plgpu.copy_gmem_to_smem(triu_ref, triu_s, start_bar)
+            plgpu.copy_gmem_to_smem(mask_ref, mask_s, start_bar)
             load_angles(first, 0, start_bar)
             load_rows(q_ref, first, q_s, start_bar)
             load_rows(do_ref, first, do_s.at[0], start_bar)
@@ -415,7 +427,7 @@ def dkv(
             plgpu.commit_smem()
             load_rows(q_ref, first + 1, q_s, q_bar, some)
             lax.fori_loop(0, count, step, None)
-            k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, triu_s, cos_s, sin_s, number_s, mix_s = buffers(0)  # fmt: skip
+            k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, mask_s, cos_s, sin_s, number_s, mix_s = buffers(0)  # fmt: skip
             pl.when(end == chunks)(tail)
             plgpu.wait_smem_to_gmem(0)
 
@@ -426,7 +438,7 @@ def dkv(
 
     angle = _tiled((1, 2, C, width // 2), F16)
     rows, two = buffer(parts), buffer(2, parts)
-    scratch = [rows, rows, rows, two, two, rows, rows, buffer(), buffer(), buffer(dtype=F32), buffer(dtype=F16), buffer()]
+    scratch = [rows, rows, rows, two, two, rows, rows, buffer(), buffer(), buffer(dtype=F32), buffer(dtype=F16), buffer(dtype=jnp.int16)]
     scratch += [angle, angle, plgpu.SMEM((1, 6, C), F32)]  # lse and delta twice, total, cross
     if parts == 1:
         scratch += [buffer(2)]
@@ -449,9 +461,9 @@ def dkv(
         kernel_name="nha_dkv",
     )
     outs = [jax.new_ref(x) for x in (dl, p, side)]
-    by_head = (x.transpose(0, 2, 1) for x in (lse, delta))
+    by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     kernel(
         q, k, v, do, *by_head, log_alpha, total, cross, dst, strong, cos, sin,
-        jnp.triu(jnp.ones((C, C), BF16)), jnp.zeros((1,), jnp.int32), *outs,
+        -jnp.triu(jnp.ones((C, C), jnp.int16)), jnp.zeros((1,), jnp.int32), *outs,
     )  # fmt: skip
     return tuple(x[...] for x in outs)
