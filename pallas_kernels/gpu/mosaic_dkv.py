@@ -274,17 +274,21 @@ def dkv(
             plgpu.barrier_wait(kv_bar)  # and the other warpgroup has read the last tiles
             last_s[...] = (b0 * _column(number_s.at[4])).astype(BF16)
 
-            def through(u_acc, xk_acc):
+            def through(u_acc):
                 products(u_acc, v_s, dsv_s)
                 products(u_acc, k_s, dsk_s)
-                plgpu.barrier_wait(q_bar)
+                return _wait(u_acc) * _column(number_s.at[4])
+
+            dw = pl.run_scoped(through, plgpu.ACC((C, C), F32))
+            plgpu.barrier_wait(q_bar)
+
+            def keys(xk_acc):
                 products(xk_acc, k_s, q_s)
-                dw = _wait(u_acc, parts) * _column(number_s.at[4])
                 split16(lax.optimization_barrier(bw).astype(F32) * dw, ak_s, av_s)
                 plgpu.commit_smem()
-                return dw, number(bits(_wait(xk_acc)) & on)
+                return number(bits(_wait(xk_acc)) & on)
 
-            dw, xk = pl.run_scoped(through, *[plgpu.ACC((C, C), F32)] * 2)
+            xk = pl.run_scoped(keys, plgpu.ACC((C, C), F32))
 
             def sums(t_acc):
                 def pairs(dw_acc, xv_acc):
@@ -301,16 +305,15 @@ def dkv(
 
                 grad = pl.run_scoped(pairs, *[plgpu.ACC((C, C), F32)] * 2)
 
-                def tiles(k_acc, v_acc):
-                    mm(k_acc, bw, dl_s.T, stage)
-                    mm(v_acc, bw, p_s.T, stage)
-                    _sync(cfg)  # the sums of ak_s and av_s are done
-                    ak_s[...] = number(bits(_wait(k_acc, 1)) & on)
-                    av_s[...] = number(bits(_wait(v_acc)) & on)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(ready_bar)
+                def tile(a_acc, src, dst):
+                    mm(a_acc, bw, src.T, stage)
+                    dst[...] = number(bits(_wait(a_acc)) & on)
 
-                pl.run_scoped(tiles, *[plgpu.ACC((C, C), F32)] * 2)
+                _sync(cfg)  # the sums of ak_s and av_s are done
+                pl.run_scoped(lambda acc: tile(acc, dl_s, ak_s), plgpu.ACC((C, C), F32))
+                pl.run_scoped(lambda acc: tile(acc, p_s, av_s), plgpu.ACC((C, C), F32))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready_bar)
                 plgpu.barrier_wait(side_bar)
                 split16(_load(gate_s) - lax.optimization_barrier(bw).astype(F32) * grad, dl_s, p_s)
                 plgpu.commit_smem()
