@@ -1,4 +1,4 @@
-"""The Mosaic kernel of dk, dv and the gates' gradient beside the Triton ones, on an H100: PYTHONPATH=. python try_dkv.py [B C]."""
+"""The Mosaic kernel of dk, dv and the gates' gradient beside the Triton ones, on an H100: PYTHONPATH=. python try_dkv.py [B] [C] [all]."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ import test_dkv
 from pallas_kernels import bench
 from pallas_kernels.gpu import attention, launch
 from pallas_kernels.gpu import mosaic_dkv as md
+from pallas_kernels.gpu import mosaic_dkv_one as one
 
 START = time.time()
 LENGTH = 8192
@@ -104,15 +105,16 @@ def places(got, want):
         say("   by chunk", n, np.array2string(e[[*range(min(4, len(e))), -2, -1]], precision=4))
 
 
-def variants(shape):
-    yield md.Config()
-    if "quick" not in sys.argv:
-        yield md.Config(lean=False)
-        yield md.Config(afresh=False)
+def variants():
+    yield md, md.Config()
+    yield one, one.Config()
+    yield md, md.Config(lean=False)
+    if "all" in sys.argv:
+        yield md, md.Config(afresh=False)
 
 
 def timed(name, f, *x):
-    one = guarded(f"time {name}", lambda: bench.milliseconds(jax.jit(f), *x, repeat=20))
+    one = guarded(f"time {name}", lambda: bench.milliseconds(f, *x, repeat=20))
     if one is not None:
         say(f"{name} ms {one:.4f}")
     return one
@@ -125,37 +127,38 @@ def main():
         x = test_dkv.make(B=2, T=448, H=3, D=d)
         want = test_dkv.reference(*x, d**-0.5)
         x = [jnp.asarray(a) for a in x]
-        for cfg in variants(d):
-            f = jax.jit(lambda *a, cfg=cfg, d=d: md.dkv(*a, scale=d**-0.5, cfg=cfg))
-            got = guarded(f"small {d} {cfg}", lambda: jax.block_until_ready(f(*x)))
+        for module, cfg in variants():
+            name = f"{module.__name__.split('_')[-1]} {cfg}"
+            f = jax.jit(lambda *a, m=module, cfg=cfg, d=d: m.dkv(*a, scale=d**-0.5, cfg=cfg))
+            got = guarded(f"small {d} {name}", lambda: jax.block_until_ready(f(*x)))
             if got is not None:
-                compare(f"small {d} {cfg} / float64:", got, want)
-                good.setdefault(d, []).append(cfg)
-    for name in [a for a in sys.argv[1:] if a in bench.SHAPES] or ["B", "C"]:
-        shape = bench.SHAPES[name]
-        calls = guarded(f"record {name}", lambda: recorded(shape))
+                compare(f"small {d} {name} / float64:", got, want)
+                good.setdefault(d, []).append((name, module, cfg))
+    for letter in [a for a in sys.argv[1:] if a in bench.SHAPES] or ["B", "C"]:
+        shape = bench.SHAPES[letter]
+        calls = guarded(f"record {letter}", lambda: recorded(shape))
         if calls is None:
             continue
         x = arguments(*calls)
-        say(f"shape {name}, strong chunks: {int((x[10] == 2).sum())}")
-        both, slot = triton(*calls)
-        want = guarded("triton", lambda: jax.block_until_ready(jax.jit(both)(*x)))
-        copies = timed("copies of dk, dv, dla alone", lambda *a: jax.lax.optimization_barrier(a), *x[-3:])
+        say(f"shape {letter}, strong chunks: {int((x[10] == 2).sum())}")
+        both, slot = (jax.jit(f) for f in triton(*calls))
+        want = guarded("triton", lambda: jax.block_until_ready(both(*x)))
+        copies = timed("copies of dk, dv, dla alone", jax.jit(lambda *a: jax.lax.optimization_barrier(a)), *x[-3:])
         if want is not None:
             timed("triton dslot + dwindow, with the copies", both, *x)
             timed("triton dslot, with the copies", slot, *x)
-        for cfg in good.get(shape.d, []):
-            f = jax.jit(lambda *a, cfg=cfg: md.dkv(*a, scale=shape.d**-0.5, cfg=cfg))
-            got = guarded(f"{cfg}", lambda: jax.block_until_ready(f(*x)))
+        for name, module, cfg in good.get(shape.d, []):
+            f = jax.jit(lambda *a, m=module, cfg=cfg: m.dkv(*a, scale=shape.d**-0.5, cfg=cfg))
+            got = guarded(name, lambda: jax.block_until_ready(f(*x)))
             if got is None:
                 continue
             if want is not None:
-                compare(f"{name} {cfg} / triton:", got, want)
-                if cfg == good[shape.d][0]:
+                compare(f"{name} / triton:", got, want)
+                if module is md and cfg == md.Config():
                     places(got, want)
             again = f(*x)
             say("  same twice:", all(bool(jnp.array_equal(a, b)) for a, b in zip(got, again)))
-            ms = timed(f"{name} {cfg}, with the copies", f, *x)
+            ms = timed(f"{name}, with the copies", f, *x)
             if ms and copies:
                 say(f"  less the copies: {ms - copies:.4f}")
     say("done")

@@ -394,7 +394,7 @@ def dkv(
             load_rows(do_ref, r + 2, do_s.at[old], q_bar, more)
             load_numbers(r + 2, old, lse_bar, more)
             cos, sin = angles()
-            _sync(cfg)
+            plgpu.commit_smem()
             load_angles(r + 2, cs_bar, more)
             return cos, sin, on
 
