@@ -164,6 +164,26 @@ def _optional(cos, sin, doc, visible0, halo, T, dtype):
     )
 
 
+def _mosaic(c: _Call, doc, share: bool) -> Any:
+    """How the Mosaic kernel takes the end of the backward pass, or None where it does not."""
+    spec = c.spec
+    shape = c.D == c.V in (64, 128) and c.M == c.C == spec.window == spec.slot_lag == 64
+    plain = doc is None and spec.halo == 0 and spec.feature_map == "none"
+    if not (share and shape and plain and c.T % c.C == 0 and c.flags["ROPE"] and not c.rope_batch):
+        return None
+    return _hopper()
+
+
+@functools.cache
+def _hopper() -> Any:
+    """The Mosaic kernel's configuration for the device in use, or None where it does not run."""
+    if device_name() not in ("h100", "h200"):
+        return None
+    from pallas_kernels.gpu import mosaic_dkv
+
+    return mosaic_dkv.Config(processors=getattr(jax.devices()[0], "core_count", 132))
+
+
 def _both(call: _Call, kernel, *args, out, grid, into=None, **constants):
     """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs.
 
@@ -266,6 +286,34 @@ def _lse(lse_s, lse_w, dls, dlw):
     return jnp.where(full, lse * LOG2E, jnp.inf), push(lse_s, dls), push(lse_w, dlw)
 
 
+def _rows(c: _Call, config, q, k, v, do, la, lse, delta, total, cross, dst, strong, cos, sin, dl, p, side):
+    """dk, dv and dlog_alpha over dl, p and side: by the Mosaic kernel, then by the Triton ones the rows that chunks
+    with strong gates write, which it leaves alone."""
+    from pallas_kernels.gpu import backward_kernels as kernels
+    from pallas_kernels.gpu import mosaic_dkv
+
+    held = mosaic_dkv.dkv(
+        q, k, v, do, lse, delta, la, total, cross, dst, strong, cos, sin, dl, p, side, c.spec.scale, config
+    )  # fmt: skip
+    out = [_sds(x.shape, x.dtype) for x in (k, v, la)]
+    grid = c.NC * c.B * c.H
+    few = -(-grid // kernels.BATCH.value)
+    none = jnp.zeros((1,), jnp.int32)
+    empty = jnp.zeros((1,), v.dtype)
+    common: dict[str, Any] = {"out": out, "grid": few, "HQ": c.HQ, **c.shape, **c.pads, **c.half}
+    held = launch.call(
+        kernels.dslot_kernel, q, k, v, do, empty, empty, la, strong, total, cross, dst, none, none, jnp.zeros((1,), jnp.float32),
+        c.T, c.S, 0, c.NC, grid, *held, aliases={19: 0, 20: 1, 21: 2}, **c.tiles.dslot.options, **c.lag, **c.precision, GB=1,
+        NSIDE=1, INPLACE=True, SHARE=True, STRONG=True, **common,
+    )  # fmt: skip
+    rows = jnp.pad(strong[:, 1:], ((0, 0), (0, 1)))  # of rows, rather than of the queries that write them
+    return launch.call(
+        kernels.dwindow_strong_kernel, q, k, v, cos, sin, none, do, lse, delta, rows, c.T, c.S, 0, c.NC, 0, grid, *held,
+        aliases={16: 0, 17: 1, 18: 2}, **c.tiles.dwindow.options, scale=float(c.spec.scale), WINDOW=c.spec.window,
+        LAG=c.spec.slot_lag, ADD=True, ROPE=True, TURN=True, HAS_DOC=False, PREC=c.precision["PREC"], KB=1, **common,
+    )  # fmt: skip
+
+
 def _backward(spec, residuals, cotangents, tiles=None):
     from pallas_kernels.gpu import backward_kernels as kernels
 
@@ -319,7 +367,10 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
-    if c.slots:
+    mosaic = _mosaic(c, doc, share)
+    if mosaic is not None:
+        dk, dv, dla = _rows(c, mosaic, q, k, v, do, la, lse, delta, total, cross, dst, strong, cos_, sin_, dl, p, side)
+    elif c.slots:
         none = jnp.zeros((1,), v.dtype)
         into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {})
         dk, dv, dla = _both(
@@ -331,7 +382,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             HQ=HQ, **c.shape, **c.lag, **c.precision, GB=c.heads(c.tiles.dslot.stack),
             NSIDE=parts, INPLACE=inplace, SHARE=share, **c.pads, **c.half,
         )  # fmt: skip
-    if spec.window > 0:
+    if spec.window > 0 and mosaic is None:
         stacked = c.tiles.dwindow.stack
         tiles_k = -(-S // (stacked * C))
         queries = q
