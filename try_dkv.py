@@ -48,7 +48,7 @@ def recorded(shape):
 
     spec = bench.Spec(64, 64, shape.d**-0.5)
     q, k, v, la, do = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
-    with mock.patch.object(launch, "call", call):
+    with mock.patch.object(launch, "call", call), mock.patch.object(attention, "_hopper", lambda: None):
         _, kept = attention._forward(q, k, v, la, None, None, *bench.rope(LENGTH, shape.d), None, None, spec)
         zero = jnp.zeros(q.shape[:3])
         state = jnp.zeros((q.shape[0], shape.h, shape.m, shape.d))
@@ -84,6 +84,22 @@ def arguments(dslot, dwindow):
     assert options["INPLACE"] and options["SHARE"] and dwindow[2]["TURN"] and dwindow[2]["ADD"]
     q, k, v, do = s[:4]
     return q, k, v, do, w[7], w[8], *(s[i] for i in (6, 8, 9, 10, 7)), w[3], w[4], *s[19:22]
+
+
+def whole(shape):
+    """Forward and backward with the Triton kernels alone, and with this one: times, and how gradients differ."""
+    spec = bench.Spec(64, 64, shape.d**-0.5)
+    *x, do = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
+    found = []
+    for how in (None, md.Config()):
+        with mock.patch.object(attention, "_hopper", lambda how=how: how):
+            tables = bench.rope(LENGTH, shape.d)
+            run = bench.with_gradients(lambda *a: attention.forward(*a, None, None, *tables, None, None, spec)[0])
+            f = jax.jit(run).lower(*x, do).compile()
+        found.append(f(*x, do))
+        memory = f.memory_analysis().temp_size_in_bytes / 1e6
+        say(f"forward+backward {how}: {bench.milliseconds(f, *x, do, repeat=10):.4f} ms, {memory:.0f} MB beyond arguments and results")
+    compare("  gradients, with / without:", found[1][2:], found[0][2:])
 
 
 def diff(a, b):
@@ -161,6 +177,7 @@ def main():
             ms = timed(f"{name}, with the copies", f, *x)
             if ms and copies:
                 say(f"  less the copies: {ms - copies:.4f}")
+        guarded(f"whole {letter}", lambda: whole(shape))
     say("done")
 
 

@@ -177,7 +177,7 @@ def _mosaic(c: _Call, doc, share: bool) -> Any:
 @functools.cache
 def _hopper() -> Any:
     """The Mosaic kernel's configuration for the device in use, or None where it does not run."""
-    if device_name() not in ("h100", "h200"):
+    if device_name() not in ("h100", "h200") or jax.__version_info__ < (0, 11):
         return None
     from pallas_kernels.gpu import mosaic_dkv
 
