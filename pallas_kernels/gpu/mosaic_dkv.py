@@ -112,7 +112,7 @@ def dkv(
         return [jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)]
 
     def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref, strong_ref,
-             cos_ref, sin_ref, mask_ref, zero_ref, dk_ref, dv_ref, dla_ref, *scratch):  # fmt: skip
+             cos_ref, sin_ref, zero_ref, dk_ref, dv_ref, dla_ref, *scratch):  # fmt: skip
         *everything, la_bar, side_bar, waiting_bar, kv_bar, q_bar, lse_bar, cs_bar, start_bar, ready_bar, end_bar = scratch
         stage = stage16 = None
         wg = lax.axis_index("wg")
@@ -503,6 +503,6 @@ def dkv(
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     kernel(
         q, k, v, do, *by_head, log_alpha, total, cross, dst, strong, cos, sin,
-        -jnp.triu(jnp.ones((C, C), jnp.int16)), jnp.zeros((1,), jnp.int32), *outs,
+        jnp.zeros((1,), jnp.int32), *outs,
     )  # fmt: skip
     return tuple(x[...] for x in outs)

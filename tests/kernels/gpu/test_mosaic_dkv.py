@@ -1,4 +1,4 @@
-"""The Mosaic kernel for dk, dv and the gates' gradient, interpreted, within the Triton backward pass."""
+"""The Mosaic kernel for dk, dv and the gates' gradient, interpreted, within the backward pass."""
 
 import jax.numpy as jnp
 import numpy as np
