@@ -185,11 +185,6 @@ def dkv(
             on = lax.optimization_barrier(jnp.where(i <= j, 1.0, 0.0)).astype(BF16)
             return lax.optimization_barrier(-(bits(on) >> 7 & 1))
 
-        def tril() -> jax.Array:
-            i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
-            j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-            return jnp.where(i - (j & 6) >= (j & ~6), 1.0, 0.0).astype(F16)
-
         def rotated(src, cos, sin) -> list:
             x = turned([_load(src.at[n]).astype(F32) for n in range(parts)], cos.astype(F32), sin.astype(F32))
             return [y.astype(BF16) for y in x]
@@ -258,14 +253,17 @@ def dkv(
 
             plgpu.barrier_wait(la_bar)
             gate = _load(gate_s) * LOG2E
-            sums_s[...] = gate.astype(F16)
+            short = lax.optimization_barrier(gate.astype(F16))
+            sums_s[...] = short
             plgpu.commit_smem()
             copy(dla_ref.at[b, tokens(r), h], gate_s, side_bar)
 
             def factors(g_acc):
-                mm(g_acc, tril(), sums_s, stage16)
+                earlier = lax.bitcast_convert_type(~lax.optimization_barrier(on) & 0x3C00, F16)  # 1.0 for rows before
+                start(g_acc, short.astype(F32))
+                mm(g_acc, earlier, sums_s, stage16)
                 weight = _weight(gate)
-                e = jnp.exp2(-_wait(g_acc))
+                e = jnp.exp2(-ended(g_acc, short.astype(F32)))
                 b0 = e * weight
                 return b0, e - b0
 
@@ -317,7 +315,7 @@ def dkv(
                 plgpu.barrier_wait(side_bar)
                 split16(_load(gate_s) - lax.optimization_barrier(bw).astype(F32) * grad, dl_s, p_s)
                 plgpu.commit_smem()
-                triu = number(on & 0x3F80)  # 1.0
+                triu = number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
                 mm(t_acc, triu, dl_s, stage)
                 mm(t_acc, triu, p_s, stage)
                 rest = _column(number_s.at[5]) - grad * after
