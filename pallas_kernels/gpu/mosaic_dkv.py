@@ -75,6 +75,7 @@ def dkv(
     """
     batch, length, heads, width = q.shape
     parts = width // C
+    roomy = parts == 1  # shared memory for the gates of the next chunk, too
     chunks = length // C
     post = scale * LOG2E
     runs, steps = split(batch * heads, chunks, cfg.processors)
@@ -121,7 +122,8 @@ def dkv(
             stage, stage16 = stage.at[wg], stage16.at[wg]
 
         def buffers(at):
-            return [ref.at[at] for ref in everything]
+            refs = [ref.at[at] for ref in everything]
+            return refs if roomy else [*refs, refs[9]]  # side takes the gates' place
 
         run = lax.axis_index("block")
         row = lax.rem(run, batch * heads)  # neighbours read the heads of one place
@@ -131,7 +133,7 @@ def dkv(
         count = jnp.minimum(end, chunks - 1) - first  # row chunks that a later chunk writes
         some = count > 0
         base = buffers(0)
-        k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s = base  # fmt: skip
+        k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s = base  # fmt: skip
 
         def tokens(c):
             return pl.ds(pl.multiple_of(c * C, C), C)
@@ -154,8 +156,12 @@ def dkv(
 
         def load_gates(r, on=None) -> None:
             copy(la_ref.at[b, tokens(r), h], gate_s, la_bar, on)
-            copy(total_ref.at[row, r + 1], number_s.at[4], la_bar, on)
-            copy(cross_ref.at[row, r + 1], number_s.at[5], la_bar, on)
+            at = lax.rem(r, 2)
+            copy(total_ref.at[row, r + 1], number_s.at[at + 4], la_bar, on)
+            copy(cross_ref.at[row, r + 1], number_s.at[at + 6], la_bar, on)
+
+        def load_side(r, on=None) -> None:
+            copy(dla_ref.at[b, tokens(r), h], side_s, side_bar, on)
 
         def load_angles(c, bar, on=None) -> None:
             copy(cos_ref.at[tokens(c)], cos_s, bar, on)
@@ -235,18 +241,19 @@ def dkv(
 
         def refresh(i) -> None:
             """Addresses worked out in each step rather than held in registers."""
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s  # fmt: skip
+            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s  # fmt: skip
             if cfg.afresh:
-                k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s = buffers(zero_ref[0])  # fmt: skip
+                k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s = buffers(zero_ref[0])  # fmt: skip
 
         def reset() -> None:
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s  # fmt: skip
-            k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s = base  # fmt: skip
+            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s  # fmt: skip
+            k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s = base  # fmt: skip
 
         def slots(i, on) -> jax.Array:
             """The first warpgroup: gates, and the slots' tiles for the other."""
             refresh(i)
             r = first + i
+            even = lax.rem(r, 2)
             new = 1 - lax.rem(i, 2)
             more = i + 1 < count
             keep = strong_ref[row, r + 1] != 2
@@ -256,7 +263,10 @@ def dkv(
             short = lax.optimization_barrier(gate.astype(F16))
             sums_s[...] = short
             plgpu.commit_smem()
-            copy(dla_ref.at[b, tokens(r), h], gate_s, side_bar)
+            if roomy:
+                load_gates(r + 1, more)
+            else:
+                load_side(r)
 
             def factors(g_acc):
                 earlier = lax.bitcast_convert_type(~lax.optimization_barrier(on) & 0x3C00, F16)  # 1.0 for rows before
@@ -270,12 +280,12 @@ def dkv(
             b0, after = pl.run_scoped(factors, plgpu.ACC((C, C), F32))
             bw = lax.optimization_barrier(b0.astype(BF16))
             plgpu.barrier_wait(kv_bar)  # and the other warpgroup has read the last tiles
-            last_s[...] = (b0 * _column(number_s.at[4])).astype(BF16)
+            last_s[...] = (b0 * _column(number_s.at[even + 4])).astype(BF16)
 
             def through(u_acc):
                 products(u_acc, v_s, dsv_s)
                 products(u_acc, k_s, dsk_s)
-                return _wait(u_acc) * _column(number_s.at[4])
+                return _wait(u_acc) * _column(number_s.at[even + 4])
 
             dw = pl.run_scoped(through, plgpu.ACC((C, C), F32))
             plgpu.barrier_wait(q_bar)
@@ -313,20 +323,20 @@ def dkv(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready_bar)
                 plgpu.barrier_wait(side_bar)
-                split16(_load(gate_s) - lax.optimization_barrier(bw).astype(F32) * grad, dl_s, p_s)
+                split16(_load(side_s) - lax.optimization_barrier(bw).astype(F32) * grad, dl_s, p_s)
                 plgpu.commit_smem()
                 triu = number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
                 mm(t_acc, triu, dl_s, stage)
                 mm(t_acc, triu, p_s, stage)
-                rest = _column(number_s.at[5]) - grad * after
+                rest = _column(number_s.at[even + 6]) - grad * after
                 return _wait(t_acc) + rest
 
-            gate_s[...] = pl.run_scoped(sums, plgpu.ACC((C, C), F32))
+            side_s[...] = pl.run_scoped(sums, plgpu.ACC((C, C), F32))
             plgpu.commit_smem()
-            store(lambda on=None: plgpu.copy_smem_to_gmem(gate_s, dla_ref.at[b, tokens(r), h], predicate=on), keep)
+            store(lambda on=None: plgpu.copy_smem_to_gmem(side_s, dla_ref.at[b, tokens(r), h], predicate=on), keep)
             load_waiting(r + 1, more)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            load_gates(r + 1, more)
+            (load_side if roomy else load_gates)(r + 1, more)
             return on
 
         def windows(i, carry) -> tuple:
@@ -399,6 +409,8 @@ def dkv(
         def walk_slots() -> None:
             load_gates(first, some)
             load_waiting(first, some)
+            if roomy:
+                load_side(first, some)
             lax.fori_loop(0, count, slots, masks())
             reset()
 
@@ -406,9 +418,9 @@ def dkv(
             def _():  # the last rows: no chunk writes them
                 plgpu.barrier_wait(kv_bar)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                gate_s[...] = plgpu.layout_cast(jnp.zeros((C, C), F32), TILE)
+                side_s[...] = plgpu.layout_cast(jnp.zeros((C, C), F32), TILE)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(gate_s, dla_ref.at[b, tokens(chunks - 1), h])
+                plgpu.copy_smem_to_gmem(side_s, dla_ref.at[b, tokens(chunks - 1), h])
 
         def walk_windows() -> None:
             reset()
@@ -476,7 +488,9 @@ def dkv(
     angle = _tiled((1, C, width // 2), F16)
     tile, rows, two = buffer(), buffer(parts), buffer(2, parts)
     scratch = [rows, rows, rows, two, two, rows, rows, tile, tile, buffer(dtype=F32), buffer(dtype=F16), tile, tile, tile]
-    scratch += [angle, angle, plgpu.SMEM((1, 6, C), F32)]  # lse and delta twice, total, cross
+    scratch += [angle, angle, plgpu.SMEM((1, 8, C), F32)]  # lse, delta, total and cross, twice
+    if roomy:
+        scratch += [buffer(dtype=F32)]
     if cfg.interpret:
         scratch += [_tiled((2, C, C), BF16), _tiled((2, C, C), F16)]
     for arrivals in (3, 1, 2, 4 * parts, 2 * parts, 2, 2, 4 + 2 * parts, 1, 2):
