@@ -174,7 +174,6 @@ def _mosaic(c: _Call, doc, share: bool) -> Any:
     return _hopper()
 
 
-@functools.cache
 def _hopper() -> Any:
     """The Mosaic kernel's configuration for the device in use, or None where it does not run."""
     if device_name() not in ("h100", "h200") or jax.__version_info__ < (0, 11):
@@ -286,7 +285,9 @@ def _lse(lse_s, lse_w, dls, dlw):
     return jnp.where(full, lse * LOG2E, jnp.inf), push(lse_s, dls), push(lse_w, dlw)
 
 
-def _rows(c: _Call, config, q, k, v, do, la, lse, delta, total, cross, dst, strong, cos, sin, dl, p, side):
+def _rows(
+    c: _Call, config, q, k, v, do, la, lse, delta, total, cross, dst, strong, cos, sin, dl, p, side
+):
     """dk, dv and dlog_alpha over dl, p and side: by the Mosaic kernel, then by the Triton ones the rows that chunks
     with strong gates write, which it leaves alone."""
     from pallas_kernels.gpu import backward_kernels as kernels
@@ -306,7 +307,9 @@ def _rows(c: _Call, config, q, k, v, do, la, lse, delta, total, cross, dst, stro
         c.T, c.S, 0, c.NC, grid, *held, aliases={19: 0, 20: 1, 21: 2}, **c.tiles.dslot.options, **c.lag, **c.precision, GB=1,
         NSIDE=1, INPLACE=True, SHARE=True, STRONG=True, **common,
     )  # fmt: skip
-    rows = jnp.pad(strong[:, 1:], ((0, 0), (0, 1)))  # of rows, rather than of the queries that write them
+    rows = jnp.pad(
+        strong[:, 1:], ((0, 0), (0, 1))
+    )  # of rows, rather than of the queries that write them
     return launch.call(
         kernels.dwindow_strong_kernel, q, k, v, cos, sin, none, do, lse, delta, rows, c.T, c.S, 0, c.NC, 0, grid, *held,
         aliases={16: 0, 17: 1, 18: 2}, **c.tiles.dwindow.options, scale=float(c.spec.scale), WINDOW=c.spec.window,
@@ -369,7 +372,26 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dla = jnp.zeros_like(log_alpha)
     mosaic = _mosaic(c, doc, share)
     if mosaic is not None:
-        dk, dv, dla = _rows(c, mosaic, q, k, v, do, la, lse, delta, total, cross, dst, strong, cos_, sin_, dl, p, side)
+        dk, dv, dla = _rows(
+            c,
+            mosaic,
+            q,
+            k,
+            v,
+            do,
+            la,
+            lse,
+            delta,
+            total,
+            cross,
+            dst,
+            strong,
+            cos_,
+            sin_,
+            dl,
+            p,
+            side,
+        )
     elif c.slots:
         none = jnp.zeros((1,), v.dtype)
         into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {})

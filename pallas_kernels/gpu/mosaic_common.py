@@ -91,5 +91,3 @@ def _sync(cfg) -> None:
             utils.warpgroup_barrier()
 
         barrier()
-
-

@@ -114,7 +114,19 @@ def dkv(
 
     def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref, strong_ref,
              cos_ref, sin_ref, zero_ref, dk_ref, dv_ref, dla_ref, *scratch):  # fmt: skip
-        *everything, la_bar, side_bar, waiting_bar, kv_bar, q_bar, lse_bar, cs_bar, start_bar, ready_bar, end_bar = scratch
+        (
+            *everything,
+            la_bar,
+            side_bar,
+            waiting_bar,
+            kv_bar,
+            q_bar,
+            lse_bar,
+            cs_bar,
+            start_bar,
+            ready_bar,
+            end_bar,
+        ) = scratch
         stage = stage16 = None
         wg = lax.axis_index("wg")
         if cfg.interpret:
@@ -192,7 +204,11 @@ def dkv(
             return lax.optimization_barrier(-(bits(on) >> 7 & 1))
 
         def rotated(src, cos, sin) -> list:
-            x = turned([_load(src.at[n]).astype(F32) for n in range(parts)], cos.astype(F32), sin.astype(F32))
+            x = turned(
+                [_load(src.at[n]).astype(F32) for n in range(parts)],
+                cos.astype(F32),
+                sin.astype(F32),
+            )
             return [y.astype(BF16) for y in x]
 
         def products(acc, a, b) -> None:
@@ -269,7 +285,9 @@ def dkv(
                 load_side(r)
 
             def factors(g_acc):
-                earlier = lax.bitcast_convert_type(~lax.optimization_barrier(on) & 0x3C00, F16)  # 1.0 for rows before
+                earlier = lax.bitcast_convert_type(
+                    ~lax.optimization_barrier(on) & 0x3C00, F16
+                )  # 1.0 for rows before
                 start(g_acc, short.astype(F32))
                 mm(g_acc, earlier, sums_s, stage16)
                 weight = _weight(gate)
@@ -333,7 +351,12 @@ def dkv(
 
             side_s[...] = pl.run_scoped(sums, plgpu.ACC((C, C), F32))
             plgpu.commit_smem()
-            store(lambda on=None: plgpu.copy_smem_to_gmem(side_s, dla_ref.at[b, tokens(r), h], predicate=on), keep)
+            store(
+                lambda on=None: plgpu.copy_smem_to_gmem(
+                    side_s, dla_ref.at[b, tokens(r), h], predicate=on
+                ),
+                keep,
+            )
             load_waiting(r + 1, more)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             (load_side if roomy else load_gates)(r + 1, more)
@@ -393,7 +416,13 @@ def dkv(
                 for n in range(parts):
                     plgpu.wgmma(acc[n], last_s, dsk_s.at[n])
                     plgpu.wgmma(acc[n], ak_s, q_s.at[n])
-                leave([ended(x, y) for x, y in zip(acc, dk, strict=True)], qr_s.at[old], dk_ref, r, keep)
+                leave(
+                    [ended(x, y) for x, y in zip(acc, dk, strict=True)],
+                    qr_s.at[old],
+                    dk_ref,
+                    r,
+                    keep,
+                )
 
             wide(all_rows)
             load_states(r + 1, here)
@@ -487,7 +516,22 @@ def dkv(
 
     angle = _tiled((1, C, width // 2), F16)
     tile, rows, two = buffer(), buffer(parts), buffer(2, parts)
-    scratch = [rows, rows, rows, two, two, rows, rows, tile, tile, buffer(dtype=F32), buffer(dtype=F16), tile, tile, tile]
+    scratch = [
+        rows,
+        rows,
+        rows,
+        two,
+        two,
+        rows,
+        rows,
+        tile,
+        tile,
+        buffer(dtype=F32),
+        buffer(dtype=F16),
+        tile,
+        tile,
+        tile,
+    ]
     scratch += [angle, angle, plgpu.SMEM((1, 8, C), F32)]  # lse, delta, total and cross, twice
     if roomy:
         scratch += [buffer(dtype=F32)]

@@ -239,7 +239,9 @@ def dkv(
             return causal(w), causal(ds)
 
         def own_side(at):
-            return pl.run_scoped(lambda s, z: own(s, z, at), plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32))
+            return pl.run_scoped(
+                lambda s, z: own(s, z, at), plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32)
+            )
 
         def wide(f):
             return pl.run_scoped(f, *[plgpu.ACC((C, C), F32)] * parts)
@@ -268,7 +270,11 @@ def dkv(
                 g = _wait(g_acc)
                 e = jnp.exp2(-g)
                 b0 = e * weight
-                return lax.optimization_barrier(b0.astype(BF16)), (b0 * _column(number_s.at[4])).astype(BF16), e - b0
+                return (
+                    lax.optimization_barrier(b0.astype(BF16)),
+                    (b0 * _column(number_s.at[4])).astype(BF16),
+                    e - b0,
+                )
 
             bw, last, after = pl.run_scoped(factors, plgpu.ACC((C, C), F32))
 
@@ -316,7 +322,12 @@ def dkv(
 
             gate_s[...] = pl.run_scoped(sums, plgpu.ACC((C, C), F32))
             plgpu.commit_smem()
-            store(lambda on=None: plgpu.copy_smem_to_gmem(gate_s, dla_ref.at[b, tokens(r), h], predicate=on), keep)
+            store(
+                lambda on=None: plgpu.copy_smem_to_gmem(
+                    gate_s, dla_ref.at[b, tokens(r), h], predicate=on
+                ),
+                keep,
+            )
 
             plgpu.barrier_wait(cs_bar)
             rotate(q_s, qr_s.at[new], new)
@@ -368,7 +379,13 @@ def dkv(
                 for n in range(parts):
                     mm(acc[n], last, dsk_s.at[n], stage)
                     mm(acc[n], a, q_s.at[n], stage)
-                leave([ended(x, y) for x, y in zip(acc, dk, strict=True)], qr_s.at[old], dk_ref, r, keep)
+                leave(
+                    [ended(x, y) for x, y in zip(acc, dk, strict=True)],
+                    qr_s.at[old],
+                    dk_ref,
+                    r,
+                    keep,
+                )
 
             wide(all_keys)
             load_states(r + 1, here)
@@ -438,7 +455,20 @@ def dkv(
 
     angle = _tiled((1, 2, C, width // 2), F16)
     rows, two = buffer(parts), buffer(2, parts)
-    scratch = [rows, rows, rows, two, two, rows, rows, buffer(), buffer(), buffer(dtype=F32), buffer(dtype=F16), buffer(dtype=jnp.int16)]
+    scratch = [
+        rows,
+        rows,
+        rows,
+        two,
+        two,
+        rows,
+        rows,
+        buffer(),
+        buffer(),
+        buffer(dtype=F32),
+        buffer(dtype=F16),
+        buffer(dtype=jnp.int16),
+    ]
     scratch += [angle, angle, plgpu.SMEM((1, 6, C), F32)]  # lse and delta twice, total, cross
     if parts == 1:
         scratch += [buffer(2)]
