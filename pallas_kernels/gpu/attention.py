@@ -143,8 +143,8 @@ class _Call:
 
 
 def _by_mosaic(call: _Call, log_alpha, cos, doc, visible0) -> bool:
-    """Whether the common copy of the output pass is mosaic_output's: rows of whole chunks that see, without
-    exception, the chunk before them through the window and what is older through 64 slots."""
+    """Whether the common copies are the Mosaic GPU kernels': rows of whole chunks that see, without exception,
+    the chunk before them through the window and what is older through 64 slots."""
     spec, tile = call.spec, call.C
     most = call.B * max(call.T * call.HQ, (call.NC + 1) * call.H * call.M) * (call.D + call.V)
     return (
@@ -352,6 +352,15 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
+    common = None
+    mosaic = share and D == c.V and _by_mosaic(c, log_alpha, cos, doc, visible0)
+    if mosaic:
+        from pallas_kernels.gpu import mosaic_dkv
+
+        common = mosaic_dkv.dkv(
+            q, k, v, do, lse, delta, la, total, cross, dst, strong, cos_, sin_, dl, p, side,
+            spec.scale, launch.processors(),
+        )  # fmt: skip
     if c.slots:
         none = jnp.zeros((1,), v.dtype)
         into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {})
@@ -359,27 +368,31 @@ def _backward(spec, residuals, cotangents, tiles=None):
             c, kernels.dslot_kernel, q, k, v, do, *([none] * 2 if share else [dl, p]), la, strong, total, cross, dst, doc_, cur,
             jnp.zeros((1,), f32) if inplace else side, T, S, halo, NC,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(la.shape, la.dtype)],
-            grid=NC * B * H, **c.tiles.dslot.options, into=into,
+            grid=NC * B * H, **c.tiles.dslot.options, into=into, common=common,
             zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
             HQ=HQ, **c.shape, **c.lag, **c.precision, GB=c.heads(c.tiles.dslot.stack),
             NSIDE=parts, INPLACE=inplace, SHARE=share, **c.pads, **c.half,
         )  # fmt: skip
     if spec.window > 0:
-        stacked = c.tiles.dwindow.stack
+        stacked = 1 if mosaic else c.tiles.dwindow.stack
         tiles_k = -(-S // (stacked * C))
+        programs = tiles_k * B * H
         queries = q
         if keys is not k:  # once the larger arrays are no more
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
+        # after Mosaic's, only the rows that chunks of strong gates write
+        left = jnp.pad(strong[:, 1:], ((0, 0), (0, 1))) if mosaic else strong
         dk, dv, filled = launch.call(
-            kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
-            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,
+            kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, left, dk, dv,
+            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
-            grid=tiles_k * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
+            grid=-(-programs // kernels.BATCH.value) if mosaic else programs,
+            aliases={10: 0, 11: 1, 12: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
-            **c.pads, **c.half, KB=stacked,
+            **c.pads, **c.half, KB=stacked, STRONG=mosaic,
         )  # fmt: skip
         dla = filled if c.slots else dla
     dk0 = dv0 = None
