@@ -80,7 +80,7 @@ def compiled(
     from pallas_kernels.gpu import launch
 
     plain: dict[str, Any] = {k: Launch(8 if chunk > 64 else 4) for k in KERNELS}
-    base = Tiles(chunk, **plain | {kernel: choices[0]})
+    base = Tiles(chunk, mosaic=False, **plain | {kernel: choices[0]})
     fn, args, options = recorded(shape, window, base, kernel)
     where = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
     arrays = [args[i] for i in where]

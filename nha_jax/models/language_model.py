@@ -27,6 +27,7 @@ from nha_jax.models.config import ModelConfig
 # its results; those of the xla backend have the name "attention".
 KERNELS = (
     *("triton_kernel_call", "pallas_call"),
+    *("custom_vmap_call", "mpmd_map"),  # Mosaic GPU
     *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
 )
 
@@ -244,20 +245,24 @@ class LanguageModel(nnx.Module):
         """Scans over the repeats of the window pattern; within one, blocks follow each other. With
         a cache by layer there is no loop, and each layer's donated arrays change in place."""
         windows = self.config.window_pattern
+        unroll = self.config.unroll and cache is None
+        if unroll:
+            windows *= self.config.layers // len(windows)
         if cache is not None:
             windows *= len(cache) // len(windows)
         repeats = self.config.layers // len(windows)
-        graphdef, params = nnx.split(self.blocks)
-        params = jax.tree.map(lambda a: a.reshape(repeats, len(windows), *a.shape[1:]), params)
+        graphdef, stacked = nnx.split(self.blocks)
+        params = jax.tree.map(lambda a: a.reshape(repeats, len(windows), *a.shape[1:]), stacked)
 
         def run(i, window, params, x, cache):
             # Indexing in here keeps the stacked parameters themselves, not copies of their
             # entries, for the backward pass of a checkpointed block.
-            block = nnx.merge(graphdef, jax.tree.map(lambda a: a[i], params))
-            return block(x, cache, window=window, **options)
+            if not unroll:
+                params = jax.tree.map(lambda a: a[i], params)
+            return nnx.merge(graphdef, params)(x, cache, window=window, **options)
 
-        unroll = self.config.unroll and cache is None
-        in_loop = (repeats > 1 and not unroll) or (self.config.scan_runs and cache is None)
+        # A scan over one repeat is no loop.
+        in_loop = repeats > 1 or (self.config.scan_runs and cache is None)
         if self.config.remat != "none":
             # Within a scan the backward pass is a loop of its own, which nothing is shared with.
             run = jax.checkpoint(
@@ -274,6 +279,8 @@ class LanguageModel(nnx.Module):
             params, cache = xs
             caches, stats = [], []
             for i in range(len(windows)):
+                if unroll:  # in training, arrays that the step keeps apart
+                    params = jax.tree.map(lambda a, i=i: a[i], stacked)
                 x, after, stat = run(i, windows[i], params, x, None if cache is None else cache[i])
                 caches.append(after)
                 stats.append(stat)
@@ -281,7 +288,10 @@ class LanguageModel(nnx.Module):
                 return x, (None, jax.tree.map(lambda *a: jnp.stack(a), *stats))
             return x, (tuple(caches), None)
 
-        x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache), unroll=unroll)
+        if unroll:
+            x, (cache, stats) = repeat(x, (None, None))
+        else:
+            x, (cache, stats) = jax.lax.scan(repeat, x, (params, cache))
         stats = jax.tree.map(lambda a: a.reshape(-1), stats)
         return x, cache, stats
 

@@ -40,6 +40,7 @@ class Model:
     axes: Params  # tuples of logical names
     dtype: jnp.dtype  # of the computation
     matrices: Params  # whether a parameter is only ever used in that dtype, as a product's factor
+    apart: Params  # layers of a stacked parameter that are used one by one, outside a loop; else 0
     create: Callable[[jax.Array], Params]  # from a key
 
     def __call__(self, params: Params) -> LanguageModel:
@@ -63,7 +64,11 @@ def describe_model(config: ModelConfig) -> Model:
     )
     axes = nnx.to_pure_dict(axes)
     dtype = jnp.dtype(config.dtype)
-    return Model(graph, nnx.to_pure_dict(state), axes, dtype, matrices(axes), create)
+    abstract = nnx.to_pure_dict(state)
+    apart = jax.tree.map(
+        lambda x, names: x.shape[0] if config.unroll and names[0] == "layers" else 0, abstract, axes
+    )
+    return Model(graph, abstract, axes, dtype, matrices(axes), apart, create)
 
 
 def matrices(axes: Params) -> Params:

@@ -48,6 +48,8 @@ def train_step(
         asked: jax.Array,
         tokens: jax.Array,
     ) -> Any:
+        trained = _stacked(split.trained(model.apart), trained)
+        frozen = _stacked(split.frozen(model.apart), frozen)
         params = split.merge(trained, frozen)
         if taught:
             teacher = split.merge(start_of(state.opt_state), frozen)
@@ -66,10 +68,12 @@ def train_step(
         asked = _asked(batch)
         tokens = _tokens(batch)
         # Once for all micro-batches. A product's gradient has the dtype of the product, so that
-        # these gradients are the same numbers, in half the memory.
+        # these gradients are the same numbers, in half the memory. Layers apart: the compiler
+        # would copy those of a stack, as products read no part of an array.
         cast = jax.tree.map(
             lambda matrix, x: x.astype(model.dtype) if matrix else x, model.matrices, state.params
         )
+        cast = jax.tree.map(lambda n, x: [x[i] for i in range(n)] if n else x, model.apart, cast)
 
         def gradient(micro: Batch) -> Any:
             value_and_grad = jax.value_and_grad(loss, has_aux=True)
@@ -81,14 +85,18 @@ def train_step(
                 jnp.maximum(asked, 1),
                 jnp.maximum(tokens, 1),
             )
-            stored = split.trained(state.params)
-            as_stored = jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, stored)
+            as_stored = jax.tree.map(
+                lambda x, g: jax.tree.map(lambda y: y.astype(x.dtype), g),
+                split.trained(state.params),
+                gradients,
+            )
             return value, stats, as_stored
 
         if config.accumulate == 1:
             value, metrics, gradients = gradient(batch)
         else:
             value, metrics, gradients = _sum_over(gradient, _split(batch, config.accumulate))
+        gradients = _stacked(split.trained(model.apart), gradients)
         with jax.named_scope("optimizer"):
             new, norm, taken = update(state, value, gradients)
         metrics |= {
@@ -174,6 +182,11 @@ def _apply(model: Model, params: Params, batch: Batch, config: ConfigDict) -> An
         config.mesh.strategy,
     )
     return sums, dict(output.stats)
+
+
+def _stacked(apart: Params, params: Params) -> Params:
+    """Parameters whose layers are `Model.apart`, as the model has them."""
+    return jax.tree.map(lambda n, x: jnp.stack(x) if n else x, apart, params)
 
 
 def _asked(batch: Batch) -> jax.Array:

@@ -20,6 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 LOG2E = math.log2(math.e)
 WIDE = 16384  # slots times width, in powers of two, whose float32 products fit shared memory
 SHORT = 64  # tokens
+MOSAIC = 64  # tokens of a chunk, and slots, of mosaic_output
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -82,16 +83,6 @@ def device_name() -> str:
     return kind.replace(" ", "-")
 
 
-@functools.cache
-def _mosaic() -> Any:
-    """How this device runs the Pallas Mosaic GPU kernels (mosaic_common.Config), or None where it does not."""
-    if device_name() not in ("h100", "h200") or jax.__version_info__ < (0, 11):
-        return None
-    from pallas_kernels.gpu import mosaic_common
-
-    return mosaic_common.Config(processors=getattr(jax.devices()[0], "core_count", 132))
-
-
 class _Call:
     """Shapes, constants and tile choices of one call."""
 
@@ -146,23 +137,34 @@ class _Call:
         memory of a multiprocessor, or one of 8."""
         return warps >= 8 or self.D + self.V <= 128
 
-    def two(self) -> bool:
-        """Whether window, lag and chunk are one: the case of the Mosaic GPU kernels, which know neither documents
-        nor a state before the call."""
-        spec = self.spec
-        return (
-            spec.window == spec.slot_lag == self.C == 64
-            and spec.halo == 0
-            and spec.feature_map == "none"
-            and spec.empty_slots == "masked"
-            and self.flags["ROPE"]
-            and self.rope_batch == 0
-            and not (self.init or self.lag["HAS_DOC"] or self.flags["HAS_VIS"])
-        )
-
     def heads(self, wanted: int) -> int:
         """Query heads to stack: as many as wanted where the group allows."""
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
+
+
+def _by_mosaic(call: _Call, log_alpha, cos, doc, visible0) -> bool:
+    """Whether the common copies are the Mosaic GPU kernels': rows of whole chunks that see, without exception,
+    the chunk before them through the window and what is older through 64 slots."""
+    spec, tile = call.spec, call.C
+    most = call.B * max(call.T * call.HQ, (call.NC + 1) * call.H * call.M) * (call.D + call.V)
+    return (
+        call.tiles.mosaic
+        and call.M == tile == MOSAIC
+        and call.D in (MOSAIC, 2 * MOSAIC)
+        and call.V in (MOSAIC, 2 * MOSAIC)
+        and call.T % tile == 0
+        and spec.window == spec.slot_lag == tile
+        and (spec.halo, spec.feature_map, spec.empty_slots) == (0, "none", "masked")
+        and spec.scale > 0
+        and doc is None
+        and visible0 is None
+        and cos is not None
+        and cos.ndim == 2
+        and call.gate_dtype == call.dtype == jnp.bfloat16
+        and log_alpha.dtype == jnp.float32
+        and most < 2**31  # places in one array, more or less
+        and launch.missing_mosaic() is None
+    )
 
 
 def _optional(cos, sin, doc, visible0, halo, T, dtype):
@@ -191,19 +193,17 @@ def _optional(cos, sin, doc, visible0, halo, T, dtype):
 def _both(call: _Call, kernel, *args, out, grid, into=None, common=None, **constants):
     """The kernel on the chunks of ordinary gates, then on the rest, into the same outputs.
 
-    ``into`` holds the arrays that outputs, by position, are written over; ``common`` are the outputs where another
-    kernel has done the chunks of ordinary gates."""
+    ``into`` holds the arrays that outputs, by position, are written over; ``common`` the outputs where
+    another kernel was run on the former."""
     from pallas_kernels.gpu.kernels import BATCH
 
     args, into = (*args, grid), into or {}
+    held = common or [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
     if common is None:
-        held = [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
         held = launch.call(
             kernel, *args, *held, out=out, grid=grid, STRONG=False,
             aliases={len(args) + i: i for i in into}, **constants,
         )  # fmt: skip
-    else:
-        held = common
     if not call.slots:
         return held
     return launch.call(
@@ -269,12 +269,17 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
     keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
+    common = None
+    if _by_mosaic(c, log_alpha, cos, doc, visible0):
+        from pallas_kernels.gpu import mosaic_output
+
+        common = mosaic_output.output(q, k, v, la, st, cos_, sin_, spec.scale, launch.processors())
     o, lse_s, lse_w = _both(
         c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis,
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
         grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, AHEAD=c.ahead(c.tiles.output.warps),
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads, common=common,
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
@@ -322,13 +327,13 @@ def _backward(spec, residuals, cotangents, tiles=None):
     read = (B, T, HQ, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
     common = None
-    if share and turn and c.two() and (mosaic := _mosaic()) is not None:
+    mosaic = share and D == c.V and _by_mosaic(c, log_alpha, cos, doc, visible0)
+    if mosaic:
         from pallas_kernels.gpu import mosaic_dq
 
-        if mosaic_dq.supports(q, k, v, log_alpha) is None:
-            common = mosaic_dq.dq(
-                q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, float(spec.scale), mosaic
-            )
+        common = mosaic_dq.dq(
+            q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, spec.scale, launch.processors(),
+        )  # fmt: skip
     dq, dl, p, side, delta, dst = _both(
         c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
@@ -338,9 +343,10 @@ def _backward(spec, residuals, cotangents, tiles=None):
             _sds(shares, f32), _sds((B, T, HQ), f32),
             demand if alone else _sds((1,), c.gate_dtype),
         ],
-        grid=NC * B * (HQ // heads), common=common, **c.tiles.dq.options,
+        grid=NC * B * (HQ // heads), **c.tiles.dq.options,
         HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
         AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
+        common=common,
     )  # fmt: skip
     dfirst = None
     if c.slots and not alone:
@@ -355,6 +361,14 @@ def _backward(spec, residuals, cotangents, tiles=None):
         dst, dfirst, cross = _scan(c, dst, dec, dlast, st)
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
+    common = None
+    if mosaic:
+        from pallas_kernels.gpu import mosaic_dkv
+
+        common = mosaic_dkv.dkv(
+            q, k, v, do, lse, delta, la, total, cross, dst, strong, cos_, sin_, dl, p, side,
+            spec.scale, launch.processors(),
+        )  # fmt: skip
     if c.slots:
         none = jnp.zeros((1,), v.dtype)
         into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {})
@@ -362,27 +376,31 @@ def _backward(spec, residuals, cotangents, tiles=None):
             c, kernels.dslot_kernel, q, k, v, do, *([none] * 2 if share else [dl, p]), la, strong, total, cross, dst, doc_, cur,
             jnp.zeros((1,), f32) if inplace else side, T, S, halo, NC,
             out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(la.shape, la.dtype)],
-            grid=NC * B * H, **c.tiles.dslot.options, into=into,
+            grid=NC * B * H, **c.tiles.dslot.options, into=into, common=common,
             zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
             HQ=HQ, **c.shape, **c.lag, **c.precision, GB=c.heads(c.tiles.dslot.stack),
             NSIDE=parts, INPLACE=inplace, SHARE=share, **c.pads, **c.half,
         )  # fmt: skip
     if spec.window > 0:
-        stacked = c.tiles.dwindow.stack
+        stacked = 1 if mosaic else c.tiles.dwindow.stack
         tiles_k = -(-S // (stacked * C))
+        programs = tiles_k * B * H
         queries = q
         if keys is not k:  # once the larger arrays are no more
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
+        # after Mosaic's, only the rows that chunks of strong gates write
+        left = jnp.pad(strong[:, 1:], ((0, 0), (0, 1))) if mosaic else strong
         dk, dv, filled = launch.call(
-            kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, dk, dv,
-            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch,
+            kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, left, dk, dv,
+            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
-            grid=tiles_k * B * H, aliases={9: 0, 10: 1, 11: 2} if c.slots else None,
+            grid=-(-programs // kernels.BATCH.value) if mosaic else programs,
+            aliases={10: 0, 11: 1, 12: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
-            **c.pads, **c.half, KB=stacked,
+            **c.pads, **c.half, KB=stacked, STRONG=mosaic,
         )  # fmt: skip
         dla = filled if c.slots else dla
     dk0 = dv0 = None

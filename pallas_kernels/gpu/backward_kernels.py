@@ -699,16 +699,13 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
 
 
 @triton.jit
-def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, dla_in,
-                   T, S, halo, NK, rope_batch, dk_ptr, dv_ptr, dla_ptr,
-                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-                   ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                   C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """Window side of the gradients of KB C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
-    the gates of rows that are not written get the gradient 0."""
+def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
+             dk_ptr, dv_ptr, dla_ptr,
+             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+             scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
+             ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+             C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     DH: tl.constexpr = D // 2
-    pid = tl.program_id(0)
     h = pid % H
     tile = (pid // H) % NK
     b = (pid // H // NK).to(tl.int64)
@@ -734,3 +731,27 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
         _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), j, kok & ~had, H * M, M, MB)
     _put_halves(dk_ptr + kb * D, dk1, dk2, j, kok, H * D, DH, DB)
     _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)
+
+
+@triton.jit
+def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, strong_ptr, dk_in, dv_in, dla_in,
+                   T, S, halo, NK, rope_batch, total, dk_ptr, dv_ptr, dla_ptr,
+                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
+                   ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                   C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+    """Window side of the gradients of KB C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
+    the gates of rows that are not written get the gradient 0. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
+    2 only."""
+    if STRONG:
+        start = tl.program_id(0) * BATCH
+        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
+            for pid in range(start, tl.minimum(start + BATCH, total)):
+                if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):
+                    _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+                             NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC,
+                             C, KB, DB, VB, MB)
+    else:
+        _dwindow(tl.program_id(0), q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+                 NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC, C, KB, DB,
+                 VB, MB)

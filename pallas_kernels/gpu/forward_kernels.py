@@ -279,8 +279,8 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
             d = tl.where(near, d, NINF)
             m_w = tl.maximum(tl.max(s, 1), tl.max(d, 1)) * POST
         m = tl.maximum(m_s, m_w)
-        fade = 1.0  # of the window's terms
-        fall = 1.0  # of the slots'
+        fade = tl.full((R,), 1.0, tl.float32)  # of the window's terms
+        fall = tl.full((R,), 1.0, tl.float32)  # of the slots'
         if TWO:
             s = _exp2(s * POST - _safe(m)[:, None])
             d = _exp2(d * POST - _safe(m)[:, None])

@@ -1,13 +1,16 @@
-"""The one place where a Triton kernel meets JAX."""
+"""Where a Triton kernel meets JAX, and what kernels need."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 import importlib.util
+import re
 from typing import Any
 
 import jax
+
+H100 = 132  # multiprocessors
 
 
 @functools.cache
@@ -20,6 +23,28 @@ def missing() -> str | None:
     if not version.startswith("0.3."):
         return f"jax-triton {version} calls kernels another way: install jax-triton>=0.3.1,<0.4"
     return None
+
+
+def mosaic_interface() -> str | None:
+    """Why this jax's interface to Mosaic GPU, which changes often, is not known here, or None."""
+    version = tuple(int(n) for n in re.findall(r"\d+", jax.__version__)[:3])
+    if (0, 11, 2) <= version < (0, 13):
+        return None
+    return f"jax {jax.__version__} has another interface to Mosaic GPU than 0.11.2 to 0.12"
+
+
+@functools.cache
+def missing_mosaic() -> str | None:
+    """Why Pallas Mosaic GPU kernels cannot be called from here, or None."""
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) != "9.0":
+        return f"the kernels are for sm_90, not {device.device_kind}"
+    return mosaic_interface()
+
+
+def processors() -> int:
+    """Multiprocessors of the GPU in use."""
+    return getattr(jax.devices()[0], "core_count", H100)
 
 
 def call(

@@ -1,10 +1,9 @@
-# ruff: noqa: E501
 """What the Pallas Mosaic GPU kernels share: tiles of 64 rows in registers and shared memory."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,27 +20,13 @@ LN2 = math.log(2.0)
 NINF = float("-inf")
 SPAN = 96.0  # no gate matters below -SPAN (base 2)
 TILE = plgpu.Layout.WGMMA
-ROW = TILE.reduce(1)
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a kernel runs."""
-
-    processors: int = 132  # multiprocessors to fill, one block each
-    ahead: bool = False  # for trial: heads of 64 with q, do and the state's keys in two buffers
-    interpret: bool = False
-
-
-PLAIN = Config()
-
-
 def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
-    """Runs that each row of ``chunks`` chunks is cut into, and the chunks of a run: least time for all."""
+    """Runs that each of the rows is cut into, and the chunks of a run, for the least time."""
 
-    def time(runs: int) -> float:
-        # a run's start: half a chunk
+    def time(runs: int) -> float:  # a run's start takes as long as half a chunk
         return -(-rows * runs // workers) * (-(-chunks // runs) + 0.5)
 
     best = min(range(1, chunks + 1), key=time)
@@ -49,7 +34,16 @@ def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
     return -(-chunks // length), length
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+def parameters() -> Any:
+    """How all are compiled: a thread's view, and barriers of a warpgroup only where written."""
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+
+
+def tiled(*shape: int, dtype: Any = BF16) -> Any:
     """Shared memory in the tiling and swizzle of TMA and WGMMA, 128 bytes a row at most."""
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, shape[-1] * size)
@@ -62,41 +56,22 @@ def load(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=TILE, optimized=False)
 
 
-def load_row(ref: Any) -> jax.Array:
-    """A value per row of a tile, from global memory."""
-    return plgpu.load(ref, layout=ROW, optimized=False)
+def store(ref: Any, x: jax.Array) -> None:
+    """x to memory; jax 0.12 wants to be told that this is not coalesced."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
 
 
-def full(x: jax.Array) -> jax.Array:
-    """A value per row, [C], on each column: [C, C]."""
-    return lax.broadcast_in_dim(x, (C, C), [0])
+def accumulators(f: Callable, *columns: int) -> Any:
+    """f of accumulators of C rows, which start as zeros."""
+    return pl.run_scoped(f, *(plgpu.ACC((C, n), F32) for n in columns))
 
 
-def landed(acc: Any, n: int = 0) -> jax.Array:
-    """The accumulator once at most n later products run; nothing that reads it may be moved before."""
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=n))
-
-
-def short(x: jax.Array) -> jax.Array:
-    """A masked tile in bfloat16: masked as float32, since halves would be taken apart and packed again."""
-    return lax.optimization_barrier(x).astype(BF16)
-
-
-def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """RoPE of rows x [C, D]; cos, sin [C, D / 2] float32. In float32."""
-    half = x.shape[1] // 2
-    a, b = x[:, :half].astype(F32), x[:, half:].astype(F32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
-
-
-def turned_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rows x [C, D] with RoPE undone, float32."""
-    return turned(x, cos, -sin)
-
-
-def weight(x: jax.Array) -> jax.Array:
-    """1 - 2^x for x <= 0, to 2^-16 (as kernels._write_weight)."""
-    return jnp.where(x > -0.01 * LOG2E, x * (-LN2 + x * (-(LN2**2) / 2)), 1.0 - jnp.exp2(x))
+def full(x: jax.Array, n: int = C) -> jax.Array:
+    """A value per row, [C], on each of n columns."""
+    return lax.broadcast_in_dim(x, (C, n), [0])
 
 
 def causal() -> jax.Array:
@@ -107,62 +82,51 @@ def causal() -> jax.Array:
     return i - (j & 6) >= (j & ~6)
 
 
-def sync(cfg: Config) -> None:
+def landed(acc: Any, n: int = 0) -> jax.Array:
+    """The accumulator once at most n later products run; what reads it cannot be moved before."""
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=n))
+
+
+def weight(x: jax.Array) -> jax.Array:
+    """1 - 2^x for x <= 0, to 2^-16 (as kernels._write_weight)."""
+    series = x * (-LN2 + x * (-(LN2**2) / 2 + x * (-(LN2**3) / 6)))
+    return jnp.where(x > -0.06 * LOG2E, series, 1.0 - jnp.exp2(x))
+
+
+def sync(interpret: bool) -> None:
     """A barrier of the warpgroup."""
-    if cfg.interpret:
-        plgpu.commit_smem()  # which its search for races knows
-    else:
+    if interpret:
+        return
 
-        @plgpu.inline_mgpu()
-        def barrier(_):
-            from jax.experimental.mosaic.gpu import utils
+    @plgpu.inline_mgpu()
+    def barrier(_):
+        from jax.experimental.mosaic.gpu import utils
 
-            utils.warpgroup_barrier()
+        utils.warpgroup_barrier()
 
-        barrier()
-
-
-def opaque_zero(cfg: Config) -> Any:
-    """0 that LLVM takes for unknown and ptxas knows: addresses are worked out where they are used, of constants."""
-    if cfg.interpret:
-        return 0
-
-    @plgpu.inline_mgpu(
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
-    )
-    def zero(_):
-        from jax.experimental.mosaic.gpu import FragmentedArray
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import llvm
-
-        i32 = ir.IntegerType.get_signless(32)
-        x: Any = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
-        return FragmentedArray.splat(x, (), is_signed=True)
-
-    return zero()
+    barrier()
 
 
-def mm(cfg: Config, acc: Any, a: Any, b: Any, stage: Any) -> None:
+def mm(interpret: bool, acc: Any, a: Any, b: Any, stage: Any) -> None:
     """acc += a b. The interpreter's products take both operands from shared memory."""
-    if cfg.interpret and not hasattr(a, "ref"):
-        stage = stage.at[:, pl.ds(0, a.shape[1])] if a.shape != stage.shape else stage
+    if interpret and not hasattr(a, "ref"):
         stage[...] = a
         plgpu.commit_smem()
         a = stage
     plgpu.wgmma(acc, a, b)
 
 
-def copy_in(cfg: Config, src: Any, dst: Any, bar: Any, on: Any = None) -> None:
-    """Start a copy to shared memory (where ``on``)."""
-    if cfg.interpret and on is not None:  # the interpreter has no predicates
-        pl.when(on)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
+def copy_in(interpret: bool, src: Any, dst: Any, bar: Any, when: Any = None) -> None:
+    """Start a copy to shared memory (``when``)."""
+    if interpret and when is not None:  # the interpreter has no predicates
+        pl.when(when)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
     else:
-        plgpu.copy_gmem_to_smem(src, dst, bar, predicate=on)
+        plgpu.copy_gmem_to_smem(src, dst, bar, predicate=when)
 
 
-def copy_out(cfg: Config, src: Any, dst: Any, on: Any = None) -> None:
-    """Start a copy from shared memory (where ``on``)."""
-    if cfg.interpret and on is not None:
-        pl.when(on)(lambda: plgpu.copy_smem_to_gmem(src, dst))
+def copy_out(interpret: bool, src: Any, dst: Any, when: Any = None, last: bool = True) -> None:
+    """Start a copy from shared memory (``when``), ``last`` of those waited for together."""
+    if interpret and when is not None:
+        pl.when(when)(lambda: plgpu.copy_smem_to_gmem(src, dst, commit_group=last))
     else:
-        plgpu.copy_smem_to_gmem(src, dst, predicate=on)
+        plgpu.copy_smem_to_gmem(src, dst, predicate=when, commit_group=last)

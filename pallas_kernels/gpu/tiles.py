@@ -29,8 +29,8 @@ LONG = 256  # tokens from which a window has choices of its own
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), and
-    how each kernel is launched."""
+    """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how
+    each kernel is launched, and whether the output pass is Mosaic's where that can."""
 
     chunk: int = 64
     state: Launch = PLAIN
@@ -39,6 +39,7 @@ class Tiles:
     dstate: Launch = PLAIN
     dslot: Launch = PLAIN
     dwindow: Launch = PLAIN
+    mosaic: bool = True
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Tiles:

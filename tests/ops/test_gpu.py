@@ -15,6 +15,7 @@ import pytest
 
 from nha_jax.errors import UserError
 from nha_jax.ops import backends, init_state, nha_attention, nha_decode_step
+from pallas_kernels.gpu import launch
 from tests.ops import suite
 
 pytestmark = pytest.mark.skipif(
@@ -60,6 +61,24 @@ def test_widths(d, v, slots, window, dtype):
             compared(case, dtype)
     else:
         assert compared(case, dtype) == []
+
+
+@pytest.mark.parametrize("strongest", [-2.0, -4.0])  # the latter: many chunks need levels
+@pytest.mark.parametrize(
+    ("d", "v", "heads", "kv_heads"),
+    [(64, 64, 2, 2), (64, 128, 3, 1), (128, 128, 2, 2), (128, 128, 4, 1)],
+)
+def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest):
+    """The output pass is Mosaic's, on sm_90, but for chunks of strong gates."""
+    sizes = dict(head_dim=d, value_dim=v, slots=64, heads=heads, kv_heads=kv_heads)
+    name = f"chunks_{d}_{v}_{heads}_{kv_heads}"
+    case = suite.Case(name, 448, 64, **sizes, gates=(strongest, -1e-2))
+    if launch.missing_mosaic() is None:
+        x = {n: jnp.asarray(y, jnp.bfloat16) for n, y in suite.inputs(case).items()}
+        x["log_alpha"] = x["log_alpha"].astype(jnp.float32)
+        call = jax.jit(lambda x: nha_attention(**x, **case.options(), rope=suite.tables(case)))
+        assert "mosaic" in call.lower(x).as_text()
+    assert compared(case, "bfloat16") == []
 
 
 @pytest.mark.parametrize("name", ["packed", "no_lag", "long_lag"])

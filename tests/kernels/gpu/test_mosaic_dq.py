@@ -1,87 +1,149 @@
-"""The backward pass with the Mosaic GPU dq kernel, interpreted, beside Triton's."""
+"""dq in Mosaic GPU: interpreted beside Triton's kernel; in the backward pass; lowered."""
+
+import functools
+import types
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nha_jax.ops.core import Spec
 from pallas_kernels.gpu import attention, launch
+from pallas_kernels.gpu.tiles import Tiles
 
-if not hasattr(plgpu, "InterpretGPUParams"):
-    pytest.skip("this JAX does not interpret Mosaic GPU kernels", allow_module_level=True)
+C = 64  # chunk, window, lag and slots
+TOLERANCE = 4e-3  # relative RMS
+TRITON = Tiles(chunk=C, mosaic=False)
+NAMES = "dq", "dl", "p", "side", "delta", "dst"
 
-from pallas_kernels.gpu import mosaic_dq
-from pallas_kernels.gpu.mosaic_common import Config, split
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # numpy's, from inside the interpreters
+    pytest.mark.skipif(
+        launch.mosaic_interface() is not None, reason=f"{launch.mosaic_interface()}: Triton's runs"
+    ),
+]
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
-NAMES = "dq", "dk", "dv", "dlog_alpha"
 
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def interpreted(monkeypatch):
+    """All kernels interpreted, runs cut for two processors; what dq and Triton's kernel give."""
     import interpret
 
-    monkeypatch.setattr(launch, "call", interpret.call)
+    from pallas_kernels.gpu import mosaic_dkv, mosaic_dq
+
+    seen = types.SimpleNamespace(mosaic=[], triton=[])
+    run = functools.partial(mosaic_dq.dq, interpret=True)
+
+    def dq(*args):
+        seen.mosaic.append([np.asarray(x) for x in run(*args)])
+        return [jnp.asarray(x) for x in seen.mosaic[-1]]
+
+    def call(kernel, *args, **options):
+        out = interpret.call(kernel, *args, **options)
+        if kernel.fn.__name__ == "dq_kernel":
+            seen.triton.append([np.asarray(x) for x in out])
+        return out
+
+    monkeypatch.setattr(launch, "missing_mosaic", lambda: None)
+    monkeypatch.setattr(launch, "processors", lambda: 2)
+    monkeypatch.setattr(launch, "call", call)
+    monkeypatch.setattr(mosaic_dq, "dq", dq)
+    # dk, dv and the gates' gradient are test_mosaic_dkv.py's
+    monkeypatch.setattr(mosaic_dkv, "dkv", lambda *a: list(a[13:16]))
+    return seen
 
 
-def inputs(T, H, D, gate=1.0, B=1):
-    r = np.random.default_rng(0)
-    q, k, v, do = (jnp.asarray(r.standard_normal((B, T, H, D)), jnp.bfloat16) for _ in range(4))
-    la = -gate / 8 * np.log1p(np.exp(-2 * r.standard_normal((B, T, H, 64))))
-    dlse = [jnp.asarray(0.1 * r.standard_normal((B, T, H)), jnp.float32) for _ in range(2)]
-    angle = np.arange(T)[:, None] * 1e4 ** (-np.arange(D // 2) / (D // 2))
+def spec_for(width):
+    return Spec(window=C, slot_lag=C, scale=width**-0.5)
+
+
+def build(width, tokens, heads, batch=1, gate=1.0, strong=False):
+    """What the forward pass keeps, and the cotangents; strong: chunk 1 of a head."""
+    n = np.random.default_rng(0).standard_normal
+    shape = batch, tokens, heads, width
+    q, k, v, do = (jnp.asarray(n(shape), jnp.bfloat16) for _ in range(4))
+    la = -gate / 8 * np.log1p(np.exp(-2 * n((batch, tokens, heads, C))))
+    if strong:
+        la[0, C : 2 * C, 0] *= 40
+    angle = np.arange(tokens)[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
     tables = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
-    state = jnp.zeros((B, H, 64, D))
-    return (q, k, v, jnp.asarray(la, jnp.float32)), tables, (do, *dlse, state, state)
+    inputs = q, k, v, jnp.asarray(la, jnp.float32), None, None, *tables, None, None
+    kept = attention._forward(*inputs, spec_for(width), TRITON)[1]
+    assert (np.asarray(kept[-1]) == 2).sum() == strong
+    dls, dlw = (jnp.asarray(0.1 * n(shape[:3]), jnp.float32) for _ in range(2))
+    state = jnp.zeros((batch, heads, C, width))
+    return kept, (do, dls, dlw, state, state)
+
+
+def backward(kept, given, tiles):
+    return attention._backward(spec_for(given[0].shape[-1]), kept, given, tiles)
+
+
+def defined(results):
+    """What is read of dq's results, by name."""
+    x = dict(zip(NAMES, results, strict=True))
+    for name in ("dl", "p", "side"):
+        x[name] = x[name][:, :-C, ..., :C]
+    x["dst"] = x["dst"][:, :-1]
+    return x
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "config"),
+    ("width", "tokens", "heads", "batch", "gate", "strong"),
     [
-        (dict(T=256, H=2, D=64), dict(processors=1)),
-        (dict(T=192, H=1, D=64, B=2), dict(processors=3, ahead=True)),
-        (dict(T=192, H=1, D=128, gate=4.0), dict(processors=2)),
-        (dict(T=256, H=1, D=64, gate=60.0), dict(processors=1)),  # of more than one level: Triton's
+        (64, 320, 1, 1, 1.0, False), (64, 192, 1, 3, 0.01, False), (128, 192, 1, 1, 4.0, False),
+        (64, 256, 2, 1, 1.0, True), (128, 192, 1, 1, 1.0, True),
     ],
-)
-def test_gradients_as_tritons(sizes, config, monkeypatch):
-    arrays, tables, cotangents = inputs(**sizes)
-    spec = Spec(64, 64, sizes["D"] ** -0.5)
-    _, kept = attention._forward(*arrays, None, None, *tables, None, None, spec)
-    want = attention._backward(spec, kept, cotangents)
-    monkeypatch.setattr(attention, "_mosaic", lambda: Config(interpret=True, **config))
-    calls = []
-    plain = mosaic_dq.dq
-    monkeypatch.setattr(mosaic_dq, "dq", lambda *a: calls.append(1) or plain(*a))
-    got = attention._backward(spec, kept, cotangents)
-    assert calls
-    for name, a, b in zip(NAMES, got, want, strict=False):
-        a, b = (np.asarray(x, np.float64) for x in (a, b))
-        assert np.linalg.norm(a - b) < 5e-4 * np.linalg.norm(b), name
+)  # fmt: skip
+def test_as_tritons(width, tokens, heads, batch, gate, strong, interpreted):
+    """Triton's kernel, which runs on strong chunks after it, in the end has the same results."""
+    case = build(width, tokens, heads, batch, gate, strong)
+    want = backward(*case, TRITON)[0]
+    assert not interpreted.mosaic
+    by_triton = defined(interpreted.triton[-1])
+    del interpreted.triton[:]
+    got = backward(*case, Tiles(chunk=C))[0]
+    assert len(interpreted.mosaic) == len(interpreted.triton) == 1
+    for name, x in defined(interpreted.triton[0]).items():
+        assert relative(x, by_triton[name]) < TOLERANCE, name
+    assert relative(got, want) < TOLERANCE
+    if strong:  # whose own results are not those
+        assert not relative(defined(interpreted.mosaic[0])["dl"], by_triton["dl"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("change", [dict(window=65), dict(slot_lag=128), dict(empty_slots="zero")])
-def test_other_calls_are_left_to_triton(change, monkeypatch):
-    arrays, tables, cotangents = inputs(192, 1, 64)
-    spec = Spec(**(dict(window=64, slot_lag=64, scale=0.125) | change))
-    _, kept = attention._forward(*arrays, None, None, *tables, None, None, spec)
-    monkeypatch.setattr(attention, "_mosaic", lambda: Config(interpret=True))
-    monkeypatch.setattr(mosaic_dq, "dq", None)
-    attention._backward(spec, kept, cotangents)
+def test_tolerance_rejects_wrong_results(interpreted):
+    kept, given = build(64, 192, 1)
+    backward(kept, given, TRITON)
+    want = defined(interpreted.triton[-1])
+    for x in want.values():
+        assert relative(np.zeros_like(x), x) > TOLERANCE
+        assert relative(np.asarray(x, np.float64) * 1.005, x) > TOLERANCE
+    less = want["dq"].copy()
+    less[:, 70] = 0
+    assert relative(less, want["dq"]) > TOLERANCE
+    gates = kept[3].at[:, 70].set(0)  # one token is not written
+    backward((*kept[:3], gates, *kept[4:]), given, Tiles(chunk=C))
+    got = defined(interpreted.mosaic[0])
+    for name in ("dq", "dl", "p", "side", "dst"):
+        assert relative(got[name], want[name]) > TOLERANCE, name
 
 
-def test_runs_cover_the_chunks():
-    for rows, chunks, workers in ((64, 128, 132), (1, 5, 132), (16, 512, 132), (3, 7, 2)):
-        runs, steps = split(rows, chunks, workers)
-        assert runs * steps >= chunks > (runs - 1) * steps
+@pytest.mark.parametrize("width", [64, 128])
+def test_lowers_without_a_gpu(width):
+    from pallas_kernels.gpu import mosaic_dq
 
-
-def test_refuses_other_shapes():
-    x, la = (jax.ShapeDtypeStruct((1, 128, 2, 64), t) for t in (jnp.bfloat16, jnp.float32))
-    assert mosaic_dq.supports(x, x, x, la) is None
-    short = jax.ShapeDtypeStruct((1, 100, 2, 64), jnp.bfloat16)
-    assert "multiple of 64" in mosaic_dq.supports(short, short, short, la)
-    half = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
-    assert "own keys" in mosaic_dq.supports(x, half, half, la)
+    s = jax.ShapeDtypeStruct
+    b, t, h, f32 = 4, 8192, 16, jnp.float32
+    row, number = s((b, t, h, width), jnp.bfloat16), s((b, t, h), f32)
+    st = s((b * h, t // C + 1, C, 2 * width), jnp.bfloat16)
+    table = s((t, width // 2), jnp.float16)
+    traced = jax.jit(lambda *x: mosaic_dq.dq(*x, 0.1, 132)).trace(
+        row, row, row, s((b, t, h, C), f32), st, table, table, row, row, number, number, number
+    )
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

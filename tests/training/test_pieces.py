@@ -1,0 +1,60 @@
+"""`nha_jax.training.pieces` beside a library that is right, and one that is not."""
+
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from nha_jax.errors import UserError
+from nha_jax.training import pieces
+
+SMALL = ["--config.model.hidden=64", "--config.model.ffn=128", "--config.model.vocab_size=256"]
+
+
+def layer_norm(x, scale, offset, *, epsilon, subtract_mean):
+    assert offset is None
+    assert not subtract_mean
+    y = x.astype(jnp.float32)
+    y = y / jnp.sqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon)
+    return (y * scale).astype(x.dtype)
+
+
+LIBRARY = SimpleNamespace(
+    layer_norm=layer_norm,
+    gated_linear_unit=lambda x, w, activation: activation(x @ w[0]) * (x @ w[1]),
+    linear_softmax_cross_entropy_loss=lambda x, labels, w: (
+        optax.softmax_cross_entropy_with_integer_labels((x @ w).astype(jnp.float32), labels).sum()
+    ),
+)
+
+
+def run(monkeypatch, library):
+    monkeypatch.setitem(sys.modules, "tokamax", library)
+    monkeypatch.setattr(pieces, "CALLS", 1)
+    command = ["pieces", "--config", "configs/nha_1_3b.py:gpu", "--tokens", "128", *SMALL]
+    monkeypatch.setattr(sys, "argv", command)
+    return pieces.main()
+
+
+def test_reports_both(monkeypatch, capsys):
+    assert run(monkeypatch, LIBRARY) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [row.count("|") for row in rows] == [5, 5, 5]
+    assert all(float(cell) > 0 for row in rows for cell in row.split("|")[2:4])
+
+
+def test_no_time_of_another_function(monkeypatch):
+    wrong = SimpleNamespace(
+        **vars(LIBRARY) | {"gated_linear_unit": lambda x, w, activation: jax.nn.relu(x @ w[0])}
+    )
+    with pytest.raises(UserError, match="SwiGLU"):
+        run(monkeypatch, wrong)
+
+
+def test_zeros_and_nan_are_apart():
+    x = {"a": jnp.ones(3)}
+    for other in (0.0, jnp.nan):
+        assert not pieces.apart({"a": jnp.full(3, other)}, x) < pieces.TOLERANCE
