@@ -1,40 +1,49 @@
-# ruff: noqa: E501
-"""What the Pallas Mosaic GPU kernels (Hopper) share: tiles, products, small formulas. Notation in kernels.py."""
+"""What the Pallas Mosaic GPU kernels share: tiles of 64 rows in registers and shared memory."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as mosaic_gpu
 import jax.numpy as jnp
 from jax import lax
 
-C = 64  # tokens of a chunk; also slots, and the width of a tile
+plgpu: Any = mosaic_gpu  # whose types change from version to version
+
+C = 64  # tokens of a chunk, and slots
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 NINF = float("-inf")
 SPAN = 96.0  # no gate matters below -SPAN (base 2)
 TILE = plgpu.Layout.WGMMA
-ROW = TILE.reduce(1)
-COL = TILE.reduce(0)
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
 def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
-    """Runs that each row of ``chunks`` chunks is cut into, and the chunks of a run: least time for all."""
+    """Runs that each of the rows is cut into, and the chunks of a run, for the least time."""
 
-    def time(runs: int) -> float:
-        return -(-rows * runs // workers) * (
-            -(-chunks // runs) + 0.5
-        )  # a run's start: half a chunk
+    def time(runs: int) -> float:  # a run's start takes as long as half a chunk
+        return -(-rows * runs // workers) * (-(-chunks // runs) + 0.5)
 
     best = min(range(1, chunks + 1), key=time)
     length = -(-chunks // best)
     return -(-chunks // length), length
 
 
-def _tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+def parameters() -> Any:
+    """How all are compiled: a thread's view, and barriers of a warpgroup only where written."""
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+
+
+def tiled(*shape: int, dtype: Any = BF16) -> Any:
     """Shared memory in the tiling and swizzle of TMA and WGMMA, 128 bytes a row at most."""
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, shape[-1] * size)
@@ -42,52 +51,74 @@ def _tiled(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _load(ref) -> jax.Array:
+def load(ref: Any) -> jax.Array:
     """A tile of shared memory in registers, as products give it."""
     return plgpu.load(ref, layout=TILE, optimized=False)
 
 
-def _full(x: jax.Array) -> jax.Array:
-    """A value per row, [C], on each column: [C, C]."""
-    return lax.broadcast_in_dim(x, (C, C), [0])
+def accumulators(f: Callable, *columns: int) -> Any:
+    """f of accumulators of C rows, which start as zeros."""
+    return pl.run_scoped(f, *(plgpu.ACC((C, n), F32) for n in columns))
 
 
-def _column(ref) -> jax.Array:
-    """A value per column, [C] in shared memory, on each row: [C, C]."""
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=COL, optimized=False), (C, C), [1])
+def full(x: jax.Array, n: int = C) -> jax.Array:
+    """A value per row, [C], on each of n columns."""
+    return lax.broadcast_in_dim(x, (C, n), [0])
 
 
-def _wait(acc, n: int = 0) -> jax.Array:
-    """The accumulator once at most n later products run; nothing that reads it may be moved before."""
+def causal() -> jax.Array:
+    """Row >= column, [C, C]."""
+    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
+    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
+    # what is constant of a thread's columns on the right, for the compiler to see
+    return i - (j & 6) >= (j & ~6)
+
+
+def landed(acc: Any, n: int = 0) -> jax.Array:
+    """The accumulator once at most n later products run; what reads it cannot be moved before."""
     return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=n))
 
 
-def _short(x: jax.Array) -> jax.Array:
-    """A masked tile in bfloat16: masked as float32, since halves would be taken apart and packed again."""
-    return lax.optimization_barrier(x).astype(BF16)
-
-
-def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """RoPE of rows x [C, C] bfloat16; cos, sin [C, C / 2] float32."""
-    half = C // 2
-    a, b = x[:, :half].astype(F32), x[:, half:].astype(F32)
-    return jnp.concatenate([(a * cos - b * sin).astype(BF16), (b * cos + a * sin).astype(BF16)], 1)
-
-
-def _weight(x: jax.Array) -> jax.Array:
+def weight(x: jax.Array) -> jax.Array:
     """1 - 2^x for x <= 0, to 2^-16 (as kernels._write_weight)."""
     series = x * (-LN2 + x * (-(LN2**2) / 2 + x * (-(LN2**3) / 6)))
     return jnp.where(x > -0.06 * LOG2E, series, 1.0 - jnp.exp2(x))
 
 
-def _sync(cfg) -> None:
+def sync(interpret: bool) -> None:
     """A barrier of the warpgroup."""
-    if cfg.lean and not cfg.interpret:
+    if interpret:
+        return
 
-        @plgpu.inline_mgpu()
-        def barrier(_):
-            from jax.experimental.mosaic.gpu import utils
+    @plgpu.inline_mgpu()
+    def barrier(_):
+        from jax.experimental.mosaic.gpu import utils
 
-            utils.warpgroup_barrier()
+        utils.warpgroup_barrier()
 
-        barrier()
+    barrier()
+
+
+def mm(interpret: bool, acc: Any, a: Any, b: Any, stage: Any) -> None:
+    """acc += a b. The interpreter's products take both operands from shared memory."""
+    if interpret and not hasattr(a, "ref"):
+        stage[...] = a
+        plgpu.commit_smem()
+        a = stage
+    plgpu.wgmma(acc, a, b)
+
+
+def copy_in(interpret: bool, src: Any, dst: Any, bar: Any, when: Any = None) -> None:
+    """Start a copy to shared memory (``when``)."""
+    if interpret and when is not None:  # the interpreter has no predicates
+        pl.when(when)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
+    else:
+        plgpu.copy_gmem_to_smem(src, dst, bar, predicate=when)
+
+
+def copy_out(interpret: bool, src: Any, dst: Any, when: Any = None, last: bool = True) -> None:
+    """Start a copy from shared memory (``when``), ``last`` of those waited for together."""
+    if interpret and when is not None:
+        pl.when(when)(lambda: plgpu.copy_smem_to_gmem(src, dst, commit_group=last))
+    else:
+        plgpu.copy_smem_to_gmem(src, dst, predicate=when, commit_group=last)

@@ -1,29 +1,30 @@
-# ruff: noqa: E501
-"""The last two launches of the backward pass in one Pallas Mosaic GPU kernel, for Hopper: gradients of the rows
-of keys, values and gates, slot side and window side.
+"""The last two launches of the backward pass as one Pallas Mosaic GPU kernel, for Hopper.
 
-It computes what ``backward_kernels.dslot_kernel`` and ``dwindow_kernel`` do where window, lag and chunk are one, each
-query head has its own keys, and dl, p and side wait in the memory of the gradients (notation in kernels.py).
-The rows of chunk r are written to the slots by the queries of chunk r + 1, and seen in the window by those of chunks r
-and r + 1: one step gives all of their gradients. A block walks a run of consecutive chunks; the queries of
-r + 1, rotated, their do, lse and delta stay in shared memory for the next step. Everything else arrives by TMA one step
-ahead, and a load holds no register. Of a block's two warpgroups, one has the gates and the slots' pairs, the other the
-window and the products that give dk and dv; the first hands the second three tiles (last_s, ak_s, av_s).
+It computes what ``backward_kernels.dslot_kernel`` and ``dwindow_kernel`` do, the gradients of keys,
+values and gates, where window, lag and chunk are one, each query head has its own keys, and dl, p
+and side wait in the memory of the gradients (notation in kernels.py). The rows of chunk r are
+written to the slots by the queries of chunk r + 1, and seen in the window by those of chunks r and
+r + 1: one step gives all of their gradients. A block walks a run of consecutive chunks; the queries
+of r + 1, rotated, their do, lse and delta stay in shared memory for the next step. All else arrives
+by TMA one step ahead, so that a load holds no register. Of a block's two warpgroups, one has the
+gates and the slots' pairs, the other the window and the products that give dk and dv; the first
+hands the second three tiles (last, ak, av).
 
-Of pairs [row j, query of r + 1], those with j <= tok are the slots', the others the window's: one tile has both.
-Chunks with strong gates are left alone: their dl, p and side still wait for the Triton kernels.
+Of pairs [row j, query of r + 1], those with j <= tok are the slots', the others the window's: one
+tile has both.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gpu import mosaic_common as common
 from pallas_kernels.gpu.mosaic_common import (
     BF16,
     F16,
@@ -31,121 +32,148 @@ from pallas_kernels.gpu.mosaic_common import (
     LOG2E,
     TILE,
     C,
-    _column,
-    _load,
-    _sync,
-    _tiled,
-    _wait,
-    _weight,
+    accumulators,
+    landed,
+    load,
+    plgpu,
     split,
+    tiled,
+    weight,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the kernel runs."""
+class _Buffers(NamedTuple):
+    """Shared memory of a step. Rows of D = 64 parts columns are ``parts`` tiles."""
 
-    afresh: bool = True  # work out addresses in each step, not to hold them in registers
-    lean: bool = True  # barriers of a warpgroup only where needed, not around each access
-    processors: int = 132  # multiprocessors to fill
-    interpret: bool = False
+    k: Any  # of the rows r, as v
+    v: Any
+    q: Any  # of the queries of r + 1
+    do: Any  # of the queries of r and r + 1 in turns, as qr
+    qr: Any  # rotated queries, then dk on its way out
+    dsk: Any  # gradient of the state after chunk r + 1, keys and values
+    dsv: Any
+    dl: Any  # what waits for the slots' pairs; then a gradient of the gates in two parts
+    p: Any
+    gate: Any
+    sums: Any  # gates as an operand
+    last: Any  # b0 2^total: what the rows give the state
+    ak: Any  # b0 dl^T and b0 p^T of the slots' pairs
+    av: Any
+    cos: Any  # of r + 2
+    sin: Any
+    number: Any  # lse, delta, total and cross, two turns each
+    side: Any  # what waits for the gates, then their gradient; None: in the gates' place
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array) -> str | None:
-    """Why the kernel cannot take a call, or None. Window, lag = 64, RoPE, no documents: the caller's care."""
-    if not (q.dtype == k.dtype == v.dtype == BF16 and log_alpha.dtype == F32):
-        return "q, k and v must be bfloat16, log_alpha float32"
-    if not (q.shape == k.shape == v.shape and q.shape[-1] in (C, 2 * C)):
-        return "head_dim and value_dim must be both 64 or both 128, and each query head have its own keys"
-    if log_alpha.shape[-1] != C:
-        return "slots must be 64"
-    return None if q.shape[1] % C == 0 else "the length must be a multiple of 64"
+def _column(ref) -> jax.Array:
+    """A value per column, [C] in shared memory, on each row: [C, C]."""
+    values = plgpu.load(ref, layout=TILE.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(values, (C, C), [1])
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Of x in bfloat16, as pairs that the compiler does not take apart."""
+    return lax.bitcast_convert_type(x.astype(BF16), jnp.int16)
+
+
+def _number(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, BF16)
+
+
+def _masks() -> jax.Array:
+    """-1 where row j <= query tok, elsewhere 0."""
+    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
+    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
+    on = lax.optimization_barrier(jnp.where(i <= j, 1.0, 0.0)).astype(BF16)
+    return lax.optimization_barrier(-(_bits(on) >> 7 & 1))
+
+
+def _turned(x: list, cos: jax.Array, sin: jax.Array) -> list:
+    """RoPE of rows in tiles; all float32."""
+    if len(x) == 2:
+        a, b = x
+        return [a * cos - b * sin, b * cos + a * sin]
+    a, b = x[0][:, : C // 2], x[0][:, C // 2 :]
+    return [jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)]
+
+
+def _in_two(x: jax.Array, high_s, low_s) -> None:
+    """x in two bfloat16 parts."""
+    high = lax.optimization_barrier(x.astype(BF16))
+    high_s[...] = high
+    low_s[...] = (x - high.astype(F32)).astype(BF16)
 
 
 def dkv(
-    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array, log_alpha: jax.Array,
-    total: jax.Array, cross: jax.Array, dst: jax.Array, strong: jax.Array, cos: jax.Array, sin: jax.Array,
-    dl: jax.Array, p: jax.Array, side: jax.Array, scale: float, cfg: Config = Config(),
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array,
+    log_alpha: jax.Array, total: jax.Array, cross: jax.Array, dst: jax.Array, strong: jax.Array,
+    cos: jax.Array, sin: jax.Array, dl: jax.Array, p: jax.Array, side: jax.Array,
+    scale: float, processors: int, interpret: bool = False,
+) -> list[jax.Array]:  # fmt: skip
     """dk, dv and dlog_alpha, written over dl, p and side.
 
-    q, k, v, do [B,T,H,D] bfloat16; lse (base 2, of both sides) and delta [B,T,H] float32; log_alpha, side [B,T,H,64]
-    float32; total, cross [B*H,NC,64] float32; dst [B*H,NC+1,64,2D] bfloat16, keys first; strong [B*H,NC] int32, 2 in
-    chunks whose rows are left alone; cos, sin [T,D/2] float16; dl, p of a chunk in the first 64 columns of the rows before it.
+    q, k, v, do [B,T,H,D] bfloat16, T a multiple of 64, D 64 or 128; lse (base 2, of both sides,
+    +inf for empty rows) and delta [B,T,H] float32; log_alpha [B,T,H,64] float32; total, cross
+    [B*H,NC,64] float32; dst [B*H,NC+1,64,2D] bfloat16, keys first; strong [B*H,NC] int32; cos, sin
+    [T,D/2] float16; dl, p [B,T,H,D] bfloat16, a chunk's in the first 64 columns of the rows before
+    it; side [B,T,H,64] float32, in the same rows. None of this is checked. Returns arrays like dl,
+    p and side. Rows that a chunk of strong gates (2) writes keep their dl, p and side, for
+    kernels that give all of their gradients.
+
+    Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
+    Pallas' interpreter, no GPU needed.
     """
     batch, length, heads, width = q.shape
     parts = width // C
     roomy = parts == 1  # shared memory for the gates of the next chunk, too
     chunks = length // C
     post = scale * LOG2E
-    runs, steps = split(batch * heads, chunks, cfg.processors)
-    total_runs = batch * heads * runs
-
-    def mm(acc, a, b, stage) -> None:
-        """acc += a b. The interpreter's products take both operands from shared memory."""
-        if cfg.interpret and not hasattr(a, "ref"):
-            stage[...] = a
-            plgpu.commit_smem()
-            a = stage
-        plgpu.wgmma(acc, a, b)
-
-    def copy(src, dst, bar, on=None) -> None:
-        """Start a copy to shared memory where ``on``."""
-        if cfg.interpret and on is not None:  # the interpreter has no predicates
-            pl.when(on)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
-        else:
-            plgpu.copy_gmem_to_smem(src, dst, bar, predicate=on)
+    lines = batch * heads
+    runs, steps = split(lines, chunks, processors)
 
     def start(acc, x) -> None:
         """The accumulator's first value; the interpreter's are 0, see ``ended``."""
-        if not cfg.interpret:
+        if not interpret:
             acc[...] = x
 
     def ended(acc, x) -> jax.Array:
-        return _wait(acc) + x if cfg.interpret else _wait(acc)
+        return landed(acc) + x if interpret else landed(acc)
 
-    def turned(x: list, cos, sin) -> list:
-        """RoPE of float32 rows in tiles."""
-        if parts == 2:
-            a, b = x
-            return [a * cos - b * sin, b * cos + a * sin]
-        a, b = x[0][:, : C // 2], x[0][:, C // 2 :]
-        return [jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)]
+    def wide(f: Callable) -> Any:
+        """f of accumulators of rows."""
+        return accumulators(f, *[C] * parts)
 
-    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref, strong_ref,
-             cos_ref, sin_ref, zero_ref, dk_ref, dv_ref, dla_ref, *scratch):  # fmt: skip
+    def body(
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref,
+        strong_ref, cos_ref, sin_ref, zero_ref, dk_ref, dv_ref, dla_ref, tiles, stages, bars,
+    ) -> None:  # fmt: skip
         (
-            *everything,
-            la_bar,
-            side_bar,
-            waiting_bar,
-            kv_bar,
-            q_bar,
-            lse_bar,
-            cs_bar,
-            start_bar,
-            ready_bar,
+            la_bar, side_bar, waiting_bar, kv_bar, q_bar, lse_bar, cs_bar, start_bar, ready_bar,
             end_bar,
-        ) = scratch
-        stage = stage16 = None
+        ) = bars  # fmt: skip
         wg = lax.axis_index("wg")
-        if cfg.interpret:
-            *everything, stage, stage16 = everything
-            stage, stage16 = stage.at[wg], stage16.at[wg]
-
-        def buffers(at):
-            refs = [ref.at[at] for ref in everything]
-            return refs if roomy else [*refs, refs[9]]  # side takes the gates' place
-
         run = lax.axis_index("block")
-        row = lax.rem(run, batch * heads)  # neighbours read the heads of one place
+        row = lax.rem(run, lines)  # neighbours read the heads of one place
         b, h = lax.div(row, heads), lax.rem(row, heads)
-        first = lax.div(run, batch * heads) * steps
+        first = lax.div(run, lines) * steps
         end = jnp.minimum(first + steps, chunks)
         count = jnp.minimum(end, chunks - 1) - first  # row chunks that a later chunk writes
         some = count > 0
-        base = buffers(0)
-        k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s = base  # fmt: skip
+
+        def buffers(at) -> _Buffers:
+            s = _Buffers(*(None if x is None else x.at[at] for x in tiles))
+            return s if roomy else s._replace(side=s.gate)
+
+        def afresh() -> _Buffers:
+            """By addresses that are worked out here rather than held in registers."""
+            return buffers(zero_ref[0])
+
+        def mm(acc, a, b) -> None:
+            stage = stages[str(a.dtype)].at[wg] if interpret else None
+            common.mm(interpret, acc, a, b, stage)
+
+        def copy(src, dst, bar, when) -> None:
+            common.copy_in(interpret, src, dst, bar, when)
 
         def tokens(c):
             return pl.ds(pl.multiple_of(c * C, C), C)
@@ -153,121 +181,79 @@ def dkv(
         def columns(n):
             return pl.ds(n * C, C)
 
-        def load_rows(ref, c, dst, bar, on=None) -> None:
+        def load_rows(ref, c, dst, bar, when=None) -> None:
             for n in range(parts):
-                copy(ref.at[b, tokens(c), h, columns(n)], dst.at[n], bar, on)
+                copy(ref.at[b, tokens(c), h, columns(n)], dst.at[n], bar, when)
 
-        def load_numbers(c, at, bar, on=None) -> None:
+        def load_numbers(s, c, at, bar, when=None) -> None:
             """lse and delta of the queries of chunk c."""
-            copy(lse_ref.at[b, h, tokens(c)], number_s.at[at], bar, on)
-            copy(delta_ref.at[b, h, tokens(c)], number_s.at[at + 2], bar, on)
+            copy(lse_ref.at[b, h, tokens(c)], s.number.at[at], bar, when)
+            copy(delta_ref.at[b, h, tokens(c)], s.number.at[at + 2], bar, when)
 
-        def load_waiting(c, on=None) -> None:
-            copy(dk_ref.at[b, tokens(c), h, columns(0)], dl_s, waiting_bar, on)
-            copy(dv_ref.at[b, tokens(c), h, columns(0)], p_s, waiting_bar, on)
+        def load_waiting(s, r, when) -> None:
+            copy(dk_ref.at[b, tokens(r), h, columns(0)], s.dl, waiting_bar, when)
+            copy(dv_ref.at[b, tokens(r), h, columns(0)], s.p, waiting_bar, when)
 
-        def load_gates(r, on=None) -> None:
-            copy(la_ref.at[b, tokens(r), h], gate_s, la_bar, on)
+        def load_gates(s, r, when) -> None:
+            copy(la_ref.at[b, tokens(r), h], s.gate, la_bar, when)
             at = lax.rem(r, 2)
-            copy(total_ref.at[row, r + 1], number_s.at[at + 4], la_bar, on)
-            copy(cross_ref.at[row, r + 1], number_s.at[at + 6], la_bar, on)
+            copy(total_ref.at[row, r + 1], s.number.at[at + 4], la_bar, when)
+            copy(cross_ref.at[row, r + 1], s.number.at[at + 6], la_bar, when)
 
-        def load_side(r, on=None) -> None:
-            copy(dla_ref.at[b, tokens(r), h], side_s, side_bar, on)
+        def load_side(s, r, when=None) -> None:
+            copy(dla_ref.at[b, tokens(r), h], s.side, side_bar, when)
 
-        def load_angles(c, bar, on=None) -> None:
-            copy(cos_ref.at[tokens(c)], cos_s, bar, on)
-            copy(sin_ref.at[tokens(c)], sin_s, bar, on)
+        def load_angles(s, c, bar, when=None) -> None:
+            copy(cos_ref.at[tokens(c)], s.cos, bar, when)
+            copy(sin_ref.at[tokens(c)], s.sin, bar, when)
 
-        def load_states(r, on=None) -> None:
-            """The gradient of the state after the chunk that writes rows r (of the last rows: any)."""
+        def load_states(s, r, when=None) -> None:
+            """Gradient of the state after the chunk that writes rows r (of the last rows: any)."""
             c = jnp.minimum(r + 2, chunks)
             for n in range(parts):
-                copy(dst_ref.at[row, c, :, columns(n)], dsk_s.at[n], kv_bar, on)
-                copy(dst_ref.at[row, c, :, columns(parts + n)], dsv_s.at[n], kv_bar, on)
+                copy(dst_ref.at[row, c, :, columns(n)], s.dsk.at[n], kv_bar, when)
+                copy(dst_ref.at[row, c, :, columns(parts + n)], s.dsv.at[n], kv_bar, when)
 
-        def angles() -> tuple:
-            return _load(cos_s), _load(sin_s)
-
-        def bits(x) -> jax.Array:
-            """Of x in bfloat16, as pairs that the compiler does not take apart."""
-            return lax.bitcast_convert_type(x.astype(BF16), jnp.int16)
-
-        def number(x) -> jax.Array:
-            return lax.bitcast_convert_type(x, BF16)
-
-        def masks() -> jax.Array:
-            """-1 where row j <= query tok, elsewhere 0."""
-            i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
-            j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-            on = lax.optimization_barrier(jnp.where(i <= j, 1.0, 0.0)).astype(BF16)
-            return lax.optimization_barrier(-(bits(on) >> 7 & 1))
+        def angles(s) -> tuple:
+            return load(s.cos), load(s.sin)
 
         def rotated(src, cos, sin) -> list:
-            x = turned(
-                [_load(src.at[n]).astype(F32) for n in range(parts)],
-                cos.astype(F32),
-                sin.astype(F32),
-            )
-            return [y.astype(BF16) for y in x]
+            x = [load(src.at[n]).astype(F32) for n in range(parts)]
+            return [y.astype(BF16) for y in _turned(x, cos.astype(F32), sin.astype(F32))]
+
+        def back(x, cos, sin) -> list:
+            """Rows with RoPE undone, once their products are there."""
+            return _turned([landed(y) for y in x], cos.astype(F32), -sin.astype(F32))
 
         def products(acc, a, b) -> None:
+            """acc += a b^T of rows in tiles."""
             for n in range(parts):
-                mm(acc, a.at[n] if hasattr(a, "ref") else a[n], b.at[n].T, stage)
+                mm(acc, a.at[n] if hasattr(a, "ref") else a[n], b.at[n].T)
 
-        def split16(x, high_s, low_s) -> None:
-            """x in two bfloat16 parts."""
-            high = lax.optimization_barrier(x.astype(BF16))
-            high_s[...] = high
-            low_s[...] = (x - high.astype(F32)).astype(BF16)
-
-        def leave(tiles, src, ref, r, on=None) -> None:
+        def leave(x, src, ref, r, when=None) -> None:
             """The gradients of rows r, through a buffer that nothing reads any more."""
-            _sync(cfg)
+            common.sync(interpret)
             for n in range(parts):
-                src.at[n][...] = tiles[n].astype(BF16)
+                src.at[n][...] = x[n].astype(BF16)
             plgpu.commit_smem()
+            for n in range(parts):
+                to = ref.at[b, tokens(r), h, columns(n)]
+                common.copy_out(interpret, src.at[n], to, when, last=n == parts - 1)
 
-            def go(on=None):
-                for n in range(parts):
-                    plgpu.copy_smem_to_gmem(src.at[n], ref.at[b, tokens(r), h, columns(n)], predicate=on,
-                                            commit_group=n == parts - 1)  # fmt: skip
-
-            store(go, on)
-
-        def store(go, on) -> None:
-            if cfg.interpret and on is not None:
-                pl.when(on)(go)
-            else:
-                go(on)
-
-        def window(keys, at):
+        def window(s, keys, at) -> tuple:
             """Weights and gradients of the logits of pairs [row, query], unmasked."""
 
             def both(s_acc, z_acc):
-                products(s_acc, keys, qr_s.at[at])
-                products(z_acc, v_s, do_s.at[at])
-                w = jnp.exp2(_wait(s_acc, parts) * post - _column(number_s.at[at]))
-                return w, w * (_wait(z_acc) * scale - _column(number_s.at[at + 2]))
+                products(s_acc, keys, s.qr.at[at])
+                products(z_acc, s.v, s.do.at[at])
+                w = jnp.exp2(landed(s_acc, parts) * post - _column(s.number.at[at]))
+                return w, w * (landed(z_acc) * scale - _column(s.number.at[at + 2]))
 
-            return pl.run_scoped(both, plgpu.ACC((C, C), F32), plgpu.ACC((C, C), F32))
-
-        def wide(f):
-            return pl.run_scoped(f, *[plgpu.ACC((C, C), F32)] * parts)
-
-        def refresh(i) -> None:
-            """Addresses worked out in each step rather than held in registers."""
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s  # fmt: skip
-            if cfg.afresh:
-                k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s = buffers(zero_ref[0])  # fmt: skip
-
-        def reset() -> None:
-            nonlocal k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s  # fmt: skip
-            k_s, v_s, q_s, do_s, qr_s, dsk_s, dsv_s, dl_s, p_s, gate_s, sums_s, last_s, ak_s, av_s, cos_s, sin_s, number_s, side_s = base  # fmt: skip
+            return accumulators(both, C, C)
 
         def slots(i, on) -> jax.Array:
             """The first warpgroup: gates, and the slots' tiles for the other."""
-            refresh(i)
+            s = afresh()
             r = first + i
             even = lax.rem(r, 2)
             new = 1 - lax.rem(i, 2)
@@ -275,96 +261,94 @@ def dkv(
             keep = strong_ref[row, r + 1] != 2
 
             plgpu.barrier_wait(la_bar)
-            gate = _load(gate_s) * LOG2E
+            gate = load(s.gate) * LOG2E
             short = lax.optimization_barrier(gate.astype(F16))
-            sums_s[...] = short
+            s.sums[...] = short
             plgpu.commit_smem()
             if roomy:
-                load_gates(r + 1, more)
+                load_gates(s, r + 1, more)
             else:
-                load_side(r)
+                load_side(s, r)
 
             def factors(g_acc):
-                earlier = lax.bitcast_convert_type(
-                    ~lax.optimization_barrier(on) & 0x3C00, F16
-                )  # 1.0 for rows before
+                ones = ~lax.optimization_barrier(on) & 0x3C00  # 1.0 for rows before
+                earlier = lax.bitcast_convert_type(ones, F16)
                 start(g_acc, short.astype(F32))
-                mm(g_acc, earlier, sums_s, stage16)
-                weight = _weight(gate)
+                mm(g_acc, earlier, s.sums)
+                w = weight(gate)
                 e = jnp.exp2(-ended(g_acc, short.astype(F32)))
-                b0 = e * weight
+                b0 = e * w
                 return b0, e - b0
 
-            b0, after = pl.run_scoped(factors, plgpu.ACC((C, C), F32))
+            b0, after = accumulators(factors, C)
             bw = lax.optimization_barrier(b0.astype(BF16))
             plgpu.barrier_wait(kv_bar)  # and the other warpgroup has read the last tiles
-            last_s[...] = (b0 * _column(number_s.at[even + 4])).astype(BF16)
+            s.last[...] = (b0 * _column(s.number.at[even + 4])).astype(BF16)
 
             def through(u_acc):
-                products(u_acc, v_s, dsv_s)
-                products(u_acc, k_s, dsk_s)
-                return _wait(u_acc) * _column(number_s.at[even + 4])
+                products(u_acc, s.v, s.dsv)
+                products(u_acc, s.k, s.dsk)
+                return landed(u_acc) * _column(s.number.at[even + 4])
 
-            dw = pl.run_scoped(through, plgpu.ACC((C, C), F32))
+            dw = accumulators(through, C)
             plgpu.barrier_wait(q_bar)
 
             def keys(xk_acc):
-                products(xk_acc, k_s, q_s)
-                split16(lax.optimization_barrier(bw).astype(F32) * dw, ak_s, av_s)
+                products(xk_acc, s.k, s.q)
+                _in_two(lax.optimization_barrier(bw).astype(F32) * dw, s.ak, s.av)
                 plgpu.commit_smem()
-                return number(bits(_wait(xk_acc)) & on)
+                return _number(_bits(landed(xk_acc)) & on)
 
-            xk = pl.run_scoped(keys, plgpu.ACC((C, C), F32))
+            xk = accumulators(keys, C)
 
             def sums(t_acc):
                 def pairs(dw_acc, xv_acc):
-                    products(xv_acc, v_s, do_s.at[new])
+                    products(xv_acc, s.v, s.do.at[new])
                     ones = plgpu.layout_cast(jnp.full((C, C), 1.0, BF16), TILE)
-                    mm(t_acc, ones, ak_s, stage)
-                    mm(t_acc, ones, av_s, stage)
+                    mm(t_acc, ones, s.ak)
+                    mm(t_acc, ones, s.av)
                     plgpu.barrier_wait(waiting_bar)
                     start(dw_acc, dw)
-                    mm(dw_acc, xk, dl_s, stage)
-                    xv = number(bits(_wait(xv_acc, 3)) & on)
-                    mm(dw_acc, xv, p_s, stage)
+                    mm(dw_acc, xk, s.dl)
+                    xv = _number(_bits(landed(xv_acc, 3)) & on)
+                    mm(dw_acc, xv, s.p)
                     return ended(dw_acc, dw)
 
-                grad = pl.run_scoped(pairs, *[plgpu.ACC((C, C), F32)] * 2)
+                grad = accumulators(pairs, C, C)
 
-                def tile(a_acc, src, dst):
-                    mm(a_acc, bw, src.T, stage)
-                    dst[...] = number(bits(_wait(a_acc)) & on)
+                def tile(src, dst):
+                    def masked(a_acc):
+                        mm(a_acc, bw, src.T)
+                        dst[...] = _number(_bits(landed(a_acc)) & on)
 
-                _sync(cfg)  # the sums of ak_s and av_s are done
-                pl.run_scoped(lambda acc: tile(acc, dl_s, ak_s), plgpu.ACC((C, C), F32))
-                pl.run_scoped(lambda acc: tile(acc, p_s, av_s), plgpu.ACC((C, C), F32))
+                    accumulators(masked, C)
+
+                common.sync(interpret)  # the sums of ak and av are done
+                tile(s.dl, s.ak)
+                tile(s.p, s.av)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready_bar)
                 plgpu.barrier_wait(side_bar)
-                split16(_load(side_s) - lax.optimization_barrier(bw).astype(F32) * grad, dl_s, p_s)
+                rest = load(s.side) - lax.optimization_barrier(bw).astype(F32) * grad
+                _in_two(rest, s.dl, s.p)
                 plgpu.commit_smem()
-                triu = number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
-                mm(t_acc, triu, dl_s, stage)
-                mm(t_acc, triu, p_s, stage)
-                rest = _column(number_s.at[even + 6]) - grad * after
-                return _wait(t_acc) + rest
+                triu = _number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
+                mm(t_acc, triu, s.dl)
+                mm(t_acc, triu, s.p)
+                own = _column(s.number.at[even + 6]) - grad * after
+                return landed(t_acc) + own
 
-            side_s[...] = pl.run_scoped(sums, plgpu.ACC((C, C), F32))
+            s.side[...] = accumulators(sums, C)
             plgpu.commit_smem()
-            store(
-                lambda on=None: plgpu.copy_smem_to_gmem(
-                    side_s, dla_ref.at[b, tokens(r), h], predicate=on
-                ),
-                keep,
-            )
-            load_waiting(r + 1, more)
+            common.copy_out(interpret, s.side, dla_ref.at[b, tokens(r), h], keep)
+            load_waiting(s, r + 1, more)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            (load_side if roomy else load_gates)(r + 1, more)
+            (load_side if roomy else load_gates)(s, r + 1, more)
             return on
 
         def windows(i, carry) -> tuple:
             """The second warpgroup: the window, and both sides' products for dv and dk."""
-            refresh(i)
+            s = afresh()
             cos, sin, on = carry
             r = first + i
             old = lax.rem(i, 2)
@@ -374,39 +358,39 @@ def dkv(
             keep = strong_ref[row, r + 1] != 2
 
             plgpu.barrier_wait(kv_bar)
-            keys = rotated(k_s, cos, sin)
-            w, ds = window(keys, old)
-            w_own, ds_own = number(bits(w) & on), number(bits(ds) & on)
+            keys = rotated(s.k, cos, sin)
+            w, ds = window(s, keys, old)
+            w_own, ds_own = _number(_bits(w) & on), _number(_bits(ds) & on)
             plgpu.barrier_wait(q_bar)
             plgpu.barrier_wait(cs_bar)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last dk has left
-            turned_q = rotated(q_s, *angles())
+            queries = rotated(s.q, *angles(s))
             for n in range(parts):
-                qr_s.at[new].at[n][...] = turned_q[n]
+                s.qr.at[new].at[n][...] = queries[n]
             plgpu.commit_smem()
             plgpu.barrier_wait(lse_bar)
-            w, ds = window(keys, new)
-            w_new, ds_new = bits(w) & ~on, number(bits(ds) & ~on)
+            w, ds = window(s, keys, new)
+            w_new, ds_new = _bits(w) & ~on, _number(_bits(ds) & ~on)
             plgpu.barrier_wait(ready_bar)
-            load_rows(k_ref, r + 1, k_s, kv_bar, here)
+            load_rows(k_ref, r + 1, s.k, kv_bar, here)
             # every warp has its z: behind commit_smem's barrier for the last one
-            both = number(w_new | lax.bitcast_convert_type(_load(av_s), jnp.int16))
+            both = _number(w_new | lax.bitcast_convert_type(load(s.av), jnp.int16))
 
             def values(*dv):
                 for n in range(parts):
-                    mm(dv[n], w_own, do_s.at[old].at[n], stage)
-                    mm(dv[n], both, do_s.at[new].at[n], stage)
-                    plgpu.wgmma(dv[n], last_s, dsv_s.at[n])
-                leave([_wait(x) for x in dv], do_s.at[old], dv_ref, r, keep)
+                    mm(dv[n], w_own, s.do.at[old].at[n])
+                    mm(dv[n], both, s.do.at[new].at[n])
+                    plgpu.wgmma(dv[n], s.last, s.dsv.at[n])
+                leave([landed(x) for x in dv], s.do.at[old], dv_ref, r, keep)
 
             wide(values)
-            load_rows(v_ref, r + 1, v_s, kv_bar, here)
+            load_rows(v_ref, r + 1, s.v, kv_bar, here)
 
             def rows(*dk):
                 for n in range(parts):
-                    mm(dk[n], ds_own, qr_s.at[old].at[n], stage)
-                    mm(dk[n], ds_new, qr_s.at[new].at[n], stage)
-                return turned([_wait(x) for x in dk], cos.astype(F32), -sin.astype(F32))
+                    mm(dk[n], ds_own, s.qr.at[old].at[n])
+                    mm(dk[n], ds_new, s.qr.at[new].at[n])
+                return back(dk, cos, sin)
 
             dk = wide(rows)
 
@@ -414,86 +398,79 @@ def dkv(
                 for n in range(parts):
                     start(acc[n], dk[n])
                 for n in range(parts):
-                    plgpu.wgmma(acc[n], last_s, dsk_s.at[n])
-                    plgpu.wgmma(acc[n], ak_s, q_s.at[n])
-                leave(
-                    [ended(x, y) for x, y in zip(acc, dk, strict=True)],
-                    qr_s.at[old],
-                    dk_ref,
-                    r,
-                    keep,
-                )
+                    plgpu.wgmma(acc[n], s.last, s.dsk.at[n])
+                    plgpu.wgmma(acc[n], s.ak, s.q.at[n])
+                x = [ended(*y) for y in zip(acc, dk, strict=True)]
+                leave(x, s.qr.at[old], dk_ref, r, keep)
 
             wide(all_rows)
-            load_states(r + 1, here)
-            load_rows(q_ref, r + 2, q_s, q_bar, more)
+            load_states(s, r + 1, here)
+            load_rows(q_ref, r + 2, s.q, q_bar, more)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            load_rows(do_ref, r + 2, do_s.at[old], q_bar, more)
-            load_numbers(r + 2, old, lse_bar, more)
-            cos, sin = angles()
+            load_rows(do_ref, r + 2, s.do.at[old], q_bar, more)
+            load_numbers(s, r + 2, old, lse_bar, more)
+            cos, sin = angles(s)
             plgpu.commit_smem()
-            load_angles(r + 2, cs_bar, more)
+            load_angles(s, r + 2, cs_bar, more)
             return cos, sin, on
 
         def walk_slots() -> None:
-            load_gates(first, some)
-            load_waiting(first, some)
+            s = buffers(0)
+            load_gates(s, first, some)
+            load_waiting(s, first, some)
             if roomy:
-                load_side(first, some)
-            lax.fori_loop(0, count, slots, masks())
-            reset()
+                load_side(s, first, some)
+            lax.fori_loop(0, count, slots, _masks())
 
             @pl.when(end == chunks)
             def _():  # the last rows: no chunk writes them
                 plgpu.barrier_wait(kv_bar)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                side_s[...] = plgpu.layout_cast(jnp.zeros((C, C), F32), TILE)
+                s.side[...] = plgpu.layout_cast(jnp.zeros((C, C), F32), TILE)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(side_s, dla_ref.at[b, tokens(chunks - 1), h])
+                plgpu.copy_smem_to_gmem(s.side, dla_ref.at[b, tokens(chunks - 1), h])
 
         def walk_windows() -> None:
-            reset()
-            load_angles(first, start_bar)
-            load_rows(q_ref, first, q_s, start_bar)
-            load_rows(do_ref, first, do_s.at[0], start_bar)
-            load_numbers(first, 0, start_bar)
-            load_rows(k_ref, first, k_s, kv_bar)
-            load_rows(v_ref, first, v_s, kv_bar)
-            load_states(first)
-            load_rows(do_ref, first + 1, do_s.at[1], q_bar, some)
-            load_numbers(first + 1, 1, lse_bar, some)
+            s = buffers(0)
+            load_angles(s, first, start_bar)
+            load_rows(q_ref, first, s.q, start_bar)
+            load_rows(do_ref, first, s.do.at[0], start_bar)
+            load_numbers(s, first, 0, start_bar)
+            load_rows(k_ref, first, s.k, kv_bar)
+            load_rows(v_ref, first, s.v, kv_bar)
+            load_states(s, first)
+            load_rows(do_ref, first + 1, s.do.at[1], q_bar, some)
+            load_numbers(s, first + 1, 1, lse_bar, some)
             plgpu.barrier_wait(start_bar)
-            cos, sin = angles()
-            turned_q = rotated(q_s, cos, sin)
+            cos, sin = angles(s)
+            queries = rotated(s.q, cos, sin)
             for n in range(parts):
-                qr_s.at[0].at[n][...] = turned_q[n]
+                s.qr.at[0].at[n][...] = queries[n]
             plgpu.commit_smem()
-            load_rows(q_ref, first + 1, q_s, q_bar, some)
-            load_angles(first + 1, cs_bar, some)
-            cos, sin, on = lax.fori_loop(0, count, windows, (cos, sin, masks()))
-            reset()
+            load_rows(q_ref, first + 1, s.q, q_bar, some)
+            load_angles(s, first + 1, cs_bar, some)
+            cos, sin, on = lax.fori_loop(0, count, windows, (cos, sin, _masks()))
 
             @pl.when(end == chunks)
             def _():  # the last rows: only their own chunk sees them
                 r = chunks - 1
                 old = lax.rem(count, 2)
                 plgpu.barrier_wait(kv_bar)
-                w, ds = window(rotated(k_s, cos, sin), old)
-                w, ds = number(bits(w) & on), number(bits(ds) & on)
+                w, ds = window(s, rotated(s.k, cos, sin), old)
+                w, ds = _number(_bits(w) & on), _number(_bits(ds) & on)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 def values(*dv):
                     for n in range(parts):
-                        mm(dv[n], w, do_s.at[old].at[n], stage)
-                    leave([_wait(x) for x in dv], do_s.at[1 - old], dv_ref, r)
+                        mm(dv[n], w, s.do.at[old].at[n])
+                    leave([landed(x) for x in dv], s.do.at[1 - old], dv_ref, r)
 
                 wide(values)
 
                 def rows(*dk):
                     for n in range(parts):
-                        mm(dk[n], ds, qr_s.at[old].at[n], stage)
-                    dk = turned([_wait(x) for x in dk], cos.astype(F32), -sin.astype(F32))
-                    leave(dk, qr_s.at[1 - old], dk_ref, r)
+                        mm(dk[n], ds, s.qr.at[old].at[n])
+                    leave(back(dk, cos, sin), s.qr.at[1 - old], dk_ref, r)
 
                 wide(rows)
 
@@ -511,54 +488,35 @@ def dkv(
         plgpu.barrier_arrive(end_bar)
         plgpu.barrier_wait(end_bar)
 
-    def buffer(*shape, dtype=BF16):
-        return _tiled((1, *shape, C, C), dtype)
+    def shared(*shape: int, dtype: Any = BF16) -> Any:
+        return tiled(1, *shape, C, C, dtype=dtype)
 
-    angle = _tiled((1, C, width // 2), F16)
-    tile, rows, two = buffer(), buffer(parts), buffer(2, parts)
-    scratch = [
-        rows,
-        rows,
-        rows,
-        two,
-        two,
-        rows,
-        rows,
-        tile,
-        tile,
-        buffer(dtype=F32),
-        buffer(dtype=F16),
-        tile,
-        tile,
-        tile,
-    ]
-    scratch += [angle, angle, plgpu.SMEM((1, 8, C), F32)]  # lse, delta, total and cross, twice
-    if roomy:
-        scratch += [buffer(dtype=F32)]
-    if cfg.interpret:
-        scratch += [_tiled((2, C, C), BF16), _tiled((2, C, C), F16)]
-    for arrivals in (3, 1, 2, 4 * parts, 2 * parts, 2, 2, 4 + 2 * parts, 1, 2):
-        scratch += [plgpu.Barrier(num_arrivals=arrivals)]
+    tile, rows, two = shared(), shared(parts), shared(2, parts)
+    angle = tiled(1, C, width // 2, dtype=F16)
+    tiles = _Buffers(
+        k=rows, v=rows, q=rows, do=two, qr=two, dsk=rows, dsv=rows, dl=tile, p=tile,
+        gate=shared(dtype=F32), sums=shared(dtype=F16), last=tile, ak=tile, av=tile,
+        cos=angle, sin=angle, number=plgpu.SMEM((1, 8, C), F32),
+        side=shared(dtype=F32) if roomy else None,
+    )  # fmt: skip
+    stages = {str(jnp.dtype(x)): tiled(2, C, C, dtype=x) for x in (BF16, F16)} if interpret else {}
+    arrivals = 3, 1, 2, 4 * parts, 2 * parts, 2, 2, 4 + 2 * parts, 1, 2
     kernel = plgpu.kernel(
         body,
         out_type=(),
-        grid=(total_runs,),
+        grid=(lines * runs,),
         grid_names=("block",),
         num_threads=2,
         thread_name="wg",
-        scratch_types=scratch,
-        interpret=plgpu.InterpretGPUParams(inline_mgpu="ignore") if cfg.interpret else None,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=cfg.lean,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        scratch_types=(tiles, stages, tuple(plgpu.Barrier(num_arrivals=n) for n in arrivals)),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=common.parameters(),
         kernel_name="nha_dkv",
     )
-    outs = [jax.new_ref(x) for x in (dl, p, side)]
+    results = [jax.new_ref(x) for x in (dl, p, side)]
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
+    zero = jnp.zeros((1,), jnp.int32)
     kernel(
-        q, k, v, do, *by_head, log_alpha, total, cross, dst, strong, cos, sin,
-        jnp.zeros((1,), jnp.int32), *outs,
+        q, k, v, do, *by_head, log_alpha, total, cross, dst, strong, cos, sin, zero, *results
     )  # fmt: skip
-    return tuple(x[...] for x in outs)
+    return [x[...] for x in results]

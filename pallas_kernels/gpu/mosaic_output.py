@@ -14,49 +14,34 @@ p_own v_own``, p = the slots' weights 2^g.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as mosaic_gpu
 import jax.numpy as jnp
 from jax import lax
 
-plgpu: Any = mosaic_gpu  # whose types change from version to version
-
-C = 64  # tokens of a chunk, and slots
-LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
-NINF = float("-inf")
-SPAN = 96.0  # no gate matters below -SPAN (base 2)
-TILE = plgpu.Layout.WGMMA
-F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
-
-
-def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
-    """Runs that each of the rows is cut into, and the chunks of a run, for the least time."""
-
-    def time(runs: int) -> float:  # a run's start takes as long as half a chunk
-        return -(-rows * runs // workers) * (-(-chunks // runs) + 0.5)
-
-    best = min(range(1, chunks + 1), key=time)
-    length = -(-chunks // best)
-    return -(-chunks // length), length
-
-
-def _tiled(*shape: int, dtype=BF16) -> Any:
-    """Shared memory in the tiling and swizzle of TMA and WGMMA, 128 bytes a row at most."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = min(128, shape[-1] * size)
-    transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _load(ref) -> jax.Array:
-    """A tile of shared memory in registers, as products give it."""
-    return plgpu.load(ref, layout=TILE, optimized=False)
+from pallas_kernels.gpu import mosaic_common as common
+from pallas_kernels.gpu.mosaic_common import (
+    BF16,
+    F16,
+    F32,
+    LN2,
+    LOG2E,
+    NINF,
+    SPAN,
+    TILE,
+    C,
+    accumulators,
+    causal,
+    full,
+    landed,
+    load,
+    plgpu,
+    split,
+    tiled,
+    weight,
+)  # fmt: skip
 
 
 def _store(ref, x: jax.Array) -> None:
@@ -65,16 +50,6 @@ def _store(ref, x: jax.Array) -> None:
         plgpu.store(ref, x, optimized=False)
     else:
         ref[...] = x
-
-
-def _full(x: jax.Array, n: int = C) -> jax.Array:
-    """A value per row, [C], on each of n columns."""
-    return lax.broadcast_in_dim(x, (C, n), [0])
-
-
-def _wait(acc, n: int = 0) -> jax.Array:
-    """The accumulator once at most n later products run; what reads it cannot be moved before."""
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=n))
 
 
 def _short(x: jax.Array) -> jax.Array:
@@ -93,25 +68,6 @@ def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         left.append((a * c - b * s).astype(BF16))
         right.append((b * c + a * s).astype(BF16))
     return jnp.concatenate(left + right, 1)
-
-
-def _weight(x: jax.Array) -> jax.Array:
-    """1 - 2^x for x <= 0, to 2^-16 (as kernels._write_weight)."""
-    series = x * (-LN2 + x * (-(LN2**2) / 2 + x * (-(LN2**3) / 6)))
-    return jnp.where(x > -0.06 * LOG2E, series, 1.0 - jnp.exp2(x))
-
-
-def _causal() -> jax.Array:
-    """Pairs of a query and a key that is not after it, [C, C]."""
-    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
-    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-    # what is constant of a thread's columns on the right, for the compiler to see
-    return i - (j & 6) >= (j & ~6)
-
-
-def _accumulators(f: Callable, *columns: int):
-    """f of accumulators of C rows, which start as zeros."""
-    return pl.run_scoped(f, *(plgpu.ACC((C, n), F32) for n in columns))
 
 
 def output(
@@ -149,20 +105,10 @@ def output(
         count = jnp.minimum(steps, chunks - first) if ragged else steps
 
         def mm(acc, a, b) -> None:
-            """acc += a b. The interpreter's products take both operands from shared memory."""
-            if interpret and not hasattr(a, "ref"):
-                stage = stages[a.shape[1]]
-                stage[...] = a
-                plgpu.commit_smem()
-                a = stage
-            plgpu.wgmma(acc, a, b)
+            common.mm(interpret, acc, a, b, stages.get(a.shape[1]))
 
         def copy(src, dst, bar, when) -> None:
-            """Start a copy to shared memory ``when``."""
-            if interpret and when is not None:  # the interpreter has no predicates
-                pl.when(when)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
-            else:
-                plgpu.copy_gmem_to_smem(src, dst, bar, predicate=when)
+            common.copy_in(interpret, src, dst, bar, when)
 
         def tokens(c):
             return pl.ds(pl.multiple_of(jnp.maximum(c, 0) * C, C), C)
@@ -202,7 +148,7 @@ def output(
             la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s, *_ = afresh()
             plgpu.barrier_wait(la_bar)
             # base-2 gates, as stored for their sums; those of chunk 0 are 0
-            gate = jnp.maximum(_load(la_s), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
+            gate = jnp.maximum(load(la_s), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
             sums_s[...] = gate.astype(F16)
             plgpu.commit_smem()  # all warps wait, too
             load_rows(la_ref, c, la_s, la_bar, i + 1 < count)
@@ -211,13 +157,13 @@ def output(
                 plgpu.wgmma(g_acc, ones, sums_s)
                 plgpu.barrier_wait(in_bar)
                 plgpu.barrier_wait(cs_bar)
-                kr_s.at[own][...] = _rotated(_load(k_s.at[own]), _load(cos_s), _load(sin_s))
-                w = _weight(gate)
-                g = _wait(g_acc)
+                kr_s.at[own][...] = _rotated(load(k_s.at[own]), load(cos_s), load(sin_s))
+                w = weight(gate)
+                g = landed(g_acc)
                 b0_s[...] = (jnp.exp2(-g) * w).astype(BF16)
                 return jnp.exp2(g)
 
-            e0 = _accumulators(sums, C)
+            e0 = accumulators(sums, C)
             plgpu.commit_smem()
             if group == 1:
                 query(0, i, e0)
@@ -246,7 +192,7 @@ def output(
                     plgpu.barrier_wait(q_bar)
                     plgpu.wgmma(x_acc, q_s, k_s.at[old].T)
                     plgpu.wgmma(y_acc, q_s, sk_s.T)
-                    turned = _rotated(_load(q_s), _load(cos_s), _load(sin_s))
+                    turned = _rotated(load(q_s), load(cos_s), load(sin_s))
 
                     def window(s_acc, d_acc):
                         if not interpret:
@@ -254,16 +200,16 @@ def output(
                             s_acc[...] = plgpu.layout_cast(hidden, TILE)
                         mm(s_acc, turned, kr_s.at[old].T)
                         mm(d_acc, turned, kr_s.at[own].T)
-                        x = _short(jnp.where(_causal(), _wait(x_acc, 3), 0.0))
+                        x = _short(jnp.where(causal(), landed(x_acc, 3), 0.0))
                         mm(y_acc, x, b0_s)
-                        far = _wait(s_acc, 2)
+                        far = landed(s_acc, 2)
                         if interpret:
                             far += bias(c)
-                        return jnp.where(_causal(), _wait(d_acc, 1), far)
+                        return jnp.where(causal(), landed(d_acc, 1), far)
 
-                    return _accumulators(window, C, C)
+                    return accumulators(window, C, C)
 
-                near = _accumulators(inner, C)
+                near = accumulators(inner, C)
                 plgpu.commit_smem()
                 if group == 1:
                     load_query(c + 1, 0, q_s, more)
@@ -271,13 +217,13 @@ def output(
                     after = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
                     load_query(*after, q_s, more | ~last)
                 at_last(next_keys)
-                return _wait(y_acc) * e0 + bias(c), near
+                return landed(y_acc) * e0 + bias(c), near
 
-            y, near = _accumulators(logits, C)  # before the scale
+            y, near = accumulators(logits, C)  # before the scale
             m_s = jnp.max(y, axis=1) * post
             m_w = jnp.max(near, axis=1) * post
             m = jnp.maximum(m_s, m_w)
-            shift = _full(m)
+            shift = full(m)
             p = jnp.exp2(y * post - shift)
             l_s = jnp.sum(p, axis=1)
             p = (p * e0).astype(BF16)
@@ -292,20 +238,20 @@ def output(
                     mm(a_acc, p, b0_s.T)
                     mm(o_acc, p, sv_s)
                     w = jnp.exp2(near * post - shift)
-                    here = _short(jnp.where(_causal(), w, 0.0))
-                    a = _wait(a_acc, 1)
-                    return _short(jnp.where(_causal(), a, w)), here, jnp.sum(w, axis=1)
+                    here = _short(jnp.where(causal(), w, 0.0))
+                    a = landed(a_acc, 1)
+                    return _short(jnp.where(causal(), a, w)), here, jnp.sum(w, axis=1)
 
-                before, here, l_w = _accumulators(pairs, C)
+                before, here, l_w = accumulators(pairs, C)
                 mm(o_acc, before, v_s.at[old])
                 mm(o_acc, here, v_s.at[own])
                 at = queries(c, turn)
                 share = 1.0 / (l_s + l_w)
                 _store(lse_s_ref.at[at], jnp.where(l_s > 0, m + jnp.log2(l_s), m_s) * LN2)
                 _store(lse_w_ref.at[at], jnp.where(l_w > 0, m + jnp.log2(l_w), m_w) * LN2)
-                return _wait(o_acc) * _full(share, width)
+                return landed(o_acc) * full(share, width)
 
-            o = _accumulators(values, width)
+            o = accumulators(values, width)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last output has left
             o_s[...] = o.astype(BF16)
             plgpu.commit_smem()
@@ -330,14 +276,14 @@ def output(
         load_rows(la_ref, first - 1, la_s, la_bar)
         load_query(first, 0, q_s)
         plgpu.barrier_wait(start_bar)
-        kr_s.at[1][...] = _rotated(_load(k_s.at[1]), _load(cos_s), _load(sin_s))
+        kr_s.at[1][...] = _rotated(load(k_s.at[1]), load(cos_s), load(sin_s))
         plgpu.commit_smem()
         load_angles(first, cos_s, sin_s, cs_bar)
         lax.fori_loop(0, count, step, None)
         plgpu.wait_smem_to_gmem(0)
 
     def shared(*shape: int, dtype=BF16):
-        return _tiled(1, *shape, dtype=dtype)
+        return tiled(1, *shape, dtype=dtype)
 
     tiles = (
         shared(C, C, dtype=F32), shared(C, C, dtype=F16), shared(C, C),
@@ -345,7 +291,7 @@ def output(
         shared(C, d // 2, dtype=F16), shared(C, d // 2, dtype=F16), shared(C, d), shared(C, width),
     )  # fmt: skip
     bars = tuple(plgpu.Barrier(num_arrivals=copies) for copies in (5, 2, 1, 2, 2, 1))
-    stages = {n: _tiled(C, n) for n in {C, d}} if interpret else {}
+    stages = {n: tiled(C, n) for n in {C, d}} if interpret else {}
     kernel = plgpu.kernel(
         body,
         out_type=(
@@ -354,13 +300,9 @@ def output(
         ),
         grid=(rows * runs,),
         grid_names=("block",),
-        scratch_types=(_tiled(C, C, dtype=F16), tiles, bars, stages),
+        scratch_types=(tiled(C, C, dtype=F16), tiles, bars, stages),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=common.parameters(),
         kernel_name="nha_output",
     )
     ones, zero = jnp.tril(jnp.ones((C, C), F16)), jnp.zeros((1,), jnp.int32)
