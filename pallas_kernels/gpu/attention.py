@@ -1,7 +1,8 @@
 # ruff: noqa: E501
 """Native Hybrid Attention on NVIDIA GPUs: forward, backward and their coverage.
 
-See docs/gpu_kernels.md for the derivation; kernels.py, forward_kernels.py and backward_kernels.py hold the kernels.
+See docs/gpu_kernels.md for the derivation; kernels.py, forward_kernels.py and backward_kernels.py hold the Triton kernels,
+mosaic_*.py those that take their place on Hopper.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 LOG2E = math.log2(math.e)
 WIDE = 16384  # slots times width, in powers of two, whose float32 products fit shared memory
 SHORT = 64  # tokens
-MOSAIC = 64  # tokens of a chunk, and slots, of mosaic_output
+MOSAIC = 64  # tokens of a chunk, and slots, of the Mosaic GPU kernels
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:

@@ -69,7 +69,7 @@ def test_widths(d, v, slots, window, dtype):
     [(64, 64, 2, 2), (64, 128, 3, 1), (128, 128, 2, 2), (128, 128, 4, 1)],
 )
 def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest):
-    """The output pass is Mosaic's, on sm_90, but for chunks of strong gates."""
+    """What Mosaic GPU kernels do on sm_90, but for chunks of strong gates."""
     sizes = dict(head_dim=d, value_dim=v, slots=64, heads=heads, kv_heads=kv_heads)
     name = f"chunks_{d}_{v}_{heads}_{kv_heads}"
     case = suite.Case(name, 448, 64, **sizes, gates=(strongest, -1e-2))
@@ -135,15 +135,19 @@ def with_gradients(x, do):
     return dict(o=o, **pull(do)[0])
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_same_results_every_run(documents):
-    x, do = long_inputs(4096, 8, 2, d=128)
+@pytest.mark.parametrize(
+    ("hq", "h", "d", "documents"), [(8, 2, 128, True), (8, 2, 128, False), (4, 4, 64, False)]
+)
+def test_same_results_every_run(hq, h, d, documents):
+    x, do = long_inputs(4096, hq, h, d=d)
     ids = jnp.repeat(jnp.arange(1, 33), 128)[None] if documents else None
+    angles = jnp.arange(4096)[:, None] * 1e4 ** (-jnp.arange(d // 2) / (d // 2))
+    rope = jnp.cos(angles), jnp.sin(angles)
 
     @jax.jit
     def run(x, do):
         def f(x):
-            return nha_attention(**x, window=64, segment_ids=ids, impl="triton")
+            return nha_attention(**x, window=64, segment_ids=ids, rope=rope, impl="triton")
 
         o, pull = jax.vjp(f, x)
         return dict(o=o, **pull(do)[0])
