@@ -1,4 +1,5 @@
-"""The ``triton`` backend: Triton kernels through jax-triton, cuDNN for full layers."""
+"""The ``triton`` backend: Triton kernels through jax-triton, on Hopper with Mosaic GPU kernels for
+the commonest call, and cuDNN for full layers."""
 
 from dataclasses import replace
 from functools import partial
