@@ -23,6 +23,12 @@ TILE = plgpu.Layout.WGMMA
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 
 
+def once(kernel: Callable) -> Callable:
+    """The kernel as a function that a program has once, however many layers call it: each call
+    would take a second to lower, and megabytes of the program."""
+    return jax.jit(kernel, static_argnames=("scale", "processors", "interpret"))
+
+
 def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
     """Runs that each of the rows is cut into, and the chunks of a run, for the least time."""
 

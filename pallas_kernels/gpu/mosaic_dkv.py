@@ -104,6 +104,7 @@ def _in_two(x: jax.Array, high_s, low_s) -> None:
     low_s[...] = (x - high.astype(F32)).astype(BF16)
 
 
+@common.once
 def dkv(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array,
     log_alpha: jax.Array, total: jax.Array, cross: jax.Array, dst: jax.Array, strong: jax.Array,

@@ -126,6 +126,7 @@ def _opaque_zero(interpret: bool) -> Any:
     return zero()
 
 
+@common.once
 def dq(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array,
     cos: jax.Array, sin: jax.Array, o: jax.Array, do: jax.Array, lse: jax.Array,

@@ -62,6 +62,7 @@ def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(left + right, 1)
 
 
+@common.once
 def output(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array,
     cos: jax.Array, sin: jax.Array, scale: float, processors: int, interpret: bool = False,

@@ -179,3 +179,26 @@ def test_in_the_gradient_of_a_rematerialised_block(remat, runs, devices, on_hopp
     assert sum("nha_output_mosaic_gpu" in x for x in calls) == runs
     (dkv,) = (x for x in calls if "nha_dkv_mosaic_gpu" in x)
     assert dkv.count("#stablehlo.output_operand_alias<") == 3
+
+
+def test_a_program_has_each_kernel_once(on_hopper, monkeypatch):
+    """However many layers call it, unrolled."""
+    monkeypatch.setattr(launch, "call", stub)
+    width, table = 64, jnp.zeros((128, 32), jnp.float32)
+
+    def block(x, w):
+        q = jnp.tanh(x * w)
+        la = -jnp.square(q.astype(jnp.float32))
+        op = attention.forward
+        return x + op(q, q, q, la, None, None, table, table, None, None, spec_for(width))[0]
+
+    def loss(w, x):
+        for i in range(3):
+            x = jax.checkpoint(block, policy=REMAT["dots"])(x, w[i])
+        return x.astype(jnp.float32).sum()
+
+    s = jax.ShapeDtypeStruct
+    w, x = s((3, width), jnp.bfloat16), s((1, 128, 2, width), jnp.bfloat16)
+    text = jax.jit(jax.grad(loss)).trace(w, x).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("nha_output", "nha_dq", "nha_dkv"):
+        assert text.count(f"{name}_mosaic_gpu") == 1
