@@ -54,6 +54,16 @@ def test_no_time_of_another_function(monkeypatch):
         run(monkeypatch, wrong)
 
 
+def test_a_failure_of_the_library_is_a_row(monkeypatch, capsys):
+    def fails(*args, **options):
+        raise TypeError("another version")
+
+    assert run(monkeypatch, SimpleNamespace(**vars(LIBRARY) | {"layer_norm": fails})) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert "fails: TypeError" in rows[0]
+    assert len(rows) == 3
+
+
 def test_zeros_and_nan_are_apart():
     x = {"a": jnp.ones(3)}
     for other in (0.0, jnp.nan):
