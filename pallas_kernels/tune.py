@@ -4,6 +4,7 @@ Each kernel of forward + backward is timed alone, on the arrays that the others 
 the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its kernels. The
 best chunk that passes the benchmark's check with those launches goes to
 pallas_kernels/tuned/gpu_<device>.json, which the kernels read: nothing is tuned while a model runs.
+The Mosaic GPU kernels, which do some calls in the Triton ones' place, have nothing to choose.
 """
 
 from __future__ import annotations

@@ -99,6 +99,8 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--tokens", type=int, default=16384, help="of a micro-batch")
     args, overrides = parser.parse_known_args()
+    if args.tokens < 1:
+        raise UserError(f"--tokens={args.tokens} leaves nothing to time; take at least 1.")
     config = cli.load_config(args.config)
     cli.apply_overrides(config, overrides)
     model = ModelConfig.from_config(config.model)

@@ -116,7 +116,7 @@ def report(
         changed.enter_context(
             mock.patch.object(attention, "device_name", return_value=DEVICES[arch])
         )
-        changed.enter_context(  # whose output pass is no Triton kernel
+        changed.enter_context(  # Mosaic GPU kernels are none of Triton's
             mock.patch.object(launch, "missing_mosaic", return_value="left out here")
         )
         if choice is not None:

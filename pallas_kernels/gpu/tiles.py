@@ -30,7 +30,7 @@ LONG = 256  # tokens from which a window has choices of its own
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Choices for one (head_dim, value_dim, slots, dtype): tokens of a chunk (a power of two), how
-    each kernel is launched, and whether the output pass is Mosaic's where that can."""
+    each kernel is launched, and whether Mosaic GPU kernels do what they can."""
 
     chunk: int = 64
     state: Launch = PLAIN

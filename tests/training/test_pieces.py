@@ -64,6 +64,13 @@ def test_a_failure_of_the_library_is_a_row(monkeypatch, capsys):
     assert len(rows) == 3
 
 
+def test_no_tokens(monkeypatch):
+    command = ["pieces", "--config", "configs/nha_1_3b.py:gpu", "--tokens", "0"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match="--tokens=0"):
+        pieces.main()
+
+
 def test_zeros_and_nan_are_apart():
     x = {"a": jnp.ones(3)}
     for other in (0.0, jnp.nan):
