@@ -22,6 +22,7 @@ LOG2E = math.log2(math.e)
 WIDE = 16384  # slots times width, in powers of two, whose float32 products fit shared memory
 SHORT = 64  # tokens
 MOSAIC = 64  # tokens of a chunk, and slots, of the Mosaic GPU kernels
+STRONG = 2  # marks chunks that the copies for strong gates do
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -143,9 +144,10 @@ class _Call:
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
 
 
-def _by_mosaic(call: _Call, log_alpha, cos, doc, visible0) -> bool:
+def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
     """Whether the common copies are the Mosaic GPU kernels': rows of whole chunks that see, without exception,
-    the chunk before them through the window and what is older through 64 slots."""
+    the chunk before them through the window and what is older through 64 slots. Of documents, chunks that
+    have more than one are left to the copies for strong gates."""
     spec, tile = call.spec, call.C
     most = call.B * max(call.T * call.HQ, (call.NC + 1) * call.H * call.M) * (call.D + call.V)
     return (
@@ -157,15 +159,22 @@ def _by_mosaic(call: _Call, log_alpha, cos, doc, visible0) -> bool:
         and spec.window == spec.slot_lag == tile
         and (spec.halo, spec.feature_map, spec.empty_slots) == (0, "none", "masked")
         and spec.scale > 0
-        and doc is None
         and visible0 is None
         and cos is not None
-        and cos.ndim == 2
         and call.gate_dtype == call.dtype == jnp.bfloat16
         and log_alpha.dtype == jnp.float32
         and most < 2**31  # places in one array, more or less
         and launch.missing_mosaic() is None
     )
+
+
+def _of_one_document(doc) -> tuple[jax.Array, jax.Array]:
+    """Of each chunk of doc [B,T], [B,NC]: whether its queries, and they and the rows before them that it writes,
+    are real tokens of one document."""
+    first = doc[:, ::MOSAIC]
+    alone = (first != 0) & (doc.reshape(*first.shape, MOSAIC) == first[..., None]).all(-1)
+    goes_on = alone[:, :-1] & (first[:, :-1] == first[:, 1:])
+    return alone, alone & jnp.pad(goes_on, ((0, 0), (1, 0)), constant_values=True)
 
 
 def _optional(cos, sin, doc, visible0, halo, T, dtype):
@@ -267,11 +276,14 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     else:
         st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
         last = jnp.zeros((B, H, 0, width), f32)
+    mosaic = _by_mosaic(c, log_alpha, cos, visible0)
+    if mosaic and doc is not None:
+        strong = jnp.where(jnp.repeat(_of_one_document(doc)[1], H, 0), strong, STRONG)
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
     keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
     common = None
-    if _by_mosaic(c, log_alpha, cos, doc, visible0):
+    if mosaic:
         from pallas_kernels.gpu import mosaic_output
 
         common = mosaic_output.output(q, k, v, la, st, cos_, sin_, spec.scale, launch.processors())
@@ -328,7 +340,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     read = (B, T, HQ, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
     common = None
-    mosaic = share and D == c.V and _by_mosaic(c, log_alpha, cos, doc, visible0)
+    mosaic = share and D == c.V and _by_mosaic(c, log_alpha, cos, visible0)
     if mosaic:
         from pallas_kernels.gpu import mosaic_dq
 
@@ -390,8 +402,11 @@ def _backward(spec, residuals, cotangents, tiles=None):
         if keys is not k:  # once the larger arrays are no more
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
-        # after Mosaic's, only the rows that chunks of strong gates write
-        left = jnp.pad(strong[:, 1:], ((0, 0), (0, 1))) if mosaic else strong
+        left = strong
+        if mosaic:  # after Mosaic's, only the rows that chunks of strong gates write
+            end = jnp.zeros((B,), bool) if doc is None else ~_of_one_document(doc)[0][:, -1]
+            end = jnp.where(jnp.repeat(end, H), STRONG, 0)
+            left = jnp.concatenate([strong[:, 1:], end[:, None]], 1)
         dk, dv, filled = launch.call(
             kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, left, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,

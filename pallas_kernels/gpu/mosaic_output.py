@@ -71,9 +71,10 @@ def output(
 
     q [B,T,HQ,D], k [B,T,H,D] and v [B,T,H,V] bfloat16, T a multiple of 64, HQ of H, D and V each
     64 or 128; log_alpha [B,T,H,64] float32; st [B*H,NC+1,64,D+V] bfloat16, the slots before each
-    chunk writes, keys first; cos, sin [T,D/2] float16; scale > 0. None of this is checked. Returns
-    o [B,T,HQ,V] bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ] float32, -inf where
-    empty; where the gates of a chunk sum to less than -SPAN, all three are to be written over.
+    chunk writes, keys first; cos, sin [T,D/2] or [B,T,D/2] float16; scale > 0. None of this is
+    checked. Returns o [B,T,HQ,V] bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ]
+    float32, -inf where empty; where the gates of a chunk sum to less than -SPAN, all three are to
+    be written over.
 
     Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
     Pallas' interpreter, no GPU needed.
@@ -123,8 +124,9 @@ def output(
             copy(st_ref.at[row, c, :, pl.ds(d, width)], dst, v_bar, when)
 
         def load_angles(c, cos_s, sin_s, bar, when=None) -> None:
-            copy(cos_ref.at[tokens(c)], cos_s, bar, when)
-            copy(sin_ref.at[tokens(c)], sin_s, bar, when)
+            at = b if cos_ref.shape[0] == batch else 0, tokens(c)
+            copy(cos_ref.at[at], cos_s, bar, when)
+            copy(sin_ref.at[at], sin_s, bar, when)
 
         def afresh():
             """The buffers, by addresses that are worked out here rather than held in registers."""
@@ -299,4 +301,5 @@ def output(
         kernel_name="nha_output",
     )
     ones, zero = jnp.tril(jnp.ones((C, C), F16)), jnp.zeros((1,), jnp.int32)
+    cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
     return list(kernel(q, k, v, log_alpha, st, cos, sin, ones, zero))

@@ -1,0 +1,106 @@
+"""Packed documents: chunks of one document by the Mosaic GPU kernels, the others by Triton's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nha_jax.ops import reference
+from nha_jax.ops.core import Spec
+from pallas_kernels.gpu import attention, launch
+
+C, D = 64, 64
+TOLERANCE = 6e-3  # relative RMS, that of the op's suite being 8e-3
+LENGTHS = {  # of the documents of two rows; 0: a token of padding
+    "edges": ([128, 192, 64], [64, 64, 256]),
+    "anywhere": ([130, 1, 120, 133], [384]),
+    "padding": ([0] * 70 + [186] + [0] * 128, [250, 70] + [0] * 64),
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # numpy's, from inside the interpreters
+    pytest.mark.skipif(
+        launch.mosaic_interface() is not None, reason=f"{launch.mosaic_interface()}: Triton's runs"
+    ),
+]
+
+
+def documents(lengths):
+    """Numbers and positions of one row's tokens."""
+    number, row, place = 0, [], []
+    for n in lengths:
+        number += n > 0
+        row += [number if n else 0] * max(n, 1)
+        place += range(max(n, 1))
+    return row, place
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """All kernels interpreted; the Mosaic ones note that they ran."""
+    import interpret
+
+    from pallas_kernels.gpu import mosaic_dkv, mosaic_dq, mosaic_output
+
+    ran = []
+
+    def noting(kernel):
+        def run(*args):
+            ran.append(kernel.__name__)
+            return kernel(*args, interpret=True)
+
+        return run
+
+    monkeypatch.setattr(launch, "missing_mosaic", lambda: None)
+    monkeypatch.setattr(launch, "processors", lambda: 2)
+    monkeypatch.setattr(launch, "call", interpret.call)
+    for module, name in ((mosaic_output, "output"), (mosaic_dq, "dq"), (mosaic_dkv, "dkv")):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    return ran
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_against_the_oracle(name, interpreted):
+    rows, places = zip(*(documents(x) for x in LENGTHS[name]), strict=True)
+    doc, place = jnp.asarray(rows, jnp.int32), np.asarray(places)
+    b, t = doc.shape
+    n = np.random.default_rng(0).standard_normal
+    q, k, v, do = (jnp.asarray(n((b, t, 1, D)), jnp.bfloat16) for _ in range(4))
+    la = jnp.asarray(-np.log1p(np.exp(-2 * n((b, t, 1, C)))) / 8, jnp.float32)
+    angle = place[..., None] * 1e4 ** (-np.arange(D // 2) / (D // 2))
+    cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+    spec = Spec(window=C, slot_lag=C, scale=D**-0.5)
+
+    def loss(f, q, k, v, la, cos, sin):
+        out = f(q, k, v, la, None, None, cos, sin, doc, None, spec)
+        o = out[0].astype(cos.dtype)
+        return (o * do.astype(cos.dtype)).sum(), o
+
+    grad = functools.partial(jax.value_and_grad, argnums=(1, 2, 3, 4), has_aux=True)
+    (_, o), grads = grad(loss)(attention.forward, q, k, v, la, cos, sin)
+    assert len(interpreted) == 3
+    one = np.asarray(attention._of_one_document(doc)[1])
+    assert one.any() and not one.all()  # both kinds of chunks
+    with jax.enable_x64(True):
+        x = [a.astype(jnp.float64) for a in (q, k, v, la, cos, sin)]
+        (_, want), exact = grad(loss)(reference.forward, *x)
+    for label, got, right in zip("oqkva", (o, *grads), (want, *exact), strict=True):
+        assert np.isfinite(np.asarray(got, np.float64)).all(), label
+        assert relative(got, right) < TOLERANCE, label
+        assert relative(np.zeros_like(right), right) > TOLERANCE
+    # one chunk across documents, if taken for one of a single one, would be found
+    assert relative(np.where(np.arange(t)[:, None, None] // C == 1, 0, want), want) > TOLERANCE
+
+
+def test_which_chunks_have_one_document():
+    row = [1] * 64 + [2] * 128 + [2] * 63 + [3] + [3] * 64 + [0] * 64 + [4] * 64
+    alone, one = attention._of_one_document(jnp.asarray([row], jnp.int32))
+    assert alone[0].tolist() == [True, True, True, False, True, False, True]
+    assert one[0].tolist() == [True, False, True, False, False, False, False]
