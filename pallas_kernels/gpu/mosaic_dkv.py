@@ -205,8 +205,8 @@ def dkv(
             copy(dla_ref.at[b, tokens(r), h], s.side, side_bar, when)
 
         def load_angles(s, c, bar, when=None) -> None:
-            copy(cos_ref.at[tokens(c)], s.cos, bar, when)
-            copy(sin_ref.at[tokens(c)], s.sin, bar, when)
+            copy(cos_ref.at[b if cos_ref.shape[0] == batch else 0, tokens(c)], s.cos, bar, when)
+            copy(sin_ref.at[b if sin_ref.shape[0] == batch else 0, tokens(c)], s.sin, bar, when)
 
         def load_states(s, r, when=None) -> None:
             """Gradient of the state after the chunk that writes rows r (of the last rows: any)."""
@@ -514,6 +514,7 @@ def dkv(
         compiler_params=common.parameters(),
         kernel_name="nha_dkv",
     )
+    cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
     results = [jax.new_ref(x) for x in (dl, p, side)]
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     zero = jnp.zeros((1,), jnp.int32)

@@ -221,8 +221,8 @@ def dq(
             copy(st_ref.at[row, c, :, pl.ds(part * width, width)], dst, bars.state, when)
 
         def load_angles(c, s, bar, when=None) -> None:
-            copy(cos_ref.at[tokens(c)], s.cos, bar, when)
-            copy(sin_ref.at[tokens(c)], s.sin, bar, when)
+            copy(cos_ref.at[b if cos_ref.shape[0] == batch else 0, tokens(c)], s.cos, bar, when)
+            copy(sin_ref.at[b if sin_ref.shape[0] == batch else 0, tokens(c)], s.sin, bar, when)
 
         def angles(s) -> tuple:
             return load(s.cos).astype(F32), load(s.sin).astype(F32)
@@ -476,5 +476,6 @@ def dq(
         compiler_params=dataclasses.replace(common.parameters(), reduction_scratch_bytes=0),
         kernel_name="nha_dq",
     )
+    cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
     ones = jnp.tril(jnp.ones((C, C), F16))
     return list(kernel(q, k, v, log_alpha, st, cos, sin, o, do, lse, push_s, push_w, ones))
