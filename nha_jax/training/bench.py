@@ -6,7 +6,8 @@
 
 Without --setting, the config is measured as it is. Every setting is "NAME: KEY=VALUE ...", over the
 config; all are compiled side by side, each in a process of its own, and then timed one after the
-other. Tokens per step are batch_size x data.seq_len. docs/training_speed.md says what is counted.
+other, while nothing else runs. Tokens per step are batch_size x data.seq_len.
+docs/training_speed.md says what is counted.
 Exit code 2: bad input, or no setting fits into the memory.
 """
 
@@ -14,18 +15,20 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -78,20 +81,24 @@ class Setting:
     model: ModelConfig
     mesh: Mesh
     built: Program
-    lowered: Any
     result: Result
 
 
-def lower(name: str, options: list[str], config: ConfigDict) -> Setting:
-    """Everything that needs no device. Raises ``UserError`` for a config that cannot be trained."""
+class Step(NamedTuple):
+    """A compiled step, and its HLO."""
+
+    run: Callable
+    text: str
+
+
+def prepare(name: str, options: list[str], config: ConfigDict) -> Setting:
+    """All but the step itself. Raises ``UserError`` for a config that cannot be trained."""
     check_config(config)
     model = ModelConfig.from_config(config.model)
     length = config.data.seq_len
     mesh = parallel.make_mesh(config.mesh)
     example = random_batch(config.batch_size, length, model.vocab_size, seed=0)
     built = program(config, model, mesh, abstract_batch(example, config.batch_size))
-    began = time.perf_counter()
-    lowered = built.trace().lower()
     result = Result(
         name,
         options,
@@ -100,29 +107,41 @@ def lower(name: str, options: list[str], config: ConfigDict) -> Setting:
         tokens=config.batch_size * length,
         length=length,
         flops_per_token=flops.train_flops_per_token(model, length),
-        lower_s=time.perf_counter() - began,
     )
-    return Setting(config, model, mesh, built, lowered, result)
+    return Setting(config, model, mesh, built, result)
 
 
-def compiled(setting: Setting) -> Any:
-    """The step, or None where it does not compile, for want of memory say; the result tells why."""
+def compiled(setting: Setting, keep: str | None = None) -> Step | None:
+    """The step, also written to the file ``keep``, or None where it does not compile, for want of
+    memory say; the result tells why."""
     result = setting.result
     began = time.perf_counter()
+    lowered = setting.built.trace().lower()
+    result.lower_s = time.perf_counter() - began
     try:
-        step = compile_step(setting.lowered, setting.config, setting.mesh)
+        step = compile_step(lowered, setting.config, setting.mesh)
     except jax.errors.JaxRuntimeError as error:
         _note(setting, error)
         return None
-    result.compile_s = time.perf_counter() - began
+    result.compile_s = time.perf_counter() - began - result.lower_s
     if memory := step.memory_analysis():
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
         result.gb = needed / 1e9
-    return step
+    text = step.as_text() or ""
+    if keep:
+        Path(keep).write_bytes(pickle.dumps((serialize_executable.serialize(step), text)))
+    return Step(step, text)
 
 
-def measure(setting: Setting, step: Any, *, steps: int, warm: int, profile: bool) -> None:
+def kept(file: Path) -> Step:
+    """What ``compiled`` wrote. (The compilation cache would not do: Mosaic GPU numbers the kernels
+    of a process, so that another one's are not found.)"""
+    executable, text = pickle.loads(file.read_bytes())
+    return Step(serialize_executable.deserialize_and_load(*executable), text)
+
+
+def measure(setting: Setting, step: Step, *, steps: int, warm: int, profile: bool) -> None:
     """Creates the state and times ``steps`` steps. What the device refuses is noted in the
     result."""
     result, config, built = setting.result, setting.config, setting.built
@@ -135,10 +154,10 @@ def measure(setting: Setting, step: Any, *, steps: int, warm: int, profile: bool
             batches = [
                 put(random_batch(*shape, seed), config.batch_size, built.batch) for seed in (0, 1)
             ]
-            state, _ = step(state, batches[0], flags)
+            state, _ = step.run(state, batches[0], flags)
             jax.block_until_ready(state)
             result.first_s = time.perf_counter() - began
-            state = _timed(step, state, batches, flags, result, steps, warm)
+            state = _timed(step.run, state, batches, flags, result, steps, warm)
             if profile:
                 _take_apart(step, state, batches, flags, result)
     except jax.errors.JaxRuntimeError as error:
@@ -153,7 +172,7 @@ def _note(setting: Setting, error: Exception) -> None:
 
 
 def _timed(
-    step: Any, state: Any, batches: list, flags: Any, result: Result, steps: int, warm: int
+    step: Callable, state: Any, batches: list, flags: Any, result: Result, steps: int, warm: int
 ) -> Any:
     """Steps as in the training loop: the metrics of one are read while the next one runs."""
     before: Any = None
@@ -175,16 +194,16 @@ def _timed(
     return state
 
 
-def _take_apart(step: Any, state: Any, batches: list, flags: Any, result: Result) -> None:
+def _take_apart(step: Step, state: Any, batches: list, flags: Any, result: Result) -> None:
     """A profile of some more steps, by class of kernel; prints the longest kernels."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             for i in range(PROFILED):
-                state, _ = step(state, batches[i % 2], flags)
+                state, _ = step.run(state, batches[i % 2], flags)
             jax.block_until_ready(state)
-        found = breakdown.read(Path(folder), step.as_text() or "", PROFILED)
+        found = breakdown.read(Path(folder), step.text, PROFILED)
     result.breakdown_ms = found.by_class()
     print(f"\n{result.name}\n{breakdown.table(found)}", flush=True)
 
@@ -234,31 +253,31 @@ def parse_setting(text: str) -> tuple[str, list[str]]:
 
 
 def compile_side_by_side(
-    settings: Sequence[tuple[str, list[str]]], command: list[str], jobs: int
+    settings: Sequence[tuple[str, list[str]]], command: list[str], jobs: int, folder: Path
 ) -> list[Result]:
-    """Fills the compilation cache, one process for each setting, ``jobs`` at a time."""
+    """Compiles every setting in a process of its own, ``jobs`` at a time; the steps go to files of
+    the folder, by number."""
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
 
-    def run(setting: tuple[str, list[str]]) -> Result:
+    def run(number: int, setting: tuple[str, list[str]]) -> Result:
         name, options = setting
-        with tempfile.TemporaryDirectory() as folder:
-            found = Path(folder) / "result.json"
-            more = [*options, "--compile-only", "--json", str(found)]
-            done = subprocess.run(
-                [*command, *more],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            if not found.exists():
-                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                return Result(name, options, error=f"did not compile: {reason[:200]}")
-            result = Result(**json.loads(found.read_text())[0])
-            return dataclasses.replace(result, name=name, options=options)
+        found = folder / f"{number}.json"
+        more = [*options, f"--compile-only={folder / str(number)}", "--json", str(found)]
+        done = subprocess.run(
+            [*command, *more],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if not found.exists():
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return Result(name, options, error=f"did not compile: {reason[:200]}")
+        result = Result(**json.loads(found.read_text())[0])
+        return dataclasses.replace(result, name=name, options=options)
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(run, settings))
+        return list(pool.map(run, range(len(settings)), settings))
 
 
 def main() -> int:
@@ -279,9 +298,11 @@ def main() -> int:
         "--jobs",
         type=int,
         default=max(1, (os.cpu_count() or 2) // 2),
-        help="processes that compile before the timings; 0: none",
+        help="processes that compile before the timings; 0: each is compiled and timed in turn",
     )
-    parser.add_argument("--compile-only", action="store_true", help="time nothing")
+    parser.add_argument(
+        "--compile-only", nargs="?", const="", metavar="FILE", help="time nothing; keep the step"
+    )
     args, overrides = parser.parse_known_args()
     if args.steps < 1 or args.warm < 1:
         raise UserError(f"--steps={args.steps} and --warm={args.warm} must be at least 1.")
@@ -294,39 +315,39 @@ def main() -> int:
         check_config(config)
         configs.append(config)
 
-    cache = os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "nha_bench_cache")
-    )
-    before: list[Result] = []
-    if len(settings) > 1 and args.jobs:
-        command = [sys.executable, "-m", "nha_jax.training.bench", "--config", args.config]
-        before = compile_side_by_side(settings, [*command, *overrides], args.jobs)
-        if args.compile_only:
-            print(f"compiled into {cache}\n\n{markdown(before)}")
-            return 0
-    claim_memory()
-    jax.config.update("jax_compilation_cache_dir", cache)
-    results = []
-    with ThreadPoolExecutor(1) as ahead:  # lowers the next ones while one is timed
-        jobs = [
-            ahead.submit(lower, *setting, config)
-            for setting, config in zip(settings, configs, strict=True)
-        ]
-        for i in range(len(settings)):
-            setting = jobs.pop(0).result()
-            result = setting.result
-            step = compiled(setting)
-            if step is not None and not args.compile_only:
-                profile = bool({"all", result.name} & set(args.profile))
+    results: list[Result] = []
+
+    def note(result: Result) -> None:
+        results.append(result)
+        if args.json:
+            found = [dataclasses.asdict(result) for result in results]
+            Path(args.json).write_text(json.dumps(found, indent=1))
+        print(markdown([result]).splitlines()[2], flush=True)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        before: list[Result] = []
+        if len(settings) > 1 and args.jobs:
+            command = [sys.executable, "-m", "nha_jax.training.bench", "--config", args.config]
+            before = compile_side_by_side(settings, [*command, *overrides], args.jobs, folder)
+        claim_memory()
+        # the seconds to compile are without a cache; and what comes from one cannot be kept again
+        jax.config.update("jax_enable_compilation_cache", False)
+        for number, ((label, options), config) in enumerate(zip(settings, configs, strict=True)):
+            if before and (args.compile_only is not None or before[number].error):
+                note(before[number])
+                continue
+            setting = prepare(label, options, config)
+            if before:
+                setting.result = before[number]
+                step: Step | None = kept(folder / str(number))
+            else:
+                step = compiled(setting, args.compile_only)
+            if step is not None and args.compile_only is None:
+                profile = bool({"all", label} & set(args.profile))
                 measure(setting, step, steps=args.steps, warm=args.warm, profile=profile)
+            note(setting.result)
             del setting, step
-            if before:  # the seconds without a cache
-                result.lower_s, result.compile_s = before[i].lower_s, before[i].compile_s
-            results.append(result)
-            if args.json:
-                found = [dataclasses.asdict(result) for result in results]
-                Path(args.json).write_text(json.dumps(found, indent=1))
-            print(markdown(results[-1:]).splitlines()[2], flush=True)
     print(f"\n{markdown(results)}")
     return 2 if all(result.error == OUT_OF_MEMORY for result in results) else 0
 

@@ -388,9 +388,10 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
     lse take from delta.
     """
     if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
+        start = tl.program_id(0)
+        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
+            for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
@@ -684,9 +685,10 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
     """Gradients of the rows that a chunk writes, keys, values and gates: their slot side. INPLACE, SHARE: dq_kernel
     left its share, and dl and p, where the gradients go."""
     if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
+        start = tl.program_id(0)
+        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
+            for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
                     _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                            side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
@@ -744,9 +746,10 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
     the gates of rows that are not written get the gradient 0. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
     2 only."""
     if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
+        start = tl.program_id(0)
+        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
+            for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):
                     _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
                              NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC,

@@ -344,9 +344,10 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
                   GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Output and both log-sum-exps of one chunk, GB query heads."""
     if STRONG:
-        start = tl.program_id(0) * BATCH
-        if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, tl.minimum(start + BATCH, total)):
+        start = tl.program_id(0)
+        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
+            for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
                         vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
