@@ -70,6 +70,7 @@ class _Buffers(NamedTuple):
     cos: Any
     sin: Any
     delta: Any  # do.o
+    ones: Any  # on and below the diagonal
     sums: Any  # gates as an operand
     b0: Any  # times 2^BITS
     pd: Any  # dl and p; of groups, then dq
@@ -186,7 +187,7 @@ def dq(
         q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, o_ref, do_ref, lse_ref, push_s_ref,
         push_w_ref, ones_ref, dq_ref, dl_ref, p_ref, side_ref, delta_ref, *rest,
     ) -> None:  # fmt: skip
-        *dst_ref, ones, tiles, stages, bars = rest
+        *dst_ref, tiles, stages, bars = rest
         wg = lax.axis_index("wg")
         run = lax.axis_index("block")
         row = lax.rem(run, lines)  # neighbours read the heads of one place
@@ -240,8 +241,11 @@ def dq(
                 copy(o_ref.at[*queries(c, turn), columns(n)], s.o.at[n], bars.o, when)
 
         def load_queries(c, turn, s, when=None) -> None:
+            """q and do, of groups o."""
             copy(q_ref.at[queries(c, turn)], s.q, bars.q, when)
             copy(do_ref.at[queries(c, turn)], s.do, bars.do, when)
+            if grouped:
+                load_o(c, s, when, turn)
 
         def load_state(c, part, dst, when=None) -> None:
             copy(st_ref.at[row, c, :, pl.ds(part * width, width)], dst, bars.state, when)
@@ -261,9 +265,17 @@ def dq(
         def turn_keys(s, src, dst) -> None:
             dst[...] = _turned(load(src), *angles(s)).astype(BF16)
 
-        def tril() -> jax.Array:
+        def tril(s) -> jax.Array:
             """2^-BITS where row >= column, elsewhere 0."""
-            return lax.bitcast_convert_type(load(ones), BF16)
+            return lax.bitcast_convert_type(load(s.ones), BF16)
+
+        def row_products(s) -> Any:
+            """do.o, the slots' and the window's delta together."""
+            total: Any = 0.0
+            for n in range(parts):
+                x = load(s.o.at[n]).astype(F32)
+                total += jnp.sum(x * load(s.do.at[:, columns(n)]).astype(F32), 1)
+            return total
 
         def numbers(at, push_ref) -> tuple:
             """lse and push of the queries there."""
@@ -291,7 +303,7 @@ def dq(
                 load_rows(la_ref, c, s.la, bars.la, more)
 
             def totals(acc):
-                plgpu.wgmma(acc, ones, s.sums)
+                plgpu.wgmma(acc, s.ones, s.sums)
                 w = weight(gate)
                 g = landed(acc)
                 if roomy:
@@ -304,46 +316,53 @@ def dq(
             e0 = accumulators(totals, C)
             plgpu.commit_smem()
             if not grouped:
-                give(s, i, *weights(s, i, e0, lse, push))
+                slots_alone(s, i, e0, lse, push)
                 return
             wait(bars.state, bars.v)
-            lax.fori_loop(0, group, lambda turn, _: take_turn(i, turn, e0), None)
+            lax.fori_loop(0, group, lambda turn, _: slots_in_turn(i, turn, e0), None)
             if not roomy:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 load_rows(la_ref, c, s.la, bars.la, more)
 
-        def weights(s, i, e0, lse, push) -> tuple:
-            """y, z, p and dl of a query head."""
+        def logits(s, i) -> tuple:
+            """y and z of a query head, without 2^g."""
             old = 1 - lax.rem(i, 2)
-            wait(bars.q, bars.do)
-            if not grouped:
-                wait(bars.state)
 
-            def logits(xk, xv, y, z):
+            def both(xk, xv, y, z):
                 plgpu.wgmma(xk, s.q, key(s, i - 1).T)
                 plgpu.wgmma(xv, s.do, s.v.at[old].T)
                 plgpu.wgmma(y, s.q, s.sk.T)
                 plgpu.wgmma(z, s.do, s.sv.T)
-                mm(y, landed(xk, 3).astype(BF16) * tril(), s.b0)
-                mm(z, landed(xv, 3).astype(BF16) * tril(), s.b0)
+                mm(y, landed(xk, 3).astype(BF16) * tril(s), s.b0)
+                mm(z, landed(xv, 3).astype(BF16) * tril(s), s.b0)
                 return landed(y, 1), landed(z)
 
-            y, z = accumulators(logits, *[C] * 4)
+            return accumulators(both, *[C] * 4)
+
+        def weights(i, y, e0, lse) -> jax.Array:
+            """p, float32; 0 in chunk 0."""
             hidden = jnp.where(first + i == 0, jnp.inf, lse)
-            p = jnp.exp2(y * (e0 * post) - full(hidden)) * e0
-            wait(bars.delta)
-            dl = p * (z * e0 - full(_load_row(s.delta) - push)) * scale
-            return y, z, *lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
+            return jnp.exp2(y * (e0 * post) - full(hidden)) * e0
+
+        def gradients(p, z, e0, delta) -> tuple:
+            """p and dl, rounded."""
+            dl = p * (z * e0 - full(delta)) * scale
+            return lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
 
         def side(y, z, p, dl) -> jax.Array:
             return dl.astype(F32) * y + p.astype(F32) * z
 
-        def give(s, i, y, z, p, dl) -> None:
-            """Results of a head with its own keys, and what it gives the states."""
+        def slots_alone(s, i, e0, lse, push) -> None:
+            """The slots' side of a query head with its own keys, and what it gives the states."""
             c = first + i
             more = i + 1 < count
             written = b, tokens(c - 1), h
             dl_s, p_s = s.pd.at[0], s.pd.at[1]
+            wait(bars.q, bars.do, bars.state)
+            y, z = logits(s, i)
+            p = weights(i, y, e0, lse)
+            wait(bars.delta)
+            p, dl = gradients(p, z, e0, _load_row(s.delta) - push)
             # a barrier, too: the state and the gates have been read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if roomy:
@@ -382,7 +401,7 @@ def dq(
 
             accumulators(given, width, width)
 
-        def take_turn(i, turn, e0) -> None:
+        def slots_in_turn(i, turn, e0) -> None:
             """The slots' side of one of a group's query heads."""
             s = afresh()
             c = first + i
@@ -390,35 +409,32 @@ def dq(
             more = i + 1 < count
             at = queries(c, turn)
             dl_s, p_s = s.pd.at[0], s.pd.at[1]
-            y, z, p, dl = weights(s, i, e0, *numbers(at, push_s_ref))
-            # a barrier, too: q, do and the state's values have been read
+            lse, push = numbers(at, push_s_ref)
+            wait(bars.do, bars.o)
+            delta = row_products(s)
+            common.store(s.delta, delta)
+            plgpu.barrier_arrive(bars.delta)
+            delta -= push
+            wait(bars.q)
+            y, z = logits(s, i)
+            # a barrier, too: q, do, o and the state's values have been read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             load_state(c + 1, 1, s.sv, last & more)
-            # delta was the sign that the dq before has left
+            wait(bars.read)  # by the other, whose dq of the turn before has left, too
+            then = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
+            load_queries(*then, s, more | ~last)
+            p, dl = gradients(weights(i, y, e0, lse), z, e0, delta)
             dl_s[...] = dl
             p_s[...] = p
             plgpu.commit_smem()
             plgpu.barrier_arrive(bars.dl)
             leave(dl_s, dl_ref.at[at])
             leave(p_s, p_ref.at[at])
-            wait(bars.read)
-            then = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
-            load_queries(*then, s, more | ~last)
-            load_o(then[0], s, more | ~last, then[1])
             of_part = lax.rem(turn, stack)
             x = side(y, z, p, dl)
-
-            def begin() -> None:
-                s.side[...] = x
-
-            def add() -> None:
-                s.side[...] = load(s.side) + x
-
-            if stack == 1:
-                begin()
-            else:
-                pl.when(of_part == 0)(begin)
-                pl.when(of_part > 0)(add)
+            if stack > 1:
+                x = lax.cond(of_part > 0, lambda: load(s.side) + x, lambda: x)
+            s.side[...] = x
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(bars.left)
             plgpu.commit_smem()
@@ -464,18 +480,13 @@ def dq(
                     wait(bars.v)
                 plgpu.wgmma(z_acc, s.do, v_old.T)
                 plgpu.wgmma(dz_acc, s.do, s.v.at[own].T)
-                wait(bars.o)
-                delta: Any = 0.0
-                for n in range(parts):
-                    x = load(s.o.at[n]).astype(F32)
-                    delta += jnp.sum(x * load(s.do.at[:, pl.ds(n * C, C)]).astype(F32), 1)
-                if grouped:  # dq of the turn before has left: dl and p take its place
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                common.store(s.delta, delta)
-                plgpu.barrier_arrive(bars.delta)
-                delta -= push
-                common.store(delta_ref.at[here], delta)
                 if not grouped:
+                    wait(bars.o)
+                    delta = row_products(s)
+                    common.store(s.delta, delta)
+                    plgpu.barrier_arrive(bars.delta)
+                    delta -= push
+                    common.store(delta_ref.at[here], delta)
                     wait(bars.k)
                     # dq of the chunk before has left
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -485,13 +496,19 @@ def dq(
                 x = ended(s_acc, bias, 3)
                 z = landed(z_acc, 2)
                 dz = landed(dz_acc, 1)
+                if grouped:
+                    wait(bars.delta)
+                    delta = _load_row(s.delta) - push
+                    common.store(delta_ref.at[here], delta)
+                    # dq of the turn before has left: dl and p take its place
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(bars.read)
                 d = landed(d_acc)
                 # times scale 2^BITS
                 shift = full(lse - (math.log2(scale) + BITS))
                 p = jnp.exp2(jnp.where(causal(), d, x) * post - shift)
                 ds = (p * (jnp.where(causal(), dz, z) - full(delta))).astype(BF16)
-                after = ds * tril()
+                after = ds * tril(s)
                 return ds * jnp.asarray(2.0**-BITS, BF16) - after, after
 
             before, after = accumulators(pairs, *[C] * 4)
@@ -519,7 +536,7 @@ def dq(
                 start(acc, near)
                 plgpu.wgmma(a_acc, dl_s, s.b0.T)
                 plgpu.wgmma(acc, dl_s, s.sk)
-                mm(acc, landed(a_acc, 1).astype(BF16) * tril(), k_old)
+                mm(acc, landed(a_acc, 1).astype(BF16) * tril(s), k_old)
                 return ended(acc, near)
 
             x = accumulators(by_slots, C, width).astype(BF16)
@@ -548,12 +565,12 @@ def dq(
         @pl.when(wg == 0)
         def _():
             s = buffers(0)
-            plgpu.copy_gmem_to_smem(ones_ref, ones, bars.ones)
+            plgpu.copy_gmem_to_smem(ones_ref, s.ones, bars.ones)
             load_rows(la_ref, first - 1, s.la, bars.la)
             load_queries(first, 0, s)
             load_state(first, 0, s.sk)
             load_state(first, 1, s.sv)
-            if roomy or grouped:
+            if roomy and not grouped:
                 load_o(first, s)
             wait(bars.ones, bars.start)
             lax.fori_loop(0, count, slots, None)
@@ -588,18 +605,22 @@ def dq(
     def shared(*shape: int, dtype: Any = BF16) -> Any:
         return tiled(1, *shape, dtype=dtype)
 
+    def barrier(arrivals: int) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals) if arrivals else None
+
     rows, angle, gates = shared(C, width), shared(C, width // 2, dtype=F16), shared(C, C, dtype=F32)
     sums, b0 = shared(C, C, dtype=F16), shared(C, C)
     given = rows if roomy and not grouped else None
     tiles = _Buffers(
         la=gates, q=rows, do=rows, o=shared(parts, C, C), k=shared(key_buffers, C, width),
         kr=shared(2, C, width), v=shared(2, C, width), sk=rows, sv=rows, cos=angle, sin=angle,
-        delta=plgpu.SMEM((1, C), F32), sums=sums if roomy else plgpu.RefUnion(sums, b0),
+        delta=plgpu.SMEM((1, C), F32), ones=shared(C, C, dtype=F16),
+        sums=sums if roomy else plgpu.RefUnion(sums, b0),
         b0=b0 if roomy else None, pd=shared(2, C, C) if roomy or grouped else None,
         side=gates if roomy else None, dsk=given, dsv=given,
     )  # fmt: skip
     arrivals = _Barriers(o=parts, state=3, left=1) if grouped else _Barriers(o=parts)
-    bars = _Barriers(*(plgpu.Barrier(num_arrivals=n) if n else None for n in arrivals))
+    bars = _Barriers(*(barrier(n) for n in arrivals))
     stages = {n: tiled(2, C, n) for n in {C, width}} if interpret else {}
     kernel = plgpu.kernel(
         body,
@@ -614,7 +635,7 @@ def dq(
         grid_names=("block",),
         num_threads=2,
         thread_name="wg",
-        scratch_types=(tiled(C, C, dtype=F16), tiles, stages, bars),
+        scratch_types=(tiles, stages, bars),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         # no reduction goes across warps, and there is no shared memory left for one
         compiler_params=dataclasses.replace(common.parameters(), reduction_scratch_bytes=0),
