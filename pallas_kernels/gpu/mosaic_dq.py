@@ -10,10 +10,16 @@ Of a block's two warpgroups, the first has the slots' side: gates, logits y, z =
 gates' gradient and what the states are given. The second has the window's side and dq, for which
 the first hands it dl and b0 = w 2^-g; it hands the first delta.
 
-Where a kv head has a group of query heads, they take turns in each chunk, and what the states are
-given is left to another kernel: q, do and o are free once there are logits, and those of the next
-turn arrive while this one goes on. dl and p of a turn leave through the buffer that its dq takes
-after them. Keys are there once, as written rows; the chunk's own arrive where they are rotated.
+Where a kv head has a group of query heads, they take turns in each chunk; what the states are given
+is left to another kernel, and the first warpgroup has delta. Of the shared memory,
+
+- q, do and o of the next turn arrive once both warpgroups have this one's logits,
+- dl and p leave through a buffer that, once they have left, takes dq: until the next turn's dl,
+- the state, v, kr, k (keys as written rows) and the angles of the next chunk arrive in the last
+  turn, each after its last product: the chunk's own keys where they are rotated, in kr, and once
+  more, as written rows, where the older ones were,
+- side is summed over the heads of a part where it leaves; with heads of 128 that is where the gates
+  were, and the next chunk's arrive after the last part.
 
 The window's logits of the chunk before lie above the diagonal and those of the chunk itself on it
 and below, so that both are one tile.
@@ -69,7 +75,7 @@ class _Buffers(NamedTuple):
     sv: Any
     cos: Any
     sin: Any
-    delta: Any  # do.o
+    delta: Any  # do.o, for the other warpgroup
     ones: Any  # on and below the diagonal
     sums: Any  # gates as an operand
     b0: Any  # times 2^BITS
@@ -94,10 +100,10 @@ class _Barriers(NamedTuple):
     v: int = 1
     delta: int = 1  # is there
     dl: int = 1  # is there, as b0
-    read: int = 1  # q and do, by the second warpgroup
+    read: int = 1  # q and do, by the second warpgroup; of groups, the last dq has left, too
     done: int = 1  # the second warpgroup, with all that the first writes over
     end: int = 2
-    left: int = 0  # dl and p of a group's head
+    left: int = 0  # dl and p; of groups
 
 
 def _load_row(ref) -> jax.Array:
