@@ -150,6 +150,7 @@ def test_groups_as_tritons(
     assert by_triton["side"].shape == (batch, tokens, heads * group // stack, C)
     for name, x in defined(interpreted.triton[0]).items():
         assert relative(x, by_triton[name]) < TOLERANCE, name
+        assert relative(x[:, :, ::-1], by_triton[name]) > TOLERANCE, name  # heads in another order
     for name, x, y in zip(("dq", "dk", "dv", "dla"), got, want, strict=False):
         assert relative(x, y) < TOLERANCE, name
     if strong:
