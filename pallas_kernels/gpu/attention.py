@@ -328,7 +328,10 @@ def _backward(spec, residuals, cotangents, tiles=None):
         cos is not None and spec.window <= C + 1
     )  # where few programs read a key, each rotates it
     keys = k if cos is None or turn else _rotated(k, cos_, sin_)
+    mosaic = D == c.V and _by_mosaic(c, log_alpha, cos, visible0)
     heads = c.heads(c.tiles.dq.stack)
+    if mosaic and heads == HQ // H:
+        heads = 1  # of a group, Mosaic's copy leaves what the states are given to dstate_kernel
     parts = HQ // H // heads
     alone = c.slots and parts == 1
     demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
@@ -340,13 +343,13 @@ def _backward(spec, residuals, cotangents, tiles=None):
     read = (B, T, HQ, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
     common = None
-    mosaic = share and D == c.V and _by_mosaic(c, log_alpha, cos, visible0)
     if mosaic:
         from pallas_kernels.gpu import mosaic_dq
 
         common = mosaic_dq.dq(
-            q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, spec.scale, launch.processors(),
+            q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, spec.scale, launch.processors(), heads,
         )  # fmt: skip
+    mosaic = mosaic and share  # dk and dv, too
     dq, dl, p, side, delta, dst = _both(
         c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,9 @@ F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 def once(kernel: Callable) -> Callable:
     """The kernel as a function that a program has once, however many layers call it: each call
     would take a second to lower, and megabytes of the program."""
-    return jax.jit(kernel, static_argnames=("scale", "processors", "interpret"))
+    names = "scale", "processors", "stack", "interpret"
+    known = inspect.signature(kernel).parameters
+    return jax.jit(kernel, static_argnames=[name for name in names if name in known])
 
 
 def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:

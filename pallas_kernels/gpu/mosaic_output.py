@@ -124,7 +124,7 @@ def output(
             copy(st_ref.at[row, c, :, pl.ds(d, width)], dst, v_bar, when)
 
         def load_angles(c, cos_s, sin_s, bar, when=None) -> None:
-            at = b if cos_ref.shape[0] == batch else 0, tokens(c)
+            at = (b, tokens(c)) if cos.ndim == 3 else tokens(c)
             copy(cos_ref.at[at], cos_s, bar, when)
             copy(sin_ref.at[at], sin_s, bar, when)
 
@@ -301,5 +301,4 @@ def output(
         kernel_name="nha_output",
     )
     ones, zero = jnp.tril(jnp.ones((C, C), F16)), jnp.zeros((1,), jnp.int32)
-    cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
     return list(kernel(q, k, v, log_alpha, st, cos, sin, ones, zero))
