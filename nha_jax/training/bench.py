@@ -12,6 +12,7 @@ Exit code 2: bad input, or no setting fits into the memory.
 """
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -137,6 +138,7 @@ def compiled(setting: Setting, keep: str | None = None) -> Step | None:
 def kept(file: Path) -> Step:
     """What ``compiled`` wrote. (The compilation cache would not do: Mosaic GPU numbers the kernels
     of a process, so that another one's are not found.)"""
+    importlib.import_module("jax.experimental.mosaic.gpu")  # says where its runtime is
     executable, text = pickle.loads(file.read_bytes())
     return Step(serialize_executable.deserialize_and_load(*executable), text)
 

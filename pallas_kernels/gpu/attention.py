@@ -98,6 +98,7 @@ class _Call:
         dtype = str(v.dtype)
         self.spec = spec
         self.slots = self.M > 0
+        self.batch = 16 if doc is None else 4  # chunks that a program for marked ones looks after
         self.init = slot_k0 is not None
         # in a short row few terms average the rounding, and float32 costs nothing
         short = self.T <= SHORT and _room(self.M, self.D, self.V) <= WIDE
@@ -205,19 +206,17 @@ def _both(call: _Call, kernel, *args, out, grid, into=None, common=None, **const
 
     ``into`` holds the arrays that outputs, by position, are written over; ``common`` the outputs where
     another kernel was run on the former."""
-    from pallas_kernels.gpu.kernels import BATCH
-
     args, into = (*args, grid), into or {}
     held = common or [into.get(i, jnp.zeros((1,), s.dtype)) for i, s in enumerate(out)]
     if common is None:
         held = launch.call(
-            kernel, *args, *held, out=out, grid=grid, STRONG=False,
+            kernel, *args, *held, out=out, grid=grid, STRONG=False, BATCH=1,
             aliases={len(args) + i: i for i in into}, **constants,
         )  # fmt: skip
     if not call.slots:
         return held
     return launch.call(
-        kernel, *args, *held, out=out, grid=-(-grid // BATCH.value), STRONG=True,
+        kernel, *args, *held, out=out, grid=-(-grid // call.batch), STRONG=True, BATCH=call.batch,
         aliases={len(args) + i: i for i in range(len(out))}, **constants | {"zeroed": ()},
     )  # fmt: skip
 
@@ -414,12 +413,12 @@ def _backward(spec, residuals, cotangents, tiles=None):
             kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, left, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
-            grid=-(-programs // kernels.BATCH.value) if mosaic else programs,
+            grid=-(-programs // c.batch) if mosaic else programs,
             aliases={10: 0, 11: 1, 12: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
-            **c.pads, **c.half, KB=stacked, STRONG=mosaic,
+            **c.pads, **c.half, KB=stacked, STRONG=mosaic, BATCH=c.batch,
         )  # fmt: skip
         dla = filled if c.slots else dla
     dk0 = dv0 = None

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
-    BATCH,
     LOG2E,
     SPAN,
     _angles,
@@ -376,7 +375,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
               SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
-              AHEAD: tl.constexpr, STRONG: tl.constexpr):
+              AHEAD: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
     """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
@@ -681,7 +680,7 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-                 NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr):
+                 NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
     """Gradients of the rows that a chunk writes, keys, values and gates: their slot side. INPLACE, SHARE: dq_kernel
     left its share, and dl and p, where the gradients go."""
     if STRONG:
@@ -741,7 +740,7 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
                    ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                   C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+                   C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
     """Window side of the gradients of KB C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
     the gates of rows that are not written get the gradient 0. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
     2 only."""

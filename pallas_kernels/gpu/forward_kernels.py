@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
-    BATCH,
     LN2,
     NINF,
     SPAN,
@@ -341,7 +340,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
                   scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-                  GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
+                  GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
     """Output and both log-sum-exps of one chunk, GB query heads."""
     if STRONG:
         start = tl.program_id(0)

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 SPAN = tl.constexpr(96.0)
-BATCH = tl.constexpr(8)  # programs that one looks after where few have anything to do
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NINF = tl.constexpr(float("-inf"))
