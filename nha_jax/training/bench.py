@@ -11,6 +11,7 @@ docs/training_speed.md says what is counted.
 Exit code 2: bad input, or no setting fits into the memory.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -138,7 +139,9 @@ def compiled(setting: Setting, keep: str | None = None) -> Step | None:
 def kept(file: Path) -> Step:
     """What ``compiled`` wrote. (The compilation cache would not do: Mosaic GPU numbers the kernels
     of a process, so that another one's are not found.)"""
-    importlib.import_module("jax.experimental.mosaic.gpu")  # says where its runtime is
+    for package in ("jax.experimental.mosaic.gpu", "jax_triton"):  # register what kernels call
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
     executable, text = pickle.loads(file.read_bytes())
     return Step(serialize_executable.deserialize_and_load(*executable), text)
 
