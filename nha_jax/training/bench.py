@@ -1,6 +1,7 @@
 """How fast a config trains: the step of train.py on random tokens, timed and taken apart.
 
   python -m nha_jax.training.bench --config configs/nha_1_3b.py:gpu --config.batch_size=32
+  python -m nha_jax.training.bench --config configs/nha_1_3b.py:gpu --documents 1000
   python -m nha_jax.training.bench --config configs/nha_1_3b.py:gpu --config.batch_size=32 \\
       --setting "full layers: model.windows=full" --setting "T 8192: data.seq_len=8192 batch_size=8"
 
@@ -84,6 +85,7 @@ class Setting:
     mesh: Mesh
     built: Program
     result: Result
+    documents: int | None
 
 
 class Step(NamedTuple):
@@ -93,13 +95,16 @@ class Step(NamedTuple):
     text: str
 
 
-def prepare(name: str, options: list[str], config: ConfigDict) -> Setting:
-    """All but the step itself. Raises ``UserError`` for a config that cannot be trained."""
+def prepare(
+    name: str, options: list[str], config: ConfigDict, documents: int | None = None
+) -> Setting:
+    """All but the step itself; ``documents`` as in ``random_batch``. Raises ``UserError`` for a
+    config that cannot be trained."""
     check_config(config)
     model = ModelConfig.from_config(config.model)
     length = config.data.seq_len
     mesh = parallel.make_mesh(config.mesh)
-    example = random_batch(config.batch_size, length, model.vocab_size, seed=0)
+    example = random_batch(config.batch_size, length, model.vocab_size, 0, documents)
     built = program(config, model, mesh, abstract_batch(example, config.batch_size))
     result = Result(
         name,
@@ -110,7 +115,7 @@ def prepare(name: str, options: list[str], config: ConfigDict) -> Setting:
         length=length,
         flops_per_token=flops.train_flops_per_token(model, length),
     )
-    return Setting(config, model, mesh, built, result)
+    return Setting(config, model, mesh, built, result, documents)
 
 
 def compiled(setting: Setting, keep: str | None = None) -> Step | None:
@@ -157,12 +162,13 @@ def measure(setting: Setting, step: Step, *, steps: int, warm: int, profile: boo
             flags = jax.device_put(np.zeros(setting.mesh.size, np.int32), built.flags)
             shape = config.batch_size, config.data.seq_len, setting.model.vocab_size
             batches = [
-                put(random_batch(*shape, seed), config.batch_size, built.batch) for seed in (0, 1)
+                put(random_batch(*shape, seed, setting.documents), config.batch_size, built.batch)
+                for seed in (0, 1)
             ]
             state, _ = step.run(state, batches[0], flags)
             jax.block_until_ready(state)
             result.first_s = time.perf_counter() - began
-            state = _timed(step.run, state, batches, flags, result, steps, warm)
+            state = _timed(step.run, state, batches, flags, setting, steps, warm)
             if profile:
                 _take_apart(step, state, batches, flags, result)
     except jax.errors.JaxRuntimeError as error:
@@ -177,9 +183,10 @@ def _note(setting: Setting, error: Exception) -> None:
 
 
 def _timed(
-    step: Callable, state: Any, batches: list, flags: Any, result: Result, steps: int, warm: int
+    step: Callable, state: Any, batches: list, flags: Any, setting: Setting, steps: int, warm: int
 ) -> Any:
     """Steps as in the training loop: the metrics of one are read while the next one runs."""
+    result = setting.result
     before: Any = None
     ends = []
     for i in range(warm + steps + 1):
@@ -194,7 +201,8 @@ def _timed(
     times = [1e3 * (end - start) for start, end in itertools.pairwise(ends)][-steps:]
     result.step_ms = times
     result.tokens_per_s = 1e3 * result.tokens / statistics.median(times)
-    if peak := flops.PEAK.get(jax.devices()[0].device_kind):
+    peak = flops.PEAK.get(jax.devices()[0].device_kind)
+    if peak and not setting.documents:  # model FLOPs are those of whole rows
         result.mfu = result.tokens_per_s * result.flops_per_token / (peak * jax.device_count())
     return state
 
@@ -213,10 +221,21 @@ def _take_apart(step: Step, state: Any, batches: list, flags: Any, result: Resul
     print(f"\n{result.name}\n{breakdown.table(found)}", flush=True)
 
 
-def random_batch(batch: int, length: int, vocab: int, seed: int) -> dict[str, np.ndarray]:
-    """Inputs and labels, int32 ``[batch, length]``: every row is one document of random tokens."""
-    tokens = np.random.default_rng(seed).integers(0, vocab, (batch, length + 1), np.int32)
-    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
+def random_batch(
+    batch: int, length: int, vocab: int, seed: int, documents: int | None = None
+) -> dict[str, np.ndarray]:
+    """Inputs and labels, int32 ``[batch, length]``: random tokens. Every row is one document, or
+    packed with documents of so many tokens in the mean (exponential lengths)."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (batch, length + 1), np.int32)
+    rows = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:]}
+    if documents:
+        begins = rng.random((batch, length)) < 1 / documents
+        begins[:, 0] = True
+        place = np.arange(length, dtype=np.int32)
+        rows["segment_ids"] = np.cumsum(begins, axis=1, dtype=np.int32)
+        rows["positions"] = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    return rows
 
 
 def markdown(results: list[Result]) -> str:
@@ -298,6 +317,9 @@ def main() -> int:
         metavar="NAME",
         help="also take apart this setting; all: each",
     )
+    parser.add_argument(
+        "--documents", type=int, metavar="TOKENS", help="rows packed with documents of this mean"
+    )
     parser.add_argument("--json", metavar="FILE", help="where the results go, beside the table")
     parser.add_argument(
         "--jobs",
@@ -311,6 +333,8 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
     if args.steps < 1 or args.warm < 1:
         raise UserError(f"--steps={args.steps} and --warm={args.warm} must be at least 1.")
+    if args.documents is not None and args.documents < 1:
+        raise UserError(f"--documents={args.documents} must be at least 1 token, or left out.")
     settings = [parse_setting(text) for text in args.setting]
     settings = settings or [(cli.config_name(args.config), [])]
     configs = []
@@ -334,6 +358,7 @@ def main() -> int:
         before: list[Result] = []
         if len(settings) > 1 and args.jobs:
             command = [sys.executable, "-m", "nha_jax.training.bench", "--config", args.config]
+            command += [] if args.documents is None else [f"--documents={args.documents}"]
             before = compile_side_by_side(settings, [*command, *overrides], args.jobs, folder)
         claim_memory()
         # the seconds to compile are without a cache; and what comes from one cannot be kept again
@@ -342,7 +367,7 @@ def main() -> int:
             if before and (args.compile_only is not None or before[number].error):
                 note(before[number])
                 continue
-            setting = prepare(label, options, config)
+            setting = prepare(label, options, config, args.documents)
             if before:
                 setting.result = before[number]
                 step: Step | None = kept(folder / str(number))

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from nha_jax.errors import UserError
@@ -140,3 +141,19 @@ def test_trace_of_a_product_holds_it(tmp_path):
     with jax.profiler.trace(tmp_path):
         product(x).block_until_ready()
     assert breakdown.read(tmp_path, text, steps=1).by_class()["matrix products"] > 0
+
+
+def test_rows_are_packed_with_documents(monkeypatch):
+    rows = bench.random_batch(4, 1000, 16, seed=0, documents=50)
+    ids, positions = rows["segment_ids"], rows["positions"]
+    first = np.diff(ids, axis=1, prepend=0) == 1
+    assert set(np.unique(np.diff(ids, axis=1))) == {0, 1}
+    assert (positions[first] == 0).all()
+    assert (np.diff(positions, axis=1) == 1)[~first[:, 1:]].all()
+    assert 4000 / first.sum() == pytest.approx(50, rel=0.3)
+    assert set(bench.random_batch(4, 10, 16, seed=0)) == {"inputs", "labels"}
+
+    command = ["bench", "--config", TINY, "--steps=1", "--documents"]
+    monkeypatch.setattr(sys, "argv", [*command, "0"])
+    with pytest.raises(UserError, match="--documents=0 must be at least 1"):
+        bench.main()
