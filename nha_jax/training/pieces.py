@@ -1,10 +1,11 @@
-"""The step's pieces that a library has fused, beside that library: forward and backward.
+"""The step's pieces that a library has faster or in fewer bits, beside it: forward and backward.
 
   python -m nha_jax.training.pieces --config configs/nha_1_3b.py:gpu --tokens 16384
 
 RMSNorm of a residual sum, SwiGLU without its last product, and cross entropy, in the config's
 sizes, as the model computes them and as tokamax does (pip install tokamax; left out where it is
-missing, and told where it fails). Each row stands behind a check that both give the same gradients.
+missing, and told where it fails); and SwiGLU with its products in float8, by flax. Each row stands
+behind a check that both give the same gradients.
 """
 
 import importlib
@@ -12,11 +13,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.linen import fp8_ops
 
 from nha_jax import cli
 from nha_jax.errors import UserError
@@ -25,11 +28,34 @@ from nha_jax.models import ModelConfig
 from nha_jax.training.cross_entropy import cross_entropy
 
 TOLERANCE = 2e-2  # relative RMS between two ways to round to bfloat16
+FLOAT8 = 0.25  # and of chained products in float8, whose operands have 3 and 4 bits
+GRADIENT = 64.0  # none is larger here; e5m2 has the range for it
 CALLS = 20  # in one measurement
 
 
-def pieces(model: ModelConfig, tokens: int, chunk: int, library: Any) -> dict[str, tuple]:
-    """Name -> (inputs, the model's function, the library's or None)."""
+class Piece(NamedTuple):
+    """A function of the model and another one for the same, None where that is not installed."""
+
+    inputs: tuple
+    ours: Callable
+    other: Callable | None
+    tolerance: float = TOLERANCE
+
+
+def in_float8(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x kernel`` with operands in float8_e4m3, scaled by their largest, gradients in e5m2."""
+    options: dict[str, Any] = {}
+    for name, operand in (("lhs", x), ("rhs", kernel), ("grad", None)):
+        most = GRADIENT if operand is None else jnp.max(jnp.abs(operand)).astype(jnp.float32)
+        options |= {f"{name}_scale": jnp.ones(1), f"{name}_amax_history": jnp.full(1, most)}
+    contract = (((1,), (0,)), ((), ()))
+    return fp8_ops.fp8_scaled_dot_general(
+        x, kernel, contract, preferred_element_type=x.dtype, **options
+    )
+
+
+def pieces(model: ModelConfig, tokens: int, chunk: int, library: Any) -> dict[str, Piece]:
+    """By name."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
     def normal(*shape: int) -> jax.Array:
@@ -39,6 +65,7 @@ def pieces(model: ModelConfig, tokens: int, chunk: int, library: Any) -> dict[st
     norm = RMSNorm((model.hidden,), ("embed",), rngs=nnx.Rngs(0))
     scale = jnp.ones(model.hidden, jnp.float32)
     gate, up = normal(model.hidden, model.ffn), normal(model.hidden, model.ffn)
+    down = normal(model.ffn, model.hidden)
     kernel = normal(model.hidden, model.vocab_size)
     labels = jax.random.randint(next(keys), (tokens,), 0, model.vocab_size)
 
@@ -51,6 +78,9 @@ def pieces(model: ModelConfig, tokens: int, chunk: int, library: Any) -> dict[st
     def loss(x, kernel):
         return cross_entropy(x[None], kernel, labels[None], 0.0, chunk).objective
 
+    def whole(x, gate, up, down, product=jnp.matmul):
+        return product(jax.nn.silu(product(x, gate)) * product(x, up), down)
+
     theirs: tuple[Callable | None, ...] = None, None, None
     if library:
         theirs = (
@@ -61,9 +91,12 @@ def pieces(model: ModelConfig, tokens: int, chunk: int, library: Any) -> dict[st
             lambda x, k: library.linear_softmax_cross_entropy_loss(x, labels, k),
         )
     return {
-        "RMSNorm of a sum": ((x, residual), summed, theirs[0]),
-        "SwiGLU without its last product": ((x, gate, up), glu, theirs[1]),
-        "cross entropy with its products": ((x, kernel), loss, theirs[2]),
+        "RMSNorm of a sum, tokamax": Piece((x, residual), summed, theirs[0]),
+        "SwiGLU without its last product, tokamax": Piece((x, gate, up), glu, theirs[1]),
+        "cross entropy with its products, tokamax": Piece((x, kernel), loss, theirs[2]),
+        "SwiGLU, products in float8": Piece(
+            (x, gate, up, down), whole, partial(whole, product=in_float8), FLOAT8
+        ),
     }
 
 
@@ -109,22 +142,20 @@ def main() -> int:
     except ImportError:
         library = None
     print(f"{args.tokens} tokens on {jax.devices()[0].device_kind}, ms forward and backward")
-    print("| piece | model | tokamax | gradients apart |\n|---|---|---|---|")
-    for name, (inputs, ours, theirs) in pieces(
-        model, args.tokens, config.loss.chunk_tokens, library
-    ).items():
-        gradients, ms = measured(ours, inputs)
+    print("| piece | model | other | gradients apart |\n|---|---|---|---|")
+    for name, piece in pieces(model, args.tokens, config.loss.chunk_tokens, library).items():
+        gradients, ms = measured(piece.ours, piece.inputs)
         row = f"| {name} | {ms:.3f} |"
-        if theirs is None:
+        if piece.other is None:
             print(f"{row} | |", flush=True)
             continue
         try:
-            other, their_ms = measured(theirs, inputs)
+            other, their_ms = measured(piece.other, piece.inputs)
         except Exception as failure:  # the library's, of whatever kind
             print(f"{row} fails: {type(failure).__name__} | |", flush=True)
             continue
         error = apart(other, gradients)
-        if not error < TOLERANCE:
+        if not error < piece.tolerance:
             raise UserError(f"{name}: the gradients differ by {error:.1e}; no time is reported.")
         print(f"{row} {their_ms:.3f} | {error:.1e} |", flush=True)
     return 0

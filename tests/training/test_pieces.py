@@ -42,7 +42,7 @@ def run(monkeypatch, library):
 def test_reports_both(monkeypatch, capsys):
     assert run(monkeypatch, LIBRARY) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [row.count("|") for row in rows] == [5, 5, 5]
+    assert [row.count("|") for row in rows] == [5, 5, 5, 5]
     assert all(float(cell) > 0 for row in rows for cell in row.split("|")[2:4])
 
 
@@ -61,7 +61,7 @@ def test_a_failure_of_the_library_is_a_row(monkeypatch, capsys):
     assert run(monkeypatch, SimpleNamespace(**vars(LIBRARY) | {"layer_norm": fails})) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert "fails: TypeError" in rows[0]
-    assert len(rows) == 3
+    assert len(rows) == 4
 
 
 def test_no_tokens(monkeypatch):
@@ -75,3 +75,10 @@ def test_zeros_and_nan_are_apart():
     x = {"a": jnp.ones(3)}
     for other in (0.0, jnp.nan):
         assert not pieces.apart({"a": jnp.full(3, other)}, x) < pieces.TOLERANCE
+
+
+def test_float8_is_float8():
+    x, kernel = (jax.random.normal(jax.random.key(i), (64, 64), jnp.bfloat16) for i in (0, 1))
+    want, got = (f(x, kernel) for f in (jnp.matmul, pieces.in_float8))
+    assert pieces.TOLERANCE < pieces.apart(got, want) < pieces.FLOAT8 / 2
+    assert "f8e4m3" in str(jax.make_jaxpr(pieces.in_float8)(x, kernel))
