@@ -81,4 +81,4 @@ def test_float8_is_float8():
     x, kernel = (jax.random.normal(jax.random.key(i), (64, 64), jnp.bfloat16) for i in (0, 1))
     want, got = (f(x, kernel) for f in (jnp.matmul, pieces.in_float8))
     assert pieces.TOLERANCE < pieces.apart(got, want) < pieces.FLOAT8 / 2
-    assert "f8e4m3" in str(jax.make_jaxpr(pieces.in_float8)(x, kernel))
+    assert "f8_e4m3" in str(jax.make_jaxpr(pieces.in_float8)(x, kernel))
