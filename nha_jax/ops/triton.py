@@ -1,8 +1,7 @@
 """The ``triton`` backend: Triton kernels through jax-triton, on Hopper with Mosaic GPU kernels for
-the commonest call, and cuDNN for full layers."""
+the commonest call; full layers too where a row has documents, and cuDNN for them elsewhere."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,15 @@ from nha_jax.ops.state import NHAState, next_token, table_rows
 from pallas_kernels.gpu import attention, decode
 
 CUDNN_WIDTH = 128
+ROUND = 256  # tokens, a multiple of every chunk
 
 
 def refuses(*call_and_window) -> str | None:
     """Why `forward` (window given) or `full` (None) cannot take the call, or None."""
     *call, window = call_and_window
-    if window is not None:
+    q, v, doc = call[0], call[2], call[8]
+    if window is not None or doc is not None:
         return attention.supports(*call)
-    q, v = call[0], call[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention takes bfloat16 and float16, not {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > CUDNN_WIDTH:
@@ -38,9 +38,29 @@ def forward(*call) -> Output:
     return Output(*attention.forward(*call))
 
 
-def full(*call) -> jax.Array:
-    """See ``nha_jax.ops.full``."""
-    return partial(library.forward, implementation="cudnn")(*call)
+def full(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_alpha: jax.Array,
+    slot_k0: jax.Array | None,
+    slot_v0: jax.Array | None,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    doc: jax.Array | None,
+    visible0: jax.Array | None,
+    spec: Spec,
+) -> jax.Array:
+    """See ``nha_jax.ops.full``. With documents: a window that holds every row, of which the
+    kernels look at a query's own document only."""
+    if doc is None:
+        return library.forward(
+            q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec,
+            implementation="cudnn",
+        )  # fmt: skip
+    # in whole tiles, so that no tile is masked for what lies outside of the window
+    spec = replace(spec, window=-(-k.shape[1] // ROUND) * ROUND)
+    return attention.forward(q, k, v, log_alpha, None, None, cos, sin, doc, None, spec)[0]
 
 
 def step(

@@ -169,7 +169,7 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
 
 
 @triton.jit
-def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
         o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch,
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -351,13 +351,17 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         krbase = kr_ptr + (b * S * H + h) * D
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
         CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW  # tiles between the first and the last are seen whole
-        for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
+        inner = start + 1
+        if HAS_DOC and NP > 1:
+            start = tl.maximum(-NP, -tl.load(sight_ptr + (b * NC + c) * 2))
+            inner = tl.maximum(1 - NP, -tl.load(sight_ptr + (b * NC + c) * 2 + 1))
+        for n in range(start, tl.minimum(inner, 0) if CLEAN else 1):
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True, not CLEAN)
         if CLEAN:
-            for n in range(start + 1, 0):
+            for n in range(inner, 0):
                 dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False, False)
+                                  H, D, V, scale, WINDOW, TURN, False, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
         if ROPE:
@@ -367,7 +371,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
 
 
 @triton.jit
-def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
               o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, total,
               dq_in, dl_in, p_in, side_in, delta_in, dst_in,
               dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
@@ -381,7 +385,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
 
-    INPLACE: the share of step j in the row that it writes, for dslot_kernel to turn into that row's gradient. SHARE: p
+    sight [B, NC, 2]: as in output_kernel. INPLACE: the share of step j in the row that it writes, for dslot_kernel to turn into that row's gradient. SHARE: p
     and dl in the same way, in the memory of dv and dk.
 
     lse [B, T, HQ]: base 2, of both sides, +inf for empty rows; push_s, push_w: what the gradients of each side's
@@ -392,7 +396,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+                    _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                         ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
@@ -401,7 +405,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
         if SLOTS:
             mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
         if mine:
-            _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+            _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                 ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
@@ -631,7 +635,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 
 
 @triton.jit
-def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo,
+def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo, NK,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                  WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                  C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
@@ -653,17 +657,27 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
+    first = 0
+    near = KB
+    whole = NP
+    last = NP + KB
+    if HAS_DOC and NP > 1:
+        first = tl.load(watch_ptr + (b * NK + tile) * 3)
+        whole = tl.minimum(tl.load(watch_ptr + (b * NK + tile) * 3 + 1), NP)
+        last = tl.minimum(tl.load(watch_ptr + (b * NK + tile) * 3 + 2), NP + KB)
+        near = tl.maximum(first, KB)
     if APART:
-        for it in range(G * KB):
+        for it in range(G * first, G * tl.minimum(KB, last)):
             dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
                              C, DH, DB, VB, WINDOW < KB * C, True)
     if CLEAN:
-        for it in range(G * KB, G * NP):
+        for it in range(G * near, G * whole):
             dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
-                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
+                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, False, PREC,
                              C, DH, DB, VB, False, False)
-    for it in range(G * (KB if NP < KB or not CLEAN else NP) if APART else 0, G * (NP + KB)):
+        near = tl.maximum(near, whole)
+    for it in range(G * (near if APART else first), G * last):
         dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
                              C, DH, DB, VB, True, not APART)
@@ -699,7 +713,7 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
 
 
 @triton.jit
-def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
+def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
              dk_ptr, dv_ptr, dla_ptr,
              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
@@ -719,8 +733,8 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_pt
     dk1 = tl.zeros((KB * C, DB), tl.float32)
     dk2 = tl.zeros((KB * C, DB), tl.float32)
     dv = tl.zeros((KB * C, VB), tl.float32)
-    dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
-                                b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN)
+    dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, watch_ptr, do_ptr, lse_ptr, delta_ptr,
+                                b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
@@ -734,13 +748,15 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_pt
 
 
 @triton.jit
-def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, strong_ptr, dk_in, dv_in, dla_in,
+def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, strong_ptr, dk_in, dv_in, dla_in,
                    T, S, halo, NK, rope_batch, total, dk_ptr, dv_ptr, dla_ptr,
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
                    ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                    C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
-    """Window side of the gradients of KB C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
+    """Window side of the gradients of KB C keys and values. watch [B, NK, 3], for documents and windows of several tiles: of the
+    chunks of queries from the tile's first key on, the first and the end of those that look at it, and the end of those
+    that are, as the tile, of one document. ADD: on top of the slot side, dk_in and dv_in; and
     the gates of rows that are not written get the gradient 0. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
     2 only."""
     if STRONG:
@@ -748,10 +764,10 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
         if tl.max(_strong(strong_ptr, start + tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):
-                    _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+                    _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
                              NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC,
                              C, KB, DB, VB, MB)
     else:
-        _dwindow(tl.program_id(0), q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+        _dwindow(tl.program_id(0), q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
                  NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC, C, KB, DB,
                  VB, MB)

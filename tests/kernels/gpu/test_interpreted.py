@@ -14,6 +14,11 @@ from pallas_kernels.gpu.tiles import Launch, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
 
+# documents over several chunks of 16, to the end of one and across, of one token; padding before, between and after
+PACKED = [0] * 18 + [1] * 30 + [2] * 16 + [3] + [4] * 45 + [0] * 20 + [5] * 2 + [6] + [7] * 52 + [0] * 7
+# the tokens before a call, and those of other shards, as the op's context parallel gives them
+AFTER = [1] * 19 + [0] * 34 + [1] * 17 + [2] * 51 + [3] * 60
+FULL = dict(M=0, T=192, doc=PACKED, window=192, HQ=1)
 CASES = {
     "stacked_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(stack=2)] * 6)),
     "slots_only": dict(window=0, lag=0, init=True),
@@ -34,6 +39,14 @@ CASES = {
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
+    "full": FULL,
+    "full_gqa": FULL | dict(HQ=4, H=2, tiles=Tiles(16, *[Launch(stack=2)] * 6)),
+    "full_uneven": FULL | dict(window=201, T=181, doc=PACKED[:181], D=96, V=48),
+    "full_after": FULL | dict(halo=85, T=96, doc=AFTER, window=256, rope=False, tiles=Tiles(16, dwindow=Launch(stack=2))),
+    "full_bfloat16": FULL | dict(HQ=2, dtype="bfloat16"),
+    "long_documents": dict(T=192, doc=PACKED, window=48, HQ=1),
+    "long_documents_apart": dict(T=192, doc=PACKED, window=41, HQ=1, D=96, V=64),
+    "long_documents_after": dict(halo=85, T=96, doc=AFTER, window=48, HQ=1, tiles=Tiles(16, dwindow=Launch(stack=2))),
 }
 TOLERANCE = {"o": 2e-6, "gradient": 1e-5}  # float32, relative RMS
 ROUNDED = {"o": 8e-3, "gradient": 8e-3}  # bfloat16
