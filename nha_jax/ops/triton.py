@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from nha_jax.ops import full as library
 from nha_jax.ops.core import Output, Spec
 from nha_jax.ops.state import NHAState, next_token, table_rows
-from pallas_kernels.gpu import attention, decode
+from pallas_kernels.gpu import attention, decode, launch
 
 CUDNN_WIDTH = 128
-ROUND = 256  # tokens, a multiple of every chunk
 
 
 def refuses(*call_and_window) -> str | None:
@@ -51,15 +50,13 @@ def full(
     visible0: jax.Array | None,
     spec: Spec,
 ) -> jax.Array:
-    """See ``nha_jax.ops.full``. With documents: a window that holds every row, of which the
-    kernels look at a query's own document only."""
+    """See ``nha_jax.ops.full``."""
     if doc is None:
         return library.forward(
             q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec,
             implementation="cudnn",
         )  # fmt: skip
-    # in whole tiles, so that no tile is masked for what lies outside of the window
-    spec = replace(spec, window=-(-k.shape[1] // ROUND) * ROUND)
+    spec = replace(spec, window=launch.ENDLESS)
     return attention.forward(q, k, v, log_alpha, None, None, cos, sin, doc, None, spec)[0]
 
 

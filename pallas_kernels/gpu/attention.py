@@ -100,7 +100,7 @@ class _Call:
         self.init = slot_k0 is not None
         # in a short row few terms average the rounding, and float32 costs nothing
         short = self.T <= SHORT and _room(self.M, self.D, self.V) <= WIDE
-        wide = dtype != "bfloat16" or _fine(spec) or short
+        wide = dtype == "float32" or (self.slots and (dtype == "float16" or _fine(spec) or short))
         sizes = self.D, self.V, self.M, self.HQ // self.H
         self.tiles = tiles or choose(device_name(), dtype, *sizes, spec.window, wide)
         C = self.C = self.tiles.chunk
@@ -375,6 +375,10 @@ def _backward(spec, residuals, cotangents, tiles=None):
         cos is not None and spec.window <= C + 1
     )  # where few programs read a key, each rotates it
     keys = k if cos is None or turn else _rotated(k, cos_, sin_)
+    ready = not c.slots and not turn  # nothing needs queries or keys that are not rotated
+    queries = q
+    if ready and cos is not None:
+        queries = _rotated(q, *(x[..., halo:, :] for x in (cos_, sin_)))
     heads = c.heads(c.tiles.dq.stack)
     parts = HQ // H // heads
     alone = c.slots and parts == 1
@@ -395,7 +399,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, spec.scale, launch.processors(),
         )  # fmt: skip
     dq, dl, p, side, delta, dst = _both(
-        c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
+        c, kernels.dq_kernel, queries, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
         out=[
             _sds(q.shape, q.dtype),
@@ -404,7 +408,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, READY=ready, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
         AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
         common=common,
     )  # fmt: skip
@@ -445,22 +449,21 @@ def _backward(spec, residuals, cotangents, tiles=None):
         stacked = 1 if mosaic else c.tiles.dwindow.stack
         tiles_k = -(-S // (stacked * C))
         programs = tiles_k * B * H
-        queries = q
-        if keys is not k:  # once the larger arrays are no more
+        if keys is not k and not ready:  # once the larger arrays are no more
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
         # after Mosaic's, only the rows that chunks of strong gates write
         left = jnp.pad(strong[:, 1:], ((0, 0), (0, 1))) if mosaic else strong
         watch = _watch(doc_, halo, C, stacked) if c.bounded else doc_
         dk, dv, filled = launch.call(
-            kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, watch, do, lse, delta, left, dk, dv,
+            kernels.dwindow_kernel, queries, keys if ready else k, v, cos_, sin_, doc_, watch, do, lse, delta, left, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
             grid=-(-programs // kernels.BATCH.value) if mosaic else programs,
             aliases={11: 0, 12: 1, 13: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
-            ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
+            ADD=c.slots, ROPE=cos is not None, TURN=turn, READY=ready, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
             **c.pads, **c.half, KB=stacked, STRONG=mosaic,
         )  # fmt: skip
         dla = filled if c.slots else dla

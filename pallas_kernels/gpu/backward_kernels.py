@@ -13,6 +13,7 @@ import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
     BATCH,
+    ENDLESS,
     LOG2E,
     SPAN,
     _angles,
@@ -174,7 +175,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
         scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-        SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+        SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
         AHEAD: tl.constexpr, STRONG: tl.constexpr):
@@ -344,9 +345,12 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     if WINDOW > 0:
         if SLOTS:
             do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
-        qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE)
-        q1, q2 = _turned(q_ptr + first * D, qrows, live, D, qc, qs, DH, DB, ROPE, SLOTS)
-        if ROPE:
+        qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE and not READY)
+        q1, q2 = _turned(q_ptr + first * D, qrows, live, D, qc, qs, DH, DB, ROPE and not READY, SLOTS)
+        if READY:  # left to itself, the compiler reads these from shared memory, and its products wait for one another
+            q1 = _landed(q1)
+            q2 = _landed(q2)
+        if ROPE and not READY:
             dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         krbase = kr_ptr + (b * S * H + h) * D
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
@@ -357,7 +361,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             inner = tl.maximum(1 - NP, -tl.load(sight_ptr + (b * NC + c) * 2 + 1))
         for n in range(start, tl.minimum(inner, 0) if CLEAN else 1):
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True, not CLEAN)
+                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < ENDLESS, not CLEAN)
         if CLEAN:
             for n in range(inner, 0):
                 dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
@@ -377,11 +381,11 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
               dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-              SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+              SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
               AHEAD: tl.constexpr, STRONG: tl.constexpr):
-    """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
+    """dq, with kr the window's keys (TURN: yet to be rotated; READY: the queries are rotated as well); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
 
@@ -399,7 +403,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
+                        ZERO, SLOTS, ROPE, TURN, READY, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
     else:
         mine = True
         if SLOTS:
@@ -408,7 +412,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
             _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
+                ZERO, SLOTS, ROPE, TURN, READY, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
 
 
 @triton.jit
@@ -638,8 +642,8 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo, NK,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                  WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                 C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
-    """Window side of dk, in halves, and dv of KB tiles of keys. TURN: the queries are yet to be rotated."""
+                 C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr):
+    """Window side of dk, in halves, and dv of KB tiles of keys. TURN: the queries are yet to be rotated; READY: the keys are rotated as well."""
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
@@ -651,9 +655,12 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_p
     krow = kr + j
     kok = krow < S
     kb = (b * S + kr) * H + h
-    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE)
+    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE and not READY)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    k1, k2 = _turned(k_ptr + kb * D, j, kok, H * D, kc, kn, DH, DB, ROPE)
+    k1, k2 = _turned(k_ptr + kb * D, j, kok, H * D, kc, kn, DH, DB, ROPE and not READY)
+    if READY:
+        k1 = _landed(k1)
+        k2 = _landed(k2)
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
@@ -680,7 +687,7 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_p
     for it in range(G * (near if APART else first), G * last):
         dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
-                             C, DH, DB, VB, True, not APART)
+                             C, DH, DB, VB, WINDOW < ENDLESS, not APART)
     if ROPE:
         kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
         dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
@@ -717,7 +724,7 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_
              dk_ptr, dv_ptr, dla_ptr,
              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-             ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+             ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
              C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     DH: tl.constexpr = D // 2
     h = pid % H
@@ -734,7 +741,7 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_
     dk2 = tl.zeros((KB * C, DB), tl.float32)
     dv = tl.zeros((KB * C, VB), tl.float32)
     dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, watch_ptr, do_ptr, lse_ptr, delta_ptr,
-                                b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN)
+                                b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN, READY)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
@@ -752,12 +759,13 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do
                    T, S, halo, NK, rope_batch, total, dk_ptr, dv_ptr, dla_ptr,
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-                   ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                   ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                    C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     """Window side of the gradients of KB C keys and values. watch [B, NK, 3], for documents and windows of several tiles: of the
     chunks of queries from the tile's first key on, the first and the end of those that look at it, and the end of those
     that are, as the tile, of one document. ADD: on top of the slot side, dk_in and dv_in; and
-    the gates of rows that are not written get the gradient 0. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
+    the gates of rows that are not written get the gradient 0. TURN: the queries are yet to be rotated; READY: the keys are
+    rotated as well. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
     2 only."""
     if STRONG:
         start = tl.program_id(0) * BATCH
@@ -765,9 +773,9 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do
             for pid in range(start, tl.minimum(start + BATCH, total)):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):
                     _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
-                             NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC,
+                             NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, READY, HAS_DOC, PREC,
                              C, KB, DB, VB, MB)
     else:
         _dwindow(tl.program_id(0), q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
-                 NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC, C, KB, DB,
+                 NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, READY, HAS_DOC, PREC, C, KB, DB,
                  VB, MB)

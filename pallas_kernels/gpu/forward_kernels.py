@@ -7,6 +7,7 @@ import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
     BATCH,
+    ENDLESS,
     LN2,
     NINF,
     SPAN,
@@ -107,7 +108,9 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
     if PRE != 1.0:
         s = s * PRE
     if EDGE:
-        keep = (rows[None, :] <= qrow[:, None]) & (tl.where(rows >= 0, rows, -WINDOW)[None, :] > (qrow - WINDOW)[:, None])
+        keep = rows[None, :] <= qrow[:, None]
+        if WINDOW < ENDLESS:
+            keep = keep & (tl.where(rows >= 0, rows, -WINDOW)[None, :] > (qrow - WINDOW)[:, None])
         if HAS_DOC:
             kdoc = tl.load(doc_ptr + rows, mask=ok, other=0)
             keep = keep & (qdoc[:, None] == kdoc[None, :]) & (qdoc != 0)[:, None]
