@@ -48,8 +48,8 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
             f"{m} slots of {max(d, vd)} features do not fit the shared memory of a program here: "
             f"their product, in powers of two, may be {most}"
         )
-    if spec.window is None:
-        return "window=None (full attention) belongs to jax.nn.dot_product_attention"
+    if doc is None and spec.window >= launch.ENDLESS:
+        return "full attention without documents belongs to jax.nn.dot_product_attention"
     if m == 0 and spec.window == 0:
         return "a call with neither slots nor a window is left to the xla backend"
     return None
@@ -489,7 +489,7 @@ def forward(
     q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V] of one dtype; log_alpha [B,S,H,M] <= 0; slot_k0 [B,H,M,D]
     and slot_v0 [B,H,M,V] float32 or None; cos, sin [S,D/2] or [B,S,D/2] float32 or None; doc [B,S]
     int32 (0 = padding, else documents 1, 2, ...) or None; visible0 [B] bool or None. S = halo + T.
-    spec has window, slot_lag, scale, feature_map, empty_slots, halo.
+    spec has window (``launch.ENDLESS`` for full attention over documents), slot_lag, scale, feature_map, empty_slots, halo.
 
     Returns o [B,T,HQ,V] in v's dtype, lse_slot and lse_window [B,T,HQ] float32 (natural log, -inf
     where that side is empty), and the final slots [B,H,M,D], [B,H,M,V] float32.
