@@ -2,7 +2,7 @@
 """Time the kernels beside cuDNN and other libraries: ``python -m pallas_kernels.bench``.
 
 Tables (Markdown on stdout and in <out>.md), the same as JSON, and a picture of time over T. Our figures
-of a (shape, window) are withheld unless output and all gradients of that setting agree, in this run,
+of a (shape, window), and of full attention over packed documents, are withheld unless output and all gradients of that setting agree, in this run,
 with a dense float64 evaluation to 8e-3 (relative RMS, bfloat16). Every setting compiles, and evaluates on
 the CPU, in a process of its own; then one at a time is on the device. flash-linear-attention and
 jax-linear-attention take part where they are installed. JSON and tables are written row by row.
@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gpu import attention, decode
+from pallas_kernels.gpu import attention, decode, launch
 
 TOLERANCE = 8e-3
 TOKENS = 32768
+PACKED = 8192, 1024  # tokens of a row of documents, and of a document, on average
 
 
 class Spec(NamedTuple):
@@ -59,7 +60,9 @@ SHAPES = {  # layers of Llama-3-8B, nha_340m, nha_1_3b
     "C": Shape(16, 16, 128, 64),
 }
 PEERS = {"gated_deltanet": "jla", "kda": "jla", "chunk_gsa": "fla"}  # and their packages
-ORDER = "chunk_gsa", "nha", "kda", "gated_deltanet", "decode", "cudnn"  # slowest to prepare first
+# slowest to prepare first
+ORDER = "chunk_gsa", "nha", "documents", "kda", "gated_deltanet", "decode", "masked", "cudnn"
+OURS = "nha", "documents"
 NAMES = "o", "dq", "dk", "dv", "dlog_alpha"
 Timing = Callable[[], Iterator[dict[str, Any]]]  # the rows of a job, as they are measured
 
@@ -95,8 +98,18 @@ def inputs(s: Shape, batch: int, t: int, seed: int = 0) -> list[jax.Array]:
     return [q, k, v, la, do]
 
 
-def dense(q: Any, k: Any, v: Any, la: Any, cos: Any, sin: Any, spec: Spec) -> jax.Array:
-    """The op by definition, every pair of tokens at once; one kv head, [T, G, D] and [T, D]."""
+def documents(batch: int, t: int, mean: int) -> np.ndarray:
+    """Numbers of the documents of each row, [batch, t] int32: 1, 2, ..., each of ``mean`` tokens on average."""
+    starts = np.random.default_rng(0).random((batch, t)) < 1 / mean
+    starts[:, 0] = True
+    return np.cumsum(starts, axis=1, dtype=np.int32)
+
+
+def dense(
+    q: Any, k: Any, v: Any, la: Any, cos: Any, sin: Any, spec: Spec, doc: Any = None
+) -> jax.Array:
+    """The op by definition, every pair of tokens at once; one kv head, [T, G, D] and [T, D]. doc [T]: of a call
+    without slots."""
     t = q.shape[0]
     i = jnp.arange(t)
     row = jnp.maximum(i - spec.slot_lag, 0)
@@ -120,6 +133,8 @@ def dense(q: Any, k: Any, v: Any, la: Any, cos: Any, sin: Any, spec: Spec) -> ja
         * spec.scale
     )
     inside = (i[:, None] >= i) & (i[:, None] - i < spec.window)
+    if doc is not None:
+        inside &= doc[:, None] == doc
     near = jnp.where(inside[:, None], near, -jnp.inf)
     logits = jnp.concatenate([slot, near], -1)
     some = jnp.isfinite(logits).any(-1, keepdims=True)
@@ -130,36 +145,43 @@ def dense(q: Any, k: Any, v: Any, la: Any, cos: Any, sin: Any, spec: Spec) -> ja
     )
 
 
-def ours(spec: Spec, t: int, d: int) -> Callable:
+def ours(spec: Spec, t: int, d: int, doc: Any = None) -> Callable:
     """Forward of our kernels."""
     cos, sin = rope(t, d)
 
     def run(q, k, v, la):
-        return attention.forward(q, k, v, la, None, None, cos, sin, None, None, spec)[0]
+        rows = None if doc is None else jax.lax.optimization_barrier(jnp.asarray(doc))
+        return attention.forward(q, k, v, la, None, None, cos, sin, rows, None, spec)[0]
 
     return run
 
 
-def check(s: Shape, spec: Spec, t: int = 200) -> Callable[[], dict[str, float]]:
+def check(
+    s: Shape, spec: Spec, t: int = 200, mean: int | None = None
+) -> Callable[[], dict[str, float]]:
     """Relative RMS errors of output and gradients against ``dense`` in float64, one kv head.
+    mean: of packed documents of so many tokens.
 
     Ours is compiled and float64 computed, on the CPU, at once; ours runs when the result is called.
     """
     one = s._replace(hq=s.hq // s.h, h=1)
+    doc = None if mean is None else documents(1, t, mean)
+    rows = None if doc is None else doc[0]
     with on_cpu():
         args = [np.asarray(x) for x in jax.jit(lambda: inputs(one, 1, t, seed=1))()]
     with on_cpu(), jax.enable_x64(True):
         q, k, v, la, do = (x[0].astype(np.float64) for x in args)
         cos, sin = (np.asarray(x, np.float64) for x in rope(t, s.d))
-        fun = with_gradients(lambda q, k, v, la: dense(q, k, v, la, cos, sin, spec))
+        fun = with_gradients(lambda q, k, v, la: dense(q, k, v, la, cos, sin, spec, rows))
         want = [np.asarray(x) for x in jax.jit(fun)(q, k[:, 0], v[:, 0], la[:, 0], do)]
-    run = ahead(with_gradients(ours(spec, t, s.d)), *args)
+    run = ahead(with_gradients(ours(spec, t, s.d, doc)), *args)
 
     def errors() -> dict[str, float]:
         found = {}
         for name, x, b in zip(NAMES, run(*args), want, strict=True):
             a = np.asarray(x).astype(np.float64).reshape(b.shape)
-            found[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+            if b.size:
+                found[name] = float(np.linalg.norm(a - b) / np.linalg.norm(b))
         return found
 
     return errors
@@ -204,6 +226,18 @@ def cudnn(window: int | None) -> Callable:
     return run
 
 
+def masked(doc: np.ndarray) -> Callable:
+    """cuDNN causal attention over the documents of rows, by a mask of T x T."""
+
+    def run(q, k, v):
+        rows = jax.lax.optimization_barrier(jnp.asarray(doc))
+        i = jnp.arange(doc.shape[1])
+        mask = (rows[:, :, None] == rows[:, None]) & (i[:, None] >= i[None])[None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+
+    return run
+
+
 def delta_rule(kind: str) -> Callable:
     """Gated DeltaNet or KDA of jax-linear-attention."""
     from jla import ops
@@ -228,22 +262,41 @@ class Job(NamedTuple):
     """What one process of the benchmark times."""
 
     shape: str
-    what: str  # nha, cudnn, gated_deltanet, kda, chunk_gsa, decode
+    what: str  # nha, documents, cudnn, masked, gated_deltanet, kda, chunk_gsa, decode
     window: int | None
     lengths: tuple[int, ...]
 
     @property
     def name(self) -> str:
         window = "" if self.window is None else f" window {self.window}"
-        names = {"cudnn": "cuDNN" + (window or " full"), "nha": "nha" + window}
+        names = {
+            "cudnn": "cuDNN" + (window or " full"), "masked": "cuDNN full, documents",
+            "nha": "nha" + window, "documents": "nha full, documents",
+        }  # fmt: skip
         return names.get(self.what, self.what)
+
+    @property
+    def sizes(self) -> Shape:
+        s = SHAPES[self.shape]
+        return s._replace(m=0) if self.what == "documents" else s
+
+    @property
+    def spec(self) -> Spec:
+        """Of our kernels' call."""
+        scale = self.sizes.d**-0.5
+        if self.what == "documents":
+            return Spec(launch.ENDLESS, 0, scale)
+        return Spec(self.window or 0, self.window or 0, scale)
 
 
 def compiled(job: Job, t: int) -> tuple[Any, Any, Any]:
     """Forward, forward with gradients, and what makes their arguments."""
-    s, batch = SHAPES[job.shape], max(TOKENS // t, 1)
-    if job.what == "nha":
-        run = ours(Spec(job.window or 0, job.window or 0, s.d**-0.5), t, s.d)
+    s, batch = job.sizes, max(TOKENS // t, 1)
+    doc = documents(batch, t, PACKED[1]) if job.what in ("documents", "masked") else None
+    if job.what in OURS:
+        run = ours(job.spec, t, s.d, doc)
+    elif doc is not None:
+        run = masked(doc)
     else:
         run = cudnn(job.window) if job.what == "cudnn" else delta_rule(job.what)
 
@@ -251,7 +304,7 @@ def compiled(job: Job, t: int) -> tuple[Any, Any, Any]:
         if job.what in PEERS:
             return delta_inputs(job.what, s, batch, t)
         args = inputs(s, batch, t)
-        return args if job.what == "nha" else [*args[:3], args[4]]
+        return args if job.what in OURS else [*args[:3], args[4]]
 
     shapes = jax.eval_shape(make)
     return ahead(run, *shapes[:-1]), ahead(with_gradients(run), *shapes), ahead(make)
@@ -269,13 +322,14 @@ def row(job: Job, t: int, **figures: Any) -> dict[str, Any]:
 
 def work_jax(job: Job) -> Timing:
     """The check, then every length."""
-    s, window = SHAPES[job.shape], job.window or 0
     ready = [(t, *compiled(job, t)) for t in job.lengths]
-    if job.what == "nha":
-        errors = check(s, Spec(window, window, s.d**-0.5), t=max(200, window + 100))
+    if job.what == "documents":
+        errors = check(job.sizes, job.spec, t=700, mean=100)
+    elif job.what == "nha":
+        errors = check(job.sizes, job.spec, t=max(200, job.spec.window + 100))
 
     def rows() -> Iterator[dict[str, Any]]:
-        if job.what == "nha":
+        if job.what in OURS:
             found = errors()
             yield {"shape": job.shape, "what": job.name, "errors": found}
             if not all(x < TOLERANCE for x in found.values()):
@@ -445,6 +499,7 @@ def main() -> None:
     for shape in a.shapes:
         jobs += [Job(shape, "nha", w, lengths) for w in a.windows]
         jobs += [Job(shape, "cudnn", w, lengths) for w in (None, *filter(None, a.windows))]
+        jobs += [Job(shape, what, None, PACKED[:1]) for what in ("documents", "masked")]
         jobs += [Job(shape, peer, None, (8192,)) for peer in peers if peer != "chunk_gsa"]
         jobs += [Job(shape, "decode", 64, (8192, 32768, 131072))]
     if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each
@@ -503,7 +558,7 @@ def render(rows: list[dict[str, Any]]) -> str:
     lines += ["", f"| relative RMS error | {' | '.join(NAMES)} |", "|---|---|---|---|---|---|"]
     for r in rows:
         if "errors" in r:
-            cells = (f"{r['errors'][n]:.1e}" for n in NAMES)
+            cells = (f"{r['errors'][n]:.1e}" if n in r["errors"] else "" for n in NAMES)
             lines.append(f"| {r['shape']} {r['what']} | {' | '.join(cells)} |")
     lines += [f"\n{r['shape']} {r['what']} failed: {r['failed']}" for r in rows if "failed" in r]
     return "\n".join(lines) + "\n"

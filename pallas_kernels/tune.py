@@ -22,12 +22,14 @@ from unittest import mock
 
 import numpy as np
 
+from pallas_kernels.gpu.launch import ENDLESS
 from pallas_kernels.gpu.tiles import KERNELS, LONG, Launch, Tiles
 from pallas_kernels.gpu.tiles import key as tile_key
 
 FOLDER = Path(__file__).parent / "tuned"
 LENGTH = 8192
 STACKED = "output", "dq", "dslot"
+FULL = "output", "dq", "dwindow"  # the kernels of full attention
 
 
 def candidates(kernel: str, chunk: int, group: int, window: int) -> Iterator[Launch]:
@@ -38,10 +40,22 @@ def candidates(kernel: str, chunk: int, group: int, window: int) -> Iterator[Lau
     if kernel == "dwindow" and window >= LONG:
         stacks = [1, 2]
     stages = {"state": (1,), "dstate": (1, 2)}.get(kernel, (1, 2))
+    if window == ENDLESS:
+        stages = 1, 2, 3
     for stack, depth in itertools.product(stacks, stages):
         warps = 4 * max(stack * chunk // 64, 1)
         if warps <= 8:
             yield Launch(warps, depth, stack)
+
+
+def setting(shape: Any, window: int) -> tuple[Any, Any]:
+    """Settings of the call that is timed, and its documents: without slots those of packed rows."""
+    from pallas_kernels import bench
+
+    lag = 0 if window == ENDLESS else window
+    rows = bench.TOKENS // LENGTH
+    doc = None if shape.m else bench.documents(rows, LENGTH, bench.PACKED[1])
+    return bench.Spec(window, lag, shape.d**-0.5), doc
 
 
 def recorded(shape: Any, window: int, tiles: Tiles, kernel: str) -> Any:
@@ -59,11 +73,12 @@ def recorded(shape: Any, window: int, tiles: Tiles, kernel: str) -> Any:
             found.append((fn, args, options))
         return plain(fn, *args, **options)
 
-    spec = bench.Spec(window, window, shape.d**-0.5)
+    spec, doc = setting(shape, window)
+    doc = None if doc is None else jnp.asarray(doc)
     q, k, v, la, do = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
     with mock.patch.object(launch, "call", call):
         _, kept = attention._forward(
-            q, k, v, la, None, None, *bench.rope(LENGTH, shape.d), None, None, spec, tiles
+            q, k, v, la, None, None, *bench.rope(LENGTH, shape.d), doc, None, spec, tiles
         )
         if kernel not in ("state", "output"):
             zero = jnp.zeros(q.shape[:3])
@@ -92,7 +107,8 @@ def compiled(
             full = list(args)
             for i, x in zip(where, xs, strict=True):
                 full[i] = x
-            return launch.call(fn, *full, **options | choice.options)
+            depth = {"STAGES": choice.stages} if "STAGES" in options else {}
+            return launch.call(fn, *full, **options | choice.options | depth)
 
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # more shared memory than there is
             call = jax.jit(run).lower(*arrays).compile()
@@ -148,9 +164,9 @@ def whole(shape: Any, window: int, tiles: Tiles) -> float:
     from pallas_kernels import bench
     from pallas_kernels.gpu import attention
 
-    spec = bench.Spec(window, window, shape.d**-0.5)
+    spec, doc = setting(shape, window)
     args = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
-    function = bench.with_gradients(bench.ours(spec, LENGTH, shape.d))
+    function = bench.with_gradients(bench.ours(spec, LENGTH, shape.d, doc))
     with mock.patch.object(attention, "choose", return_value=tiles):
         run = jax.jit(function).lower(*args).compile()
     return bench.milliseconds(run, *args, repeat=20)
@@ -164,31 +180,38 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--shapes", nargs="+", default=list(bench.SHAPES), choices=list(bench.SHAPES))
     p.add_argument("--window", type=int, default=64, help=f"from {LONG} on, for all long windows")
+    p.add_argument("--full", action="store_true", help="full attention over packed documents")
     p.add_argument("--chunks", nargs="+", type=int, default=[64])
     p.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     p.add_argument("--workers", type=int, default=10, help="processes that compile side by side")
     a = p.parse_args()
+    every = FULL if a.full else KERNELS
+    if a.full:
+        a.window, a.kernels = ENDLESS, [k for k in a.kernels if k in FULL]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     bench.with_cpu()
     path = FOLDER / f"gpu_{attention.device_name()}.json"
     table = json.loads(path.read_text()) if path.is_file() else {}
     for name in a.shapes:
         s = bench.SHAPES[name]
+        if a.full:
+            s = s._replace(m=0)
         best: dict[tuple, tuple] = {}
         for (chunk, kernel), ms, launch in sorted(
             search(s, a.window, a.chunks, a.kernels, a.workers)
         ):
             best[chunk, kernel] = min(best.get((chunk, kernel), (ms, launch)), (ms, launch))
             print(name, chunk, kernel, *launch, f"{ms:.3f} ms", flush=True)
-        if set(a.kernels) != set(KERNELS):
+        if set(a.kernels) != set(every):
             continue  # times of some kernels make no choice
-        spec = bench.Spec(a.window, a.window, s.d**-0.5)
+        spec, doc = setting(s, a.window)
+        sample: dict[str, Any] = {} if doc is None else dict(t=700, mean=100)
         totals = {c: sum(ms for key, (ms, _) in best.items() if key[0] == c) for c in a.chunks}
         for chunk in sorted(a.chunks, key=totals.__getitem__):
             launches: dict[str, Any] = {k: v[1] for (c, k), v in best.items() if c == chunk}
             choice = Tiles(chunk, **launches)
             with mock.patch.object(attention, "choose", return_value=choice):
-                worst = float(np.max([*bench.check(s, spec)().values()]))  # NaN stays
+                worst = float(np.max([*bench.check(s, spec, **sample)().values()]))  # NaN stays
             print(
                 name,
                 f"chunk {chunk}: {whole(s, a.window, choice):.3f} ms, error {worst:.1e}",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nha_jax.errors import UserError, nearest
 from nha_jax.ops import backends
@@ -360,7 +361,7 @@ def _room(state: NHAState, tokens: int) -> None:
     """A full layer's cache must hold every token; checked wherever the length is known."""
     if isinstance(state.length, jax.core.Tracer):
         return
-    used = int(state.length.max())
+    used = int(np.asarray(state.length).max())  # also where a jitted function holds the state
     if used + tokens > state.capacity:
         raise UserError(
             f"the state holds {used} tokens and {tokens} more exceed max_length "

@@ -1,8 +1,7 @@
 """The ``triton`` backend: Triton kernels through jax-triton, on Hopper with Mosaic GPU kernels for
-the commonest call, and cuDNN for full layers."""
+the commonest call; full layers too where a row has documents, and cuDNN for them elsewhere."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from nha_jax.ops import full as library
 from nha_jax.ops.core import Output, Spec
 from nha_jax.ops.state import NHAState, next_token, table_rows
-from pallas_kernels.gpu import attention, decode
+from pallas_kernels.gpu import attention, decode, launch
 
 CUDNN_WIDTH = 128
 
@@ -18,9 +17,9 @@ CUDNN_WIDTH = 128
 def refuses(*call_and_window) -> str | None:
     """Why `forward` (window given) or `full` (None) cannot take the call, or None."""
     *call, window = call_and_window
-    if window is not None:
+    q, v, doc = call[0], call[2], call[8]
+    if window is not None or doc is not None:
         return attention.supports(*call)
-    q, v = call[0], call[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention takes bfloat16 and float16, not {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > CUDNN_WIDTH:
@@ -38,9 +37,27 @@ def forward(*call) -> Output:
     return Output(*attention.forward(*call))
 
 
-def full(*call) -> jax.Array:
+def full(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_alpha: jax.Array,
+    slot_k0: jax.Array | None,
+    slot_v0: jax.Array | None,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    doc: jax.Array | None,
+    visible0: jax.Array | None,
+    spec: Spec,
+) -> jax.Array:
     """See ``nha_jax.ops.full``."""
-    return partial(library.forward, implementation="cudnn")(*call)
+    if doc is None:
+        return library.forward(
+            q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec,
+            implementation="cudnn",
+        )  # fmt: skip
+    spec = replace(spec, window=launch.ENDLESS)
+    return attention.forward(q, k, v, log_alpha, None, None, cos, sin, doc, None, spec)[0]
 
 
 def step(

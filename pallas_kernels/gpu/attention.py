@@ -49,8 +49,8 @@ def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
             f"{m} slots of {max(d, vd)} features do not fit the shared memory of a program here: "
             f"their product, in powers of two, may be {most}"
         )
-    if spec.window is None:
-        return "window=None (full attention) belongs to jax.nn.dot_product_attention"
+    if doc is None and spec.window >= launch.ENDLESS:
+        return "full attention without documents belongs to jax.nn.dot_product_attention"
     if m == 0 and spec.window == 0:
         return "a call with neither slots nor a window is left to the xla backend"
     return None
@@ -102,11 +102,13 @@ class _Call:
         self.init = slot_k0 is not None
         # in a short row few terms average the rounding, and float32 costs nothing
         short = self.T <= SHORT and _room(self.M, self.D, self.V) <= WIDE
-        wide = dtype != "bfloat16" or _fine(spec) or short
+        wide = dtype == "float32" or (self.slots and (dtype == "float16" or _fine(spec) or short))
         sizes = self.D, self.V, self.M, self.HQ // self.H
         self.tiles = tiles or choose(device_name(), dtype, *sizes, spec.window, wide)
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
+        # documents say which tiles of a window are looked at, where it has several before a chunk's own
+        self.bounded = doc is not None and spec.window > C + 1
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
         rounding = "nearest" if dtype == "float16" else "tf32"
@@ -169,27 +171,22 @@ def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
     )
 
 
-def _of_one_document(doc) -> tuple[jax.Array, jax.Array]:
-    """Of each chunk of doc [B,T], [B,NC]: whether its queries, and they and the rows before them that it writes,
-    are real tokens of one document."""
-    first = doc[:, ::MOSAIC]
-    alone = (first != 0) & (doc.reshape(*first.shape, MOSAIC) == first[..., None]).all(-1)
-    goes_on = alone[:, :-1] & (first[:, :-1] == first[:, 1:])
-    return alone, alone & jnp.pad(goes_on, ((0, 0), (1, 0)), constant_values=True)
-
-
-def _optional(cos, sin, doc, visible0, halo, T, dtype):
-    """Arrays for the absent optional inputs, and the running document of each query.
+def _optional(call: _Call, cos, sin, doc, visible0):
+    """Arrays for the absent optional inputs, the running document of each query, and which key tiles each chunk
+    looks at.
 
     Rotated rows are rounded to the inputs' dtype, so bfloat16 inputs take float16 tables (their error,
     2^-12, is a fraction of bfloat16's 2^-9): half the bytes and registers.
     """
     dummy = jnp.zeros((1,), jnp.int32)
-    cur = dummy
+    cur = sight = dummy
     if doc is not None:
         doc = doc.astype(jnp.int32)
-        cur = jax.lax.cummax(jnp.maximum(doc[:, halo : halo + T], 1), axis=1)
-    if cos is not None and dtype == jnp.bfloat16:
+        if call.slots:
+            cur = jax.lax.cummax(jnp.maximum(doc[:, call.spec.halo :], 1), axis=1)
+        if call.bounded:
+            sight = _sight(doc, call.spec.halo, call.C)
+    if cos is not None and call.dtype == jnp.bfloat16:
         cos, sin = cos.astype(jnp.float16), sin.astype(jnp.float16)
     table = jnp.zeros((1,), jnp.float32)
     return (
@@ -197,8 +194,69 @@ def _optional(cos, sin, doc, visible0, halo, T, dtype):
         table if sin is None else sin,
         dummy if doc is None else doc,
         cur,
+        sight,
         dummy if visible0 is None else visible0.astype(jnp.int32),
     )
+
+
+def _documents(doc, front: int, rows: int):
+    """Of blocks of `rows` rows of doc [B, S], with `front` rows of no token before the first: the oldest document, the
+    newest, and that which has every row, or 0."""
+    none = jnp.iinfo(jnp.int32).max
+    blocks = -(-(front + doc.shape[1]) // rows)
+    back = blocks * rows - front - doc.shape[1]
+    doc = jnp.pad(doc, ((0, 0), (front, 0)))
+
+    def tiles(fill):
+        return jnp.pad(doc, ((0, 0), (0, back)), constant_values=fill).reshape(-1, blocks, rows)
+
+    low, high = tiles(none), tiles(0)
+    newest = high.max(-1)
+    only = jnp.where(low.min(-1) == newest, newest, 0)
+    return jnp.where(high > 0, high, none).min(-1), newest, only
+
+
+def _of_one_document(doc) -> tuple[jax.Array, jax.Array]:
+    """Of each chunk of doc [B, T], [B, NC]: whether its queries, and they and the rows before them that it writes,
+    are tokens of one document."""
+    *_, only = _documents(doc, 0, MOSAIC)
+    goes_on = jnp.pad(only[:, :-1] == only[:, 1:], ((0, 0), (1, 0)), constant_values=True)
+    return only > 0, goes_on & (only > 0)
+
+
+def _sight(doc, halo: int, C: int):
+    """Of each chunk [B, NC, 2]: how many key tiles before its own hold a document of its queries; and how many of the
+    last of them have, as the chunk itself, rows of one document only."""
+    before = -(-halo // C)
+    oldest, newest, only = _documents(doc, before * C - halo, C)
+    tile = jnp.arange(newest.shape[1], dtype=jnp.int32)[None, None]
+    own = tile[:, 0, before:, None]
+    earlier = tile < own  # [1, NC, tiles]
+    seen = earlier & (newest[:, None] >= oldest[:, before:, None])
+    other = earlier & (only[:, None] != only[:, before:, None])
+    reach = own[..., 0] - jnp.where(seen, tile, own).min(-1)
+    whole = own[..., 0] - 1 - jnp.where(other, tile, -1).max(-1)
+    return jnp.stack([reach, jnp.where(only[:, before:] > 0, whole, 0)], -1)
+
+
+def _watch(doc, halo: int, C: int, stack: int):
+    """Of each block of `stack` key tiles [B, NK, 3], among the chunks of queries that start with its first row: the
+    first; the end of those that have, as the block itself, rows of one document only; the end of those that
+    hold a document of its keys."""
+    asking = jnp.where(jnp.arange(doc.shape[1])[None] >= halo, doc, 0)
+    oldest, *_ = _documents(asking, 0, C)
+    *_, only = _documents(doc, 0, C)
+    _, newest, alone = _documents(doc, 0, stack * C)
+    chunks = oldest.shape[1]
+    chunk = jnp.arange(chunks, dtype=jnp.int32)[None, None]
+    own = stack * jnp.arange(newest.shape[1], dtype=jnp.int32)[None, :, None]
+    seen = (chunk >= own) & (oldest[:, None] <= newest[:, :, None])
+    other = (chunk >= own + stack) & (only[:, None] != alone[:, :, None])
+    last = jnp.where(seen, chunk + 1, own).max(-1) - own[..., 0]
+    whole = jnp.where(other, chunk, chunks).min(-1) - own[..., 0]
+    whole = jnp.where(alone > 0, jnp.minimum(whole, last), 0)
+    first = jnp.broadcast_to(jnp.maximum(halo // C - own[..., 0], 0), last.shape)
+    return jnp.stack([first, whole, last], -1)
 
 
 def _both(call: _Call, kernel, *args, out, grid, into=None, common=None, **constants):
@@ -254,7 +312,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
 
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC
-    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, spec.halo, T, v.dtype)
+    cos_, sin_, doc_, cur, sight, vis = _optional(c, cos, sin, doc, visible0)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     width, f32 = c.D + c.V, jnp.float32
     heads = c.heads(c.tiles.output.stack)
@@ -277,7 +335,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         last = jnp.zeros((B, H, 0, width), f32)
     mosaic = _by_mosaic(c, log_alpha, cos, visible0)
     if mosaic and doc is not None:
-        strong = jnp.where(jnp.repeat(_of_one_document(doc)[1], H, 0), strong, STRONG)
+        strong = jnp.where(jnp.repeat(_of_one_document(doc_)[1], H, 0), strong, STRONG)
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
     keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
@@ -287,7 +345,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
 
         common = mosaic_output.output(q, k, v, la, st, cos_, sin_, spec.scale, launch.processors())
     o, lse_s, lse_w = _both(
-        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis,
+        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis,
         T, S, spec.halo, NC, c.rope_batch,
         out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
         grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, AHEAD=c.ahead(c.tiles.output.warps),
@@ -320,13 +378,17 @@ def _backward(spec, residuals, cotangents, tiles=None):
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
     B, T, S, H, HQ, M, NC, C = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC, c.C
     D, width, halo = c.D, c.D + c.V, spec.halo
-    cos_, sin_, doc_, cur, vis = _optional(cos, sin, doc, visible0, halo, T, v.dtype)
+    cos_, sin_, doc_, cur, sight, vis = _optional(c, cos, sin, doc, visible0)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
     turn = (
         cos is not None and spec.window <= C + 1
     )  # where few programs read a key, each rotates it
     keys = k if cos is None or turn else _rotated(k, cos_, sin_)
+    ready = not c.slots and not turn  # nothing needs queries or keys that are not rotated
+    queries = q
+    if ready and cos is not None:
+        queries = _rotated(q, *(x[..., halo:, :] for x in (cos_, sin_)))
     mosaic = D == c.V and _by_mosaic(c, log_alpha, cos, visible0)
     heads = c.heads(c.tiles.dq.stack)
     if mosaic and heads == HQ // H:
@@ -350,7 +412,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
         )  # fmt: skip
     mosaic = mosaic and share  # dk and dv, too
     dq, dl, p, side, delta, dst = _both(
-        c, kernels.dq_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, vis, o, do,
+        c, kernels.dq_kernel, queries, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
         out=[
             _sds(q.shape, q.dtype),
@@ -359,7 +421,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             demand if alone else _sds((1,), c.gate_dtype),
         ],
         grid=NC * B * (HQ // heads), **c.tiles.dq.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
+        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, READY=ready, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
         AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
         common=common,
     )  # fmt: skip
@@ -400,24 +462,24 @@ def _backward(spec, residuals, cotangents, tiles=None):
         stacked = 1 if mosaic else c.tiles.dwindow.stack
         tiles_k = -(-S // (stacked * C))
         programs = tiles_k * B * H
-        queries = q
-        if keys is not k:  # once the larger arrays are no more
+        if keys is not k and not ready:  # once the larger arrays are no more
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
         left = strong
         if mosaic:  # after Mosaic's, only the rows that chunks of strong gates write
-            end = jnp.zeros((B,), bool) if doc is None else ~_of_one_document(doc)[0][:, -1]
+            end = jnp.zeros((B,), bool) if doc is None else ~_of_one_document(doc_)[0][:, -1]
             end = jnp.where(jnp.repeat(end, H), STRONG, 0)
             left = jnp.concatenate([strong[:, 1:], end[:, None]], 1)
+        watch = _watch(doc_, halo, C, stacked) if c.bounded else doc_
         dk, dv, filled = launch.call(
-            kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, left, dk, dv,
+            kernels.dwindow_kernel, queries, keys if ready else k, v, cos_, sin_, doc_, watch, do, lse, delta, left, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
             grid=-(-programs // c.batch) if mosaic else programs,
-            aliases={10: 0, 11: 1, 12: 2} if c.slots else None,
+            aliases={11: 0, 12: 1, 13: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
-            ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
+            ADD=c.slots, ROPE=cos is not None, TURN=turn, READY=ready, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
             **c.pads, **c.half, KB=stacked, STRONG=mosaic, BATCH=c.batch,
         )  # fmt: skip
         dla = filled if c.slots else dla
@@ -443,7 +505,7 @@ def forward(
     q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V] of one dtype; log_alpha [B,S,H,M] <= 0; slot_k0 [B,H,M,D]
     and slot_v0 [B,H,M,V] float32 or None; cos, sin [S,D/2] or [B,S,D/2] float32 or None; doc [B,S]
     int32 (0 = padding, else documents 1, 2, ...) or None; visible0 [B] bool or None. S = halo + T.
-    spec has window, slot_lag, scale, feature_map, empty_slots, halo.
+    spec has window (``launch.ENDLESS`` for full attention over documents), slot_lag, scale, feature_map, empty_slots, halo.
 
     Returns o [B,T,HQ,V] in v's dtype, lse_slot and lse_window [B,T,HQ] float32 (natural log, -inf
     where that side is empty), and the final slots [B,H,M,D], [B,H,M,V] float32.

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
+    ENDLESS,
     LOG2E,
     SPAN,
     _angles,
@@ -168,12 +169,12 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
 
 
 @triton.jit
-def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
         o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch,
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
         scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-        SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+        SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
         PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
         C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
         AHEAD: tl.constexpr, STRONG: tl.constexpr):
@@ -343,20 +344,27 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     if WINDOW > 0:
         if SLOTS:
             do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
-        qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE)
-        q1, q2 = _turned(q_ptr + first * D, qrows, live, D, qc, qs, DH, DB, ROPE, SLOTS)
-        if ROPE:
+        qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE and not READY)
+        q1, q2 = _turned(q_ptr + first * D, qrows, live, D, qc, qs, DH, DB, ROPE and not READY, SLOTS)
+        if READY:  # left to itself, the compiler reads these from shared memory, and its products wait for one another
+            q1 = _landed(q1)
+            q2 = _landed(q2)
+        if ROPE and not READY:
             dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         krbase = kr_ptr + (b * S * H + h) * D
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
         CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW  # tiles between the first and the last are seen whole
-        for n in range(start, tl.minimum(start + 1, 0) if CLEAN else 1):
+        inner = start + 1
+        if HAS_DOC and NP > 1:
+            start = tl.maximum(-NP, -tl.load(sight_ptr + (b * NC + c) * 2))
+            inner = tl.maximum(1 - NP, -tl.load(sight_ptr + (b * NC + c) * 2 + 1))
+        for n in range(start, tl.minimum(inner, 0) if CLEAN else 1):
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, True, not CLEAN)
+                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < ENDLESS, not CLEAN)
         if CLEAN:
-            for n in range(start + 1, 0):
+            for n in range(inner, 0):
                 dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
-                                  H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, False, False)
+                                  H, D, V, scale, WINDOW, TURN, False, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
         if ROPE:
@@ -366,21 +374,21 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
 
 
 @triton.jit
-def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
               o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, total,
               dq_in, dl_in, p_in, side_in, delta_in, dst_in,
               dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
               HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
               scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
-              SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+              SLOTS: tl.constexpr, ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
               PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
               C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
               AHEAD: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
-    """dq, with kr the window's keys (TURN: yet to be rotated); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
+    """dq, with kr the window's keys (TURN: yet to be rotated; READY: the queries are rotated as well); and for the kernels that follow: slot probabilities p and logit gradients dl of every query head,
     times 2^g, the share of the gate gradient of the heads of a program, the window side's delta, and, where a
     program has all heads of a group, what dstate_kernel gives.
 
-    INPLACE: the share of step j in the row that it writes, for dslot_kernel to turn into that row's gradient. SHARE: p
+    sight [B, NC, 2]: as in output_kernel. INPLACE: the share of step j in the row that it writes, for dslot_kernel to turn into that row's gradient. SHARE: p
     and dl in the same way, in the memory of dv and dk.
 
     lse [B, T, HQ]: base 2, of both sides, +inf for empty rows; push_s, push_w: what the gradients of each side's
@@ -392,19 +400,19 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+                    _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                        ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
+                        ZERO, SLOTS, ROPE, TURN, READY, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
     else:
         mine = True
         if SLOTS:
             mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
         if mine:
-            _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr, o_ptr,
+            _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
-                ZERO, SLOTS, ROPE, TURN, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
+                ZERO, SLOTS, ROPE, TURN, READY, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
 
 
 @triton.jit
@@ -631,11 +639,11 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 
 
 @triton.jit
-def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo,
+def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo, NK,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                  WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                 C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr):
-    """Window side of dk, in halves, and dv of KB tiles of keys. TURN: the queries are yet to be rotated."""
+                 C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr):
+    """Window side of dk, in halves, and dv of KB tiles of keys. TURN: the queries are yet to be rotated; READY: the keys are rotated as well."""
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     NP: tl.constexpr = (WINDOW + C - 2) // C
@@ -647,26 +655,39 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, do_ptr, lse_ptr
     krow = kr + j
     kok = krow < S
     kb = (b * S + kr) * H + h
-    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE)
+    kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE and not READY)
     vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-    k1, k2 = _turned(k_ptr + kb * D, j, kok, H * D, kc, kn, DH, DB, ROPE)
+    k1, k2 = _turned(k_ptr + kb * D, j, kok, H * D, kc, kn, DH, DB, ROPE and not READY)
+    if READY:
+        k1 = _landed(k1)
+        k2 = _landed(k2)
     kdoc = j
     if HAS_DOC:
         kdoc = tl.load(doc + krow, mask=kok, other=0)
+    first = 0
+    near = KB
+    whole = NP
+    last = NP + KB
+    if HAS_DOC and NP > 1:
+        first = tl.load(watch_ptr + (b * NK + tile) * 3)
+        whole = tl.minimum(tl.load(watch_ptr + (b * NK + tile) * 3 + 1), NP)
+        last = tl.minimum(tl.load(watch_ptr + (b * NK + tile) * 3 + 2), NP + KB)
+        near = tl.maximum(first, KB)
     if APART:
-        for it in range(G * KB):
+        for it in range(G * first, G * tl.minimum(KB, last)):
             dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
                              C, DH, DB, VB, WINDOW < KB * C, True)
     if CLEAN:
-        for it in range(G * KB, G * NP):
+        for it in range(G * near, G * whole):
             dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
-                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
+                             kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, False, PREC,
                              C, DH, DB, VB, False, False)
-    for it in range(G * (KB if NP < KB or not CLEAN else NP) if APART else 0, G * (NP + KB)):
+        near = tl.maximum(near, whole)
+    for it in range(G * (near if APART else first), G * last):
         dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
-                             C, DH, DB, VB, True, not APART)
+                             C, DH, DB, VB, WINDOW < ENDLESS, not APART)
     if ROPE:
         kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
         dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
@@ -700,11 +721,11 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
 
 
 @triton.jit
-def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
+def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
              dk_ptr, dv_ptr, dla_ptr,
              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-             ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+             ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
              C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
     DH: tl.constexpr = D // 2
     h = pid % H
@@ -720,8 +741,8 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_pt
     dk1 = tl.zeros((KB * C, DB), tl.float32)
     dk2 = tl.zeros((KB * C, DB), tl.float32)
     dv = tl.zeros((KB * C, VB), tl.float32)
-    dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, do_ptr, lse_ptr, delta_ptr,
-                                b, h, tile, T, S, halo, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN)
+    dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, watch_ptr, do_ptr, lse_ptr, delta_ptr,
+                                b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN, READY)
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
@@ -735,14 +756,17 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_pt
 
 
 @triton.jit
-def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, strong_ptr, dk_in, dv_in, dla_in,
+def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, strong_ptr, dk_in, dv_in, dla_in,
                    T, S, halo, NK, rope_batch, total, dk_ptr, dv_ptr, dla_ptr,
                    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                    scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
-                   ROPE: tl.constexpr, TURN: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
+                   ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
                    C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
-    """Window side of the gradients of KB C keys and values. ADD: on top of the slot side, dk_in and dv_in; and
-    the gates of rows that are not written get the gradient 0. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
+    """Window side of the gradients of KB C keys and values. watch [B, NK, 3], for documents and windows of several tiles: of the
+    chunks of queries from the tile's first key on, the first and the end of those that look at it, and the end of those
+    that are, as the tile, of one document. ADD: on top of the slot side, dk_in and dv_in; and
+    the gates of rows that are not written get the gradient 0. TURN: the queries are yet to be rotated; READY: the keys are
+    rotated as well. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
     2 only."""
     if STRONG:
         start = tl.program_id(0)
@@ -750,10 +774,10 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_p
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):
-                    _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
-                             NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC,
+                    _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+                             NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, READY, HAS_DOC, PREC,
                              C, KB, DB, VB, MB)
     else:
-        _dwindow(tl.program_id(0), q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
-                 NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, HAS_DOC, PREC, C, KB, DB,
+        _dwindow(tl.program_id(0), q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+                 NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, READY, HAS_DOC, PREC, C, KB, DB,
                  VB, MB)

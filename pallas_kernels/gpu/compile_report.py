@@ -88,6 +88,8 @@ def report(
     arch: int,
     choice: tiles.Tiles | None = None,
     only: str = "",
+    *,
+    documents: bool = False,
 ) -> list[Row]:
     """Rows for forward and backward of one shape; without a choice, the device's own."""
     rows = []
@@ -105,11 +107,12 @@ def report(
         return [jnp.zeros(o.shape, o.dtype) for o in out]
 
     length = 8192
+    doc = jnp.ones((bench.TOKENS // length, length), jnp.int32) if documents else None
     args = jax.eval_shape(lambda: bench.inputs(shape, bench.TOKENS // length, length)[:4])
     tables = bench.rope(length, shape.d)
 
     def run(*xs):
-        return attention.forward(*xs, None, None, *tables, None, None, spec)[0]
+        return attention.forward(*xs, None, None, *tables, doc, None, spec)[0]
 
     with contextlib.ExitStack() as changed:
         changed.enter_context(mock.patch.object(launch, "call", call))
@@ -130,6 +133,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--shapes", nargs="+", default=list(bench.SHAPES), choices=list(bench.SHAPES))
     p.add_argument("--windows", nargs="+", type=int, default=[64])
+    p.add_argument("--full", action="store_true", help="full attention over documents too")
     p.add_argument("--arch", nargs="+", type=int, default=list(SHARED), choices=list(SHARED))
     p.add_argument("--only", default="", help="part of a kernel's name")
     p.add_argument("--no-spills", action="store_true", help="a spill is a failure")
@@ -142,9 +146,12 @@ def main() -> None:
         for name in a.shapes:
             s = bench.SHAPES[name]
             choice = tiles.Tiles.from_json(json.loads(a.tiles)) if a.tiles else None
-            for window in a.windows:
-                spec = bench.Spec(window, window, s.d**-0.5)
-                for r in report(s, spec, arch, choice, a.only):
+            for window in [*a.windows, *(["full"] if a.full else [])]:
+                if window == "full":
+                    shape, spec = s._replace(m=0), bench.Spec(launch.ENDLESS, 0, s.d**-0.5)
+                else:
+                    shape, spec = s, bench.Spec(window, window, s.d**-0.5)
+                for r in report(shape, spec, arch, choice, a.only, documents=window == "full"):
                     cells = arch, name, window, f"{r.kernel} {r.part}".strip(), *r[2:]
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
                     if r.shared > SHARED[arch] or (a.no_spills and r.spilled):

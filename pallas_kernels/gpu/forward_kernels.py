@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
+    ENDLESS,
     LN2,
     NINF,
     SPAN,
@@ -105,8 +106,10 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
     s = _inner(q1, q2, k1, k2, PREC)
     if PRE != 1.0:
         s = s * PRE
-    if EDGE or HAS_DOC:
-        keep = (rows[None, :] <= qrow[:, None]) & (tl.where(rows >= 0, rows, -WINDOW)[None, :] > (qrow - WINDOW)[:, None])
+    if EDGE:
+        keep = rows[None, :] <= qrow[:, None]
+        if WINDOW < ENDLESS:
+            keep = keep & (tl.where(rows >= 0, rows, -WINDOW)[None, :] > (qrow - WINDOW)[:, None])
         if HAS_DOC:
             kdoc = tl.load(doc_ptr + rows, mask=ok, other=0)
             keep = keep & (qdoc[:, None] == kdoc[None, :]) & (qdoc != 0)[:, None]
@@ -138,7 +141,7 @@ def _values(vbase, svb, row0, r0, j, kok, jok, mm, H: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
             T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
             scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr,
@@ -153,6 +156,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
     PRE: tl.constexpr = 1.0 if scale > 0 else scale * 1.4426950408889634
     NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
     FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C else 0  # of them, seen whole by every query
+    BOUNDED: tl.constexpr = HAS_DOC and NP > 1  # the chunk's documents say which of them are looked at, and seen whole
     # the tile leaving the window is the tile being written, and there are no others
     TWO: tl.constexpr = SLOTS and NP == 1 and LAG == C
     h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
@@ -213,6 +217,9 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         qrow = r0 + tok
         oldest = tl.maximum(-NP, -((r0 + C - 1) // C))
         inner = tl.maximum(-FULL, -(r0 // C))
+        if BOUNDED:
+            oldest = tl.maximum(-NP, -tl.load(sight_ptr + (b * NC + c) * 2))
+            inner = tl.maximum(-FULL, -tl.load(sight_ptr + (b * NC + c) * 2 + 1))
         for e in tl.range(0, inner - oldest + 1):
             n = tl.where(e < inner - oldest, oldest + e, 0)
             acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
@@ -220,7 +227,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         if FULL > 0:
             for n in tl.range(inner, 0, num_stages=STAGES):
                 acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
-                    False, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
+                    False, H, D, V, WINDOW, False, PREC, C, DB, VB)
     m_s = tl.full((R,), NINF, tl.float32)
     l_s = tl.zeros((R,), tl.float32)
     m = m_w
@@ -333,7 +340,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
 
 
 @triton.jit
-def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, vis_ptr,
+def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
                   T, S, halo, NC, rope_batch, total,
                   o_in, lse_s_in, lse_w_in, o_ptr, lse_s_ptr, lse_w_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -341,7 +348,8 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
                   SLOTS: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                   PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
                   GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
-    """Output and both log-sum-exps of one chunk, GB query heads."""
+    """Output and both log-sum-exps of one chunk, GB query heads. sight [B, NC, 2], for documents and windows of several tiles: how
+    many key tiles before its own a chunk looks at, and how many of the last of them are of its only document."""
     if STRONG:
         start = tl.program_id(0)
         step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
@@ -349,7 +357,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-                        vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
+                        sight_ptr, vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,
                         scale, WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, AHEAD, GB,
                         DB, VB, MB, STRONG)
     else:
@@ -359,5 +367,5 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
             # looked at only when results are stored: nothing waits for it
             mine = not _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC)
         _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
-            vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
+            sight_ptr, vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M, scale,
             WINDOW, LAG, FM, ZERO, SLOTS, ROPE, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, STAGES, AHEAD, GB, DB, VB, MB, STRONG)

@@ -23,6 +23,9 @@ import os
 import triton
 import triton.language as tl
 
+from pallas_kernels.gpu import launch
+
+ENDLESS = tl.constexpr(launch.ENDLESS)
 SPAN = tl.constexpr(96.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

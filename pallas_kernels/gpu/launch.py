@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 H100 = 132  # multiprocessors
+ENDLESS = 2**30  # a window that holds every row: for calls whose documents bound what is read
 
 
 @functools.cache

@@ -63,6 +63,13 @@ def default(d: int, v: int, m: int, group: int, itemsize: int) -> Tiles:
         all_warps: dict[str, Any] = dict.fromkeys(KERNELS, Launch(warps=8))
         # halves of a head wider than a chunk has rows: Triton then splits products over all warps
         return Tiles(32 if d > 64 else 16, **all_warps)
+    if m == 0:  # long loops over tiles of keys: the next ones are on their way
+        pair = Launch(8, 2, 2)
+        if max(d, v) <= 64:
+            return Tiles(output=Launch(4, 3), dq=Launch(4, 2), dwindow=Launch(4, 2))
+        if group % 2:
+            return Tiles(output=Launch(4, 2), dq=Launch(4, 2), dwindow=pair)
+        return Tiles(output=Launch(8, 3, 2), dq=pair, dwindow=pair)
     if max(d, v) > 64 and m <= 64 and group % 2 == 0:  # more slots do not fit shared memory
         pair = Launch(warps=8, stack=2)
         return Tiles(output=pair, dq=pair)

@@ -97,6 +97,8 @@ CASES = (
     Case("continued_packed", _length(PACKED), window=7, documents=PACKED, state=True),
     Case("full", t=33, window=None),
     Case("full_packed", _length(PACKED), window=None, documents=PACKED),
+    Case("full_packed_long", _length(LONG), window=None, heads=4, kv_heads=2, documents=LONG),
+    Case("full_continued", t=63, window=None, state=True),
 )
 
 
@@ -146,7 +148,7 @@ def before(case: Case, dtype):
     x = {name: jnp.broadcast_to(a[:1], (case.batch, *a.shape[1:])) for name, a in x.items()}
     start = init_state(
         case.batch, case.kv_heads, case.head_dim, case.value_dim, case.slots, case.window,
-        slot_lag=case.slot_lag, dtype=dtype,
+        slot_lag=case.slot_lag, max_length=case.t + 20, dtype=dtype,
     )  # fmt: skip
     ids = None if case.documents is None else jnp.full((case.batch, 16), 5, jnp.int32)
 

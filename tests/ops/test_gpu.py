@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 CASES = {
     case.name: replace(case, head_dim=64, value_dim=64, slots=16 if case.slots else 0)
     for case in suite.CASES
-    if case.window is not None  # those are cuDNN's
+    if case.window is not None or case.documents or case.state  # the others are cuDNN's
 }
 WIDTHS = [  # head_dim, value_dim, slots
     (64, 64, 8), (64, 64, 64), (64, 64, 256), (64, 128, 64), (96, 96, 32), (128, 128, 64),
@@ -136,9 +136,15 @@ def with_gradients(x, do):
 
 
 @pytest.mark.parametrize(
-    ("hq", "h", "d", "documents"), [(8, 2, 128, True), (8, 2, 128, False), (4, 4, 64, False)]
+    ("hq", "h", "d", "window", "documents"),
+    [
+        (8, 2, 128, 64, True),
+        (8, 2, 128, 64, False),
+        (4, 4, 64, 64, False),
+        (8, 2, 128, None, True),
+    ],
 )
-def test_same_results_every_run(hq, h, d, documents):
+def test_same_results_every_run(hq, h, d, window, documents):
     x, do = long_inputs(4096, hq, h, d=d)
     ids = jnp.repeat(jnp.arange(1, 33), 128)[None] if documents else None
     angles = jnp.arange(4096)[:, None] * 1e4 ** (-jnp.arange(d // 2) / (d // 2))
@@ -147,7 +153,7 @@ def test_same_results_every_run(hq, h, d, documents):
     @jax.jit
     def run(x, do):
         def f(x):
-            return nha_attention(**x, window=64, segment_ids=ids, rope=rope, impl="triton")
+            return nha_attention(**x, window=window, segment_ids=ids, rope=rope, impl="triton")
 
         o, pull = jax.vjp(f, x)
         return dict(o=o, **pull(do)[0])
@@ -170,3 +176,27 @@ def test_long_row_ends_as_its_last_tokens_alone(t, hq, h):
     for name, y in part.items():
         np.testing.assert_array_equal(whole[name], np.asarray(y[:, -end:]), err_msg=name)
         assert np.abs(np.asarray(y[:, -end:], np.float32)).max() > 0
+
+
+@pytest.mark.parametrize(("t", "hq", "h"), [(131072, 4, 2), (2**18 + 64, 128, 16)])
+def test_full_attention_in_a_long_row_is_that_of_its_last_document(t, hq, h):
+    """Rows of documents of 6,144 tokens, and one last of 2,048: no T x T mask, and indices to
+    2^31 in the second case."""
+    end = 2048
+    x, do = long_inputs(t, hq, h, m=0)
+    ids = jnp.minimum(jnp.arange(t) // 6144, (t - end) // 6144 - 1) + (jnp.arange(t) >= t - end)
+
+    @jax.jit
+    def run(x, do, ids):
+        def full(x):
+            return nha_attention(**x, window=None, segment_ids=ids, impl="triton")
+
+        o, pull = jax.vjp(full, x)
+        return dict(o=o, **pull(do)[0])
+
+    whole = {name: np.asarray(y[:, -end:]) for name, y in run(x, do, 1 + ids[None]).items()}
+    tail = {name: y[:, -end:] for name, y in x.items()}
+    part = run(tail, do[:, -end:], jnp.ones((1, end), jnp.int32))
+    for name in ("o", "q", "k", "v"):
+        np.testing.assert_array_equal(whole[name], np.asarray(part[name]), err_msg=name)
+        assert np.abs(whole[name].astype(np.float32)).max() > 0

@@ -15,11 +15,13 @@ def test_compiles(arch, tmp_path):
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report"]
     run = subprocess.run(
-        [*command, "--shapes", "B", "--arch", str(arch)], env=env, capture_output=True, text=True
-    )
+        [*command, "--full", "--shapes", "B", "--arch", str(arch)],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
     print(run.stdout)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert f"| {arch} | B | 64 | dslot_kernel |" in run.stdout
+    for kernel in ("64 | dslot", "full | dwindow"):
+        assert f"| {arch} | B | {kernel}_kernel |" in run.stdout
 
 
 @pytest.mark.parametrize(

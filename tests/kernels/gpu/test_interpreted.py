@@ -14,6 +14,13 @@ from pallas_kernels.gpu.tiles import Launch, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # numpy's, from inside the interpreter
 
+# documents over several chunks of 16, to the end of one, across, of one token; padding everywhere
+PACKED = [0] * 18 + [1] * 30 + [2] * 16 + [3] + [4] * 45 + [0] * 20 + [5] * 2 + [6] + [7] * 52
+PACKED += [0] * 7
+# tokens before the call and those of other shards, as the op's context parallel gives them
+AFTER = [1] * 19 + [0] * 34 + [1] * 17 + [2] * 51 + [3] * 60
+FULL = dict(M=0, T=192, doc=PACKED, window=launch.ENDLESS, HQ=1)
+TWO_TILES = Tiles(16, dwindow=Launch(stack=2))
 CASES = {
     "stacked_gqa": dict(HQ=4, H=2, T=35, tiles=Tiles(16, *[Launch(stack=2)] * 6)),
     "slots_only": dict(window=0, lag=0, init=True),
@@ -34,6 +41,14 @@ CASES = {
     "one_token": dict(T=1),
     "odd_sizes": dict(M=24, D=48, V=80, T=20),
     "window_only": dict(M=0, rope=False),
+    "full": FULL,
+    "full_gqa": FULL | dict(HQ=4, H=2, tiles=Tiles(16, *[Launch(stack=2)] * 6)),
+    "full_uneven": FULL | dict(window=201, T=181, doc=PACKED[:181], D=96, V=48),
+    "full_after": FULL | dict(halo=85, T=96, doc=AFTER, rope=False, tiles=TWO_TILES),
+    "full_bfloat16": FULL | dict(HQ=2, dtype="bfloat16"),
+    "long_documents": dict(T=192, doc=PACKED, window=48, HQ=1),
+    "long_documents_apart": dict(T=192, doc=PACKED, window=41, HQ=1, D=96, V=64),
+    "long_documents_after": dict(halo=85, T=96, doc=AFTER, window=48, HQ=1, tiles=TWO_TILES),
 }
 TOLERANCE = {"o": 2e-6, "gradient": 1e-5}  # float32, relative RMS
 ROUNDED = {"o": 8e-3, "gradient": 8e-3}  # bfloat16
@@ -105,11 +120,83 @@ def test_forward_and_gradients(name):
         assert relative(a, b) < tolerance["gradient"]
 
 
-def test_tolerance_rejects_wrong_outputs():
-    arrays, tables, docs, spec, tiles = build()
+@pytest.mark.parametrize("case", [{}, FULL])
+def test_tolerance_rejects_wrong_outputs(case):
+    arrays, tables, docs, spec, tiles = build(**case)
     o = attention._forward(*arrays, *tables, docs, None, spec, tiles)[0][0]
     assert relative(jnp.zeros_like(o), o) > TOLERANCE["o"]
     assert relative(o * (1 + 1e-5), o) > TOLERANCE["o"]
+
+
+@pytest.mark.parametrize("tiles", [Tiles(16), TWO_TILES])
+def test_other_documents_are_not_looked_at(tiles):
+    """NaN in one document: 0 times it would show in the others."""
+    size = 64  # as the tiles end
+    docs = [0] * 5 + [1] * (size - 5) + [2] * size + [0] * 3 + [3] * (size - 3)
+    arrays, tables, docs, spec, _ = build(**FULL | dict(doc=docs))
+    there = (docs[0] == 2)[None, :, None, None]
+
+    def run(bad):
+        q, k, v, la, *rest = arrays
+        q, k, v, do = (jnp.where(there & bad, jnp.nan, x) for x in (q, k, v, v))
+        out, kept = attention._forward(q, k, v, la, *rest, *tables, docs, None, spec, tiles)
+        zeros = [jnp.zeros_like(x) for x in out[1:]]
+        gradients = attention._backward(spec, kept, (do, *zeros), tiles)
+        return out[0], *gradients[:3]
+
+    for got, want in zip(run(bad=True), run(bad=False), strict=True):
+        assert np.isnan(np.asarray(got)[0, size : 2 * size]).all()
+        np.testing.assert_array_equal(jnp.where(there, 0, got), jnp.where(there, 0, want))
+
+
+@pytest.mark.parametrize("halo", [0, 24, 61])
+@pytest.mark.parametrize("stack", [1, 2])
+def test_no_tile_is_looked_at_in_vain(halo, stack):
+    """Tiles that documents leave to be visited: those with a pair that sees one another, and as
+    whole only such as have no other pair. doc: 20 rows of other lengths, padding among them."""
+    C, T, rows = 8, 150, 20
+    r = np.random.default_rng(0)
+    doc = np.zeros((rows, halo + T), np.int32)
+    for b in range(rows):
+        start = number = 0
+        while start < halo + T:
+            length = int(r.exponential(4 * C)) + 1
+            number += bool(pad := r.random() < 0.2) ^ 1
+            doc[b, start : start + length] = 0 if pad else number
+            start += length
+    sight, watch = (
+        np.asarray(x)
+        for x in (attention._sight(doc, halo, C), attention._watch(doc, halo, C, stack))
+    )
+    at = np.arange(halo + T)
+    for b in range(rows):
+        pairs = (doc[b][:, None] == doc[b]) & (doc[b] != 0) & (at <= at[:, None])
+        pairs[:halo] = False  # [queries, keys]
+
+        def tile(first, size, pairs=pairs, axis=0):
+            return pairs.take(range(max(first, 0), min(first + size, len(at))), axis)
+
+        for c, (reach, whole) in enumerate(sight[b]):
+            first = halo + c * C
+            mine = tile(first, C)
+            seen = [tile(first - n * C, C, mine, 1) for n in range(1 + first // C + 1)]
+            any_ = [n for n, x in enumerate(seen) if x.any()]
+            assert reach == max([0, *any_])
+            full = [x.all() and x.shape[1] == C for x in seen[1:]]
+            assert whole == [*full, False].index(False)
+        for n, (first, whole, last) in enumerate(watch[b]):
+            start = n * stack * C
+            mine = tile(start, stack * C, axis=1)
+            seen = [tile(e, C, mine) for e in range(start, len(at), C)]
+            asked = [e for e, x in enumerate(seen) if x.any()]
+            assert first == max(halo // C - n * stack, 0)
+            assert last == max([-1, *asked]) + 1
+            live = [min(start + (e + 1) * C, len(at)) > halo for e in range(len(seen))]
+            assert not any(live[:first])
+            assert whole <= last
+            for e in range(max(first, stack), whole):
+                past = max(halo - start - e * C, 0)  # rows before the call
+                assert seen[e][past:].all()
 
 
 @pytest.mark.parametrize(

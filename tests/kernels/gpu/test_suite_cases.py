@@ -33,6 +33,11 @@ def interpreted(monkeypatch):
         ("packed", "bfloat16"),  # few numbers in log_alpha's gradient
         ("packed", "float16"),
         ("packed_long", "bfloat16"),  # documents, and rows too long for float32
+        ("full_packed", "float16"),
+        ("full_packed", "float32"),
+        ("full_packed_long", "bfloat16"),
+        ("full_continued", "bfloat16"),
+        ("window_only", "float16"),
     ],
 )
 def test_case(name, dtype):
