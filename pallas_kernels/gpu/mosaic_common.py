@@ -126,9 +126,10 @@ def mm(interpret: bool, acc: Any, a: Any, b: Any, stage: Any) -> None:
 
 
 def copy_in(interpret: bool, src: Any, dst: Any, bar: Any, when: Any = None) -> None:
-    """Start a copy to shared memory (``when``)."""
+    """Start a copy to shared memory (``when``). The barrier counts one that is not made, too."""
     if interpret and when is not None:  # the interpreter has no predicates
         pl.when(when)(lambda: plgpu.copy_gmem_to_smem(src, dst, bar))
+        pl.when(jnp.logical_not(when))(lambda: plgpu.barrier_arrive(bar))
     else:
         plgpu.copy_gmem_to_smem(src, dst, bar, predicate=when)
 

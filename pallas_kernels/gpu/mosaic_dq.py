@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -425,7 +426,7 @@ def dq(
             y, z = logits(s, i)
             # a barrier, too: q, do, o and the state's values have been read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            load_state(c + 1, 1, s.sv, last & more)
+            pl.when(last)(lambda: load_state(c + 1, 1, s.sv, more))
             wait(bars.read)  # by the other, whose dq of the turn before has left, too
             then = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
             load_queries(*then, s, more | ~last)
@@ -466,7 +467,11 @@ def dq(
             old = 1 - own
             more = i + 1 < count
             last = turn == group - 1
-            go_on = more & last if grouped else more  # with the next chunk's
+
+            def at_last(f: Callable) -> None:
+                """f() in the last turn."""
+                pl.when(last)(f) if grouped else f()
+
             here = queries(c, turn)
             k_old, v_old, kr_old, kr_own = key(s, i - 1), s.v.at[old], s.kr.at[old], s.kr.at[own]
 
@@ -527,16 +532,20 @@ def dq(
 
             near = accumulators(by_keys, width)
             common.sync(interpret)  # the angles, o and the older keys have been read
-            load_angles(c + 1, s, bars.angles, go_on)
-            if grouped:
-                load_rows(k_ref, c + 1, kr_old, bars.k, go_on)
-            elif roomy:
-                load_o(c + 1, s, more)
+
+            def next_chunk() -> None:
+                load_angles(c + 1, s, bars.angles, more)
+                if grouped:
+                    load_rows(k_ref, c + 1, kr_old, bars.k, more)
+                elif roomy:
+                    load_o(c + 1, s, more)
+
+            at_last(next_chunk)
 
             def by_slots(a_acc, acc):
                 dl_s = s.pd.at[0]
                 wait(bars.dl)
-                load_rows(v_ref, c + 1, v_old, bars.v, go_on)
+                at_last(lambda: load_rows(v_ref, c + 1, v_old, bars.v, more))
                 if roomy and not grouped:
                     load_rows(k_ref, c + 1, key(s, i + 1), bars.k, more)
                 start(acc, near)
@@ -556,10 +565,14 @@ def dq(
                 plgpu.commit_smem()
                 leave(kr_old, dq_ref.at[here])
                 return
-            pl.when(last)(lambda: plgpu.barrier_arrive(bars.done))
             common.sync(interpret)  # dl, the keys and the state's have been read
-            load_rows(k_ref, c, k_old, bars.state, go_on)
-            load_state(c + 1, 0, s.sk, go_on)
+
+            @pl.when(last)
+            def _():
+                plgpu.barrier_arrive(bars.done)
+                load_rows(k_ref, c, k_old, bars.state, more)
+                load_state(c + 1, 0, s.sk, more)
+
             wait(bars.left)
             for n in range(parts):
                 s.pd.at[n][...] = x[:, n * C : (n + 1) * C]
