@@ -320,16 +320,16 @@ def _backward(spec, residuals, cotangents, tiles=None):
     parts = HQ // H // heads
     alone = c.slots and parts == 1
     demand = _sds((B * H, NC + 1, M, width), c.gate_dtype)
+    by_mosaic = D == c.V and _by_mosaic(c, log_alpha, cos, doc, visible0)
     # the heads' share of the gates' gradient waits in that gradient's own memory, if it has the room
-    inplace = alone and spec.window > 0 and log_alpha.dtype == f32
+    inplace = alone and spec.window > 0 and log_alpha.dtype == f32 and (HQ == H or not by_mosaic)
     shares = (B, S, H, M) if inplace else (B, T, H * parts, M) if c.slots else (1,)
     # and so do dl and p, in that of dk and dv
     share = inplace and HQ == H and min(D, c.V) >= M and c.gate_dtype == v.dtype
     read = (B, T, HQ, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
     common = None
-    mosaic = share and D == c.V and _by_mosaic(c, log_alpha, cos, doc, visible0)
-    if mosaic:
+    if by_mosaic and share:
         from pallas_kernels.gpu import mosaic_dq
 
         common = mosaic_dq.dq(
@@ -363,10 +363,11 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dk = dv = jnp.zeros((1,), v.dtype)
     dla = jnp.zeros_like(log_alpha)
     common = None
-    if mosaic:
-        from pallas_kernels.gpu import mosaic_dkv
+    if by_mosaic:
+        from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups
 
-        common = mosaic_dkv.dkv(
+        by_rows = mosaic_dkv.dkv if share else mosaic_dkv_groups.dkv
+        common = by_rows(
             q, k, v, do, lse, delta, la, total, cross, dst, strong, cos_, sin_, dl, p, side,
             spec.scale, launch.processors(),
         )  # fmt: skip
@@ -383,7 +384,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             NSIDE=parts, INPLACE=inplace, SHARE=share, **c.pads, **c.half,
         )  # fmt: skip
     if spec.window > 0:
-        stacked = 1 if mosaic else c.tiles.dwindow.stack
+        stacked = 1 if by_mosaic else c.tiles.dwindow.stack
         tiles_k = -(-S // (stacked * C))
         programs = tiles_k * B * H
         queries = q
@@ -391,17 +392,17 @@ def _backward(spec, residuals, cotangents, tiles=None):
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
         # after Mosaic's, only the rows that chunks of strong gates write
-        left = jnp.pad(strong[:, 1:], ((0, 0), (0, 1))) if mosaic else strong
+        left = jnp.pad(strong[:, 1:], ((0, 0), (0, 1))) if by_mosaic else strong
         dk, dv, filled = launch.call(
             kernels.dwindow_kernel, queries, k, v, cos_, sin_, doc_, do, lse, delta, left, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
-            grid=-(-programs // kernels.BATCH.value) if mosaic else programs,
+            grid=-(-programs // kernels.BATCH.value) if by_mosaic else programs,
             aliases={10: 0, 11: 1, 12: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, TURN=turn, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
-            **c.pads, **c.half, KB=stacked, STRONG=mosaic,
+            **c.pads, **c.half, KB=stacked, STRONG=by_mosaic,
         )  # fmt: skip
         dla = filled if c.slots else dla
     dk0 = dv0 = None
