@@ -36,6 +36,7 @@ from pallas_kernels.gpu.mosaic_common import (
     weight,
 )
 from pallas_kernels.gpu.mosaic_dkv import _bits, _column, _in_two, _masks, _number
+from pallas_kernels.gpu.mosaic_dq import _opaque_zero
 
 
 class _Buffers(NamedTuple):
@@ -95,6 +96,53 @@ def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(left + right, 1)
 
 
+def _mask(interpret: bool) -> jax.Array:
+    """-1 where row j <= query tok, elsewhere 0: made where it is used, of one register."""
+    if interpret:
+        return _masks()
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((C, C), jnp.int16, layout=plgpu.Layout.WGMMA)
+    )
+    def make(_):
+        import numpy as np
+        from jax.experimental.mosaic.gpu import FragmentedArray, utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, vector
+
+        i32 = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
+
+        def c(x):
+            return utils.c(x, i32)
+
+        # a thread has columns 8 n + column, + 1, of rows 8 h + row: on where row - column <= 8 (n - h)
+        tid: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+        row = arith.andi(arith.shrui(tid, c(1)), c(0x30))
+        row = arith.addi(row, arith.andi(arith.shrui(tid, c(2)), c(7)))
+        gap = arith.subi(row, arith.andi(arith.shli(tid, c(1)), c(6)))
+        ends = [arith.shrui(arith.addi(gap, c(n)), c(3)) for n in (7, 6)]
+        low, high = (arith.shrui(c(0x7FFF), n) for n in ends)
+        word = arith.ori(low, arith.shli(high, c(16)))  # bits 14 - n + h, 30 - n + h
+        masks = {}
+        for n in range(-1, 8):
+            bits = arith.shli(word, c(n + 1))
+            # each half the sign of the half
+            full = llvm.inline_asm(i32, [bits], "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r")
+            masks[n] = vector.bitcast(
+                pair, vector.broadcast(ir.VectorType.get((1,), i32), full)
+            )
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        strides = layout.tiling.tile_strides((C, 1))
+        registers = np.empty(layout.registers_shape((C, C)), object)
+        for at in np.ndindex(registers.shape):
+            rows, columns = divmod(sum(i * s for i, s in zip(at, strides, strict=False)), C)
+            registers[at] = masks[columns // 8 - rows // 8]
+        return FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return make()
+
+
 @common.once
 def dkv(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array,
@@ -134,7 +182,7 @@ def dkv(
 
     def body(
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref,
-        angles_ref, dl_ref, p_ref, side_ref, zero_ref,
+        angles_ref, dl_ref, p_ref, side_ref,
         dk_ref, dv_ref, dla_ref, turned_ref, slots_ref, after_ref, tiles, stages, bars,
     ) -> None:  # fmt: skip
         wg = lax.axis_index("wg")
@@ -152,7 +200,7 @@ def dkv(
 
         def afresh() -> _Buffers:
             """By addresses that are worked out here rather than held in registers."""
-            return buffers(zero_ref[0])
+            return buffers(_opaque_zero(interpret))
 
         def wait(*these) -> None:
             for bar in these:
@@ -223,9 +271,9 @@ def dkv(
         def parity(i, turn):
             return lax.rem(i * group + turn, 2)
 
-        def hand_over(s, x) -> None:
+        def hand_over(s) -> None:
             """Rotated queries to the second warpgroup, which is done with the last ones."""
-            s.qr[...] = x
+            s.qr[...] = _turned(load(s.q), *angles(s.angles))
             plgpu.wgmma_wait(0)
             plgpu.commit_smem()  # a barrier, too
             plgpu.barrier_arrive(bars.ready)
@@ -233,14 +281,12 @@ def dkv(
         def rotation(turn, _) -> None:
             """The first warpgroup, queries of the run's first chunk: for the other to put aside."""
             s = afresh()
-            wait(bars.q)
-            x = _turned(load(s.q), *angles(s.angles))
-            wait(bars.done)
-            hand_over(s, x)
+            wait(bars.q, bars.done)
+            hand_over(s)
             i, turn = following(-1, turn)
             load_query(s, i, turn, i < count)
 
-        def pairs(dk, dw, i, turn, bw, on) -> None:
+        def pairs(dk, dw, i, turn, bw) -> None:
             """The first warpgroup, a turn."""
             s = afresh()
             at = parity(i, turn)
@@ -250,6 +296,7 @@ def dkv(
                 plgpu.wgmma(xk, s.k, s.q.T)
                 plgpu.wgmma(xv, s.v, s.do.at[at].T)
                 wait(bars.waiting)
+                on = _mask(interpret)
                 mm(dw, _number(_bits(landed(xk, 1)) & on), s.dl)
                 mm(dw, _number(_bits(landed(xv, 1)) & on), s.p)
 
@@ -258,19 +305,18 @@ def dkv(
             def rows(ak, av):
                 mm(ak, bw, s.dl.T)
                 mm(av, bw, s.p.T)
-                pl.when(turn == 0)(lambda: wait(bars.angles))
-                x = _turned(load(s.q), *angles(s.angles))
+                on = _mask(interpret)
                 mm(dk, _number(_bits(landed(ak, 1)) & on), s.q)
-                return x, _number(_bits(landed(av, 1)) & on)
+                wait(bars.done)
+                s.av[...] = _number(_bits(landed(av, 1)) & on)
 
-            x, av = accumulators(rows, C, C)
-            wait(bars.done)
-            s.av[...] = av
-            hand_over(s, x)
+            accumulators(rows, C, C)
+            pl.when(turn == 0)(lambda: wait(bars.angles))
+            hand_over(s)
             load_query(s, *following(i, turn), following(i, turn)[0] < count)
             load_waiting(s, i, turn + 1, turn + 1 < group)
 
-        def slots(i, on) -> jax.Array:
+        def slots(i, _) -> None:
             """The first warpgroup, a row chunk."""
             s = afresh()
             r = first + i
@@ -281,7 +327,7 @@ def dkv(
             plgpu.commit_smem()
 
             def factors(g):
-                ones = ~lax.optimization_barrier(on) & 0x3C00  # 1.0 for rows before
+                ones = ~_mask(interpret) & 0x3C00  # 1.0 for rows before
                 start(g, short.astype(F32))
                 mm(g, lax.bitcast_convert_type(ones, F16), s.sums)
                 w = weight(gate)
@@ -300,7 +346,7 @@ def dkv(
 
             def chunk(dk, dw):
                 plgpu.wgmma(dk, s.last, s.dsk)
-                lax.fori_loop(0, group, lambda turn, _: pairs(dk, dw, i, turn, bw, on), None)
+                lax.fori_loop(0, group, lambda turn, _: pairs(dk, dw, i, turn, bw), None)
 
                 def through(u):
                     s = afresh()
@@ -331,7 +377,7 @@ def dkv(
                 common.sync(interpret)
                 _in_two(rest, s.dl, s.p)
                 plgpu.commit_smem()
-                triu = _number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
+                triu = _number(_mask(interpret) & 0x3F80)  # 1.0
                 mm(t, triu, s.dl)
                 mm(t, triu, s.p)
                 own = _column(cross_ref.at[row, r + 1]) - dw * load(after_ref.at[run])
@@ -339,7 +385,6 @@ def dkv(
 
             common.store(dla_ref.at[here], accumulators(gates, C))
             common.sync(interpret)  # before the next gates take dl's place
-            return on
 
         def window(s, q, do, at) -> tuple:
             """Weights and gradients of the logits of pairs [row, query], unmasked."""
@@ -352,21 +397,22 @@ def dkv(
 
             return accumulators(both, C, C)
 
-        def own_window(s, dk, dv, on) -> None:
+        def own_window(s, dk, dv) -> None:
             """What a turn's queries of the rows' own chunk give them."""
             wait(bars.old)
             w, ds = window(s, s.old_q, s.old_do, OLD)
+            on = _mask(interpret)
             mm(dv, _number(_bits(w) & on), s.old_do)
             mm(dk, _number(_bits(ds) & on), s.old_q)
 
         def put_aside(s, turn) -> None:
             common.copy_out(interpret, s.qr, turned_ref.at[run, turn])
 
-        def windows(dk, dv, i, turn, on) -> None:
+        def windows(dk, dv, i, turn) -> None:
             """The second warpgroup, a turn."""
             s = afresh()
             r, at = first + i, parity(i, turn)
-            own_window(s, dk, dv, on)
+            own_window(s, dk, dv)
             wait(bars.ready, bars.do.at[at])
             put_aside(s, turn)
             w, ds = window(s, s.qr, s.do.at[at], 2 * at)
@@ -381,6 +427,7 @@ def dkv(
                 load_values(s, r + 1, r + 1 < end)
                 load_angles(r, s.kr, bars.back)
 
+            on = _mask(interpret)
             here = _number(_bits(w) & ~on | lax.bitcast_convert_type(load(s.av), jnp.int16))
             mm(dv, here, s.do.at[at])
             mm(dk, _number(_bits(ds) & ~on), s.qr)
@@ -415,7 +462,7 @@ def dkv(
 
         def row_chunk(i, carry) -> tuple:
             """The second warpgroup, a row chunk."""
-            cos, sin, on = carry
+            cos, sin = carry
             s = afresh()
             r = first + i
             turned_keys(s, cos, sin)
@@ -423,11 +470,11 @@ def dkv(
 
             def chunk(dk, dv):
                 plgpu.wgmma(dv, s.last, s.dsv)
-                lax.fori_loop(0, group, lambda turn, _: windows(dk, dv, i, turn, on), None)
+                lax.fori_loop(0, group, lambda turn, _: windows(dk, dv, i, turn), None)
                 s_ = afresh()
                 wait(bars.angles)
                 cos, sin = angles(s_.angles)
-                common.sync(interpret)
+                plgpu.commit_smem()
                 load_angles(r + 2, s_.angles, bars.angles, i + 1 < count)
                 leave(landed(dv), s_.do.at[parity(i, group - 1)], dv_ref, r)
                 x = back(s_, dk)
@@ -437,17 +484,19 @@ def dkv(
                 release(s_, i, group - 1)
                 return cos, sin
 
-            return *accumulators(chunk, width, width), on
+            return accumulators(chunk, width, width)
 
         def walk_slots() -> None:
             s = buffers(0)
             load_query(s, -1, 0)
             wait(bars.angles)
             lax.fori_loop(0, group, rotation, None)
-            lax.fori_loop(0, count, slots, _masks())
+            lax.fori_loop(0, count, slots, None)
+            wait(bars.done)
 
             @pl.when(end == chunks)
             def _():  # the last rows: no chunk writes them
+                wait(bars.k, bars.values)
                 zero = plgpu.layout_cast(jnp.zeros((C, C), F32), TILE)
                 common.store(dla_ref.at[b, tokens(chunks - 1), h], zero)
 
@@ -471,9 +520,9 @@ def dkv(
             load_old(s, 0, 0)
             wait(bars.angles)
             cos, sin = angles(s.angles)
-            common.sync(interpret)
+            plgpu.commit_smem()
             load_angles(first + 1, s.angles, bars.angles, some)
-            cos, sin, on = lax.fori_loop(0, count, row_chunk, (cos, sin, _masks()))
+            cos, sin = lax.fori_loop(0, count, row_chunk, (cos, sin))
 
             @pl.when(end == chunks)
             def _():  # the last rows: only their own chunk sees them
@@ -484,9 +533,9 @@ def dkv(
 
                 def rows(dk, dv):
                     def turn(n, _) -> None:
-                        own_window(s, dk, dv, on)
+                        own_window(s, dk, dv)
                         plgpu.wgmma_wait(0)
-                        common.sync(interpret)
+                        plgpu.commit_smem()
                         load_old(s, count, n + 1, n + 1 < group)
 
                     lax.fori_loop(0, group, turn, None)
@@ -543,7 +592,4 @@ def dkv(
     )  # fmt: skip
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     angles = lax.bitcast_convert_type(jnp.concatenate([cos, sin], -1), BF16)
-    zero = jnp.zeros((1,), jnp.int32)
-    return kernel(
-        q, k, v, do, *by_head, log_alpha, total, cross, dst, angles, dl, p, side, zero
-    )[:3]  # fmt: skip
+    return kernel(q, k, v, do, *by_head, log_alpha, total, cross, dst, angles, dl, p, side)[:3]
