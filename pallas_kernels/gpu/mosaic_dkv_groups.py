@@ -263,6 +263,9 @@ def dkv(
         def load_angles(c, dst, bar, when=None) -> None:
             copy(angles_ref.at[(b, tokens(c)) if own_angles else tokens(c)], dst, bar, when)
 
+        def load_gates(r) -> jax.Array:
+            return load(la_ref.at[b, tokens(r), h])
+
         def angles(src) -> tuple:
             x = load(src)
             half = width // 2
@@ -316,12 +319,11 @@ def dkv(
             load_query(s, *following(i, turn), following(i, turn)[0] < count)
             load_waiting(s, i, turn + 1, turn + 1 < group)
 
-        def slots(i, _) -> None:
-            """The first warpgroup, a row chunk."""
+        def slots(i, gate) -> jax.Array:
+            """The first warpgroup, a row chunk; its gates, then the next one's."""
             s = afresh()
             r = first + i
-            here = b, tokens(r), h
-            gate = load(la_ref.at[here]) * LOG2E
+            gate *= LOG2E
             short = lax.optimization_barrier(gate.astype(F16))
             s.sums[...] = short
             plgpu.commit_smem()
@@ -347,6 +349,9 @@ def dkv(
             def chunk(dk, dw):
                 plgpu.wgmma(dk, s.last, s.dsk)
                 lax.fori_loop(0, group, lambda turn, _: pairs(dk, dw, i, turn, bw), None)
+                rest = load(side_ref.at[b, tokens(r + 1), h * shares])
+                for n in range(1, shares):
+                    rest += load(side_ref.at[b, tokens(r + 1), h * shares + n])
 
                 def through(u):
                     s = afresh()
@@ -358,9 +363,10 @@ def dkv(
                 plgpu.barrier_arrive(bars.through)
                 common.store(slots_ref.at[run], landed(dk))
                 plgpu.barrier_arrive(bars.slots)
-                return u, landed(dw) + u
+                return u, landed(dw) + u, rest
 
-            u, dw = accumulators(chunk, width, C)
+            u, dw, rest = accumulators(chunk, width, C)
+            later = load_gates(jnp.minimum(r + 1, chunks - 1))
             s = afresh()
             _in_two(lax.optimization_barrier(bw).astype(F32) * u, s.dl, s.p)
             plgpu.commit_smem()  # a barrier, too: the keys have been read
@@ -370,12 +376,10 @@ def dkv(
                 ones = plgpu.layout_cast(jnp.full((C, C), 1.0, BF16), TILE)
                 mm(t, ones, s.dl)
                 mm(t, ones, s.p)
-                rest = -lax.optimization_barrier(bw).astype(F32) * dw
-                for n in range(shares):
-                    rest += load(side_ref.at[b, tokens(r + 1), h * shares + n])
+                x = rest - lax.optimization_barrier(bw).astype(F32) * dw
                 plgpu.wgmma_wait(0)
                 common.sync(interpret)
-                _in_two(rest, s.dl, s.p)
+                _in_two(x, s.dl, s.p)
                 plgpu.commit_smem()
                 triu = _number(_mask(interpret) & 0x3F80)  # 1.0
                 mm(t, triu, s.dl)
@@ -383,8 +387,9 @@ def dkv(
                 own = _column(cross_ref.at[row, r + 1]) - dw * load(after_ref.at[run])
                 return landed(t) + own
 
-            common.store(dla_ref.at[here], accumulators(gates, C))
+            common.store(dla_ref.at[b, tokens(r), h], accumulators(gates, C))
             common.sync(interpret)  # before the next gates take dl's place
+            return later
 
         def window(s, q, do, at) -> tuple:
             """Weights and gradients of the logits of pairs [row, query], unmasked."""
@@ -413,6 +418,7 @@ def dkv(
             s = afresh()
             r, at = first + i, parity(i, turn)
             own_window(s, dk, dv)
+            s = afresh()
             wait(bars.ready, bars.do.at[at])
             put_aside(s, turn)
             w, ds = window(s, s.qr, s.do.at[at], 2 * at)
@@ -427,6 +433,7 @@ def dkv(
                 load_values(s, r + 1, r + 1 < end)
                 load_angles(r, s.kr, bars.back)
 
+            s = afresh()
             on = _mask(interpret)
             here = _number(_bits(w) & ~on | lax.bitcast_convert_type(load(s.av), jnp.int16))
             mm(dv, here, s.do.at[at])
@@ -477,9 +484,9 @@ def dkv(
                 plgpu.commit_smem()
                 load_angles(r + 2, s_.angles, bars.angles, i + 1 < count)
                 leave(landed(dv), s_.do.at[parity(i, group - 1)], dv_ref, r)
-                x = back(s_, dk)
                 wait(bars.slots)
-                leave(x + load(slots_ref.at[run]), s_.qr, dk_ref, r)
+                x = load(slots_ref.at[run])
+                leave(x + back(s_, dk), s_.qr, dk_ref, r)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 release(s_, i, group - 1)
                 return cos, sin
@@ -491,7 +498,7 @@ def dkv(
             load_query(s, -1, 0)
             wait(bars.angles)
             lax.fori_loop(0, group, rotation, None)
-            lax.fori_loop(0, count, slots, None)
+            lax.fori_loop(0, count, slots, load_gates(first))
             wait(bars.done)
 
             @pl.when(end == chunks)
