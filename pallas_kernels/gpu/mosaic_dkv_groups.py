@@ -7,7 +7,10 @@ r + 1. Gradients of keys, values and slots are summed over the turns in register
 
 Of a block's two warpgroups, the first has the slots' side: gates, the rotation of queries and the
 slots' pairs; its part of dk waits in memory for the other's. The second has the window and dv, for
-which the first hands it three tiles (last, av and rotated queries). The first is up to a turn ahead.
+which the first hands it three tiles (last, av and rotated queries). The first is a turn ahead: it
+writes over a turn's tiles once the second has arrived at ``done``. Copies that take the place of
+what both have read are started by the second, as it knows by ``ready`` (in a row chunk's last turn:
+``through``) that the first has read it.
 """
 
 from __future__ import annotations
@@ -96,6 +99,22 @@ def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(left + right, 1)
 
 
+def _fence(interpret: bool) -> None:
+    """What copies have written to memory, before other copies read it."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [], "fence.proxy.async.global;", "", has_side_effects=True)
+
+    fence()
+
+
 def _mask(interpret: bool) -> jax.Array:
     """-1 where row j <= query tok, elsewhere 0: made where it is used, of one register."""
     if interpret:
@@ -116,7 +135,8 @@ def _mask(interpret: bool) -> jax.Array:
         def c(x):
             return utils.c(x, i32)
 
-        # a thread has columns 8 n + column, + 1, of rows 8 h + row: on where row - column <= 8 (n - h)
+        # a thread has columns 8 n + column, + 1, of rows 8 h + row; gap = row - column:
+        # on where gap <= 8 (n - h), of the second column gap - 1
         tid: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
         row = arith.andi(arith.shrui(tid, c(1)), c(0x30))
         row = arith.addi(row, arith.andi(arith.shrui(tid, c(2)), c(7)))
@@ -128,10 +148,8 @@ def _mask(interpret: bool) -> jax.Array:
         for n in range(-1, 8):
             bits = arith.shli(word, c(n + 1))
             # each half the sign of the half
-            full = llvm.inline_asm(i32, [bits], "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r")
-            masks[n] = vector.bitcast(
-                pair, vector.broadcast(ir.VectorType.get((1,), i32), full)
-            )
+            full: Any = llvm.inline_asm(i32, [bits], "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r")
+            masks[n] = vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), i32), full))
         layout = plgpu.Layout.WGMMA.to_mgpu()
         strides = layout.tiling.tile_strides((C, 1))
         registers = np.empty(layout.registers_shape((C, C)), object)
@@ -170,7 +188,6 @@ def dkv(
     post = scale * LOG2E
     lines = batch * kv_heads
     runs, steps = split(lines, chunks, processors)
-    own_angles = cos.ndim == 3
 
     def start(acc, x) -> None:
         """The accumulator's first value; the interpreter's are 0, see ``ended``."""
@@ -261,7 +278,8 @@ def dkv(
             copy(k_ref.at[b, tokens(r), h], s.k, bars.k, when)
 
         def load_angles(c, dst, bar, when=None) -> None:
-            copy(angles_ref.at[(b, tokens(c)) if own_angles else tokens(c)], dst, bar, when)
+            at = (b, tokens(c)) if cos.ndim == 3 else (tokens(c),)
+            copy(angles_ref.at[at], dst, bar, when)
 
         def load_gates(r) -> jax.Array:
             return load(la_ref.at[b, tokens(r), h])
@@ -316,7 +334,8 @@ def dkv(
             accumulators(rows, C, C)
             pl.when(turn == 0)(lambda: wait(bars.angles))
             hand_over(s)
-            load_query(s, *following(i, turn), following(i, turn)[0] < count)
+            j, then = following(i, turn)
+            load_query(s, j, then, j < count)
             load_waiting(s, i, turn + 1, turn + 1 < group)
 
         def slots(i, gate) -> jax.Array:
@@ -424,6 +443,7 @@ def dkv(
             w, ds = window(s, s.qr, s.do.at[at], 2 * at)
             # a barrier, too; all that was put aside before this turn has arrived
             plgpu.wait_smem_to_gmem(1)
+            _fence(interpret)
             j, then = following(i, turn)
             load_old(s, j, then, j + first < end)
 
@@ -514,7 +534,7 @@ def dkv(
             load_keys(s, first)
             load_values(s, first)
             for n in range(2):
-                load_new(s, *following(0, 0, n), n, some)
+                load_new(s, 0, n, n, some)  # of two turns at least
             plgpu.barrier_arrive(bars.done)
 
             def aside(turn, _) -> None:
@@ -524,6 +544,7 @@ def dkv(
                 plgpu.barrier_arrive(bars.done)
 
             lax.fori_loop(0, group, aside, None)
+            _fence(interpret)
             load_old(s, 0, 0)
             wait(bars.angles)
             cos, sin = angles(s.angles)
