@@ -410,7 +410,6 @@ def _backward(spec, residuals, cotangents, tiles=None):
         common = mosaic_dq.dq(
             q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, spec.scale, launch.processors(), heads,
         )  # fmt: skip
-    mosaic = mosaic and share  # dk and dv, too
     dq, dl, p, side, delta, dst = _both(
         c, kernels.dq_kernel, queries, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
         lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
@@ -440,9 +439,10 @@ def _backward(spec, residuals, cotangents, tiles=None):
     dla = jnp.zeros_like(log_alpha)
     common = None
     if mosaic:
-        from pallas_kernels.gpu import mosaic_dkv
+        from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups
 
-        common = mosaic_dkv.dkv(
+        by_rows = mosaic_dkv.dkv if share else mosaic_dkv_groups.dkv
+        common = by_rows(
             q, k, v, do, lse, delta, la, total, cross, dst, strong, cos_, sin_, dl, p, side,
             spec.scale, launch.processors(),
         )  # fmt: skip

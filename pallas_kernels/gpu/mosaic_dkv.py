@@ -1,8 +1,9 @@
 """The last two launches of the backward pass as one Pallas Mosaic GPU kernel, for Hopper.
 
 It computes what ``backward_kernels.dslot_kernel`` and ``dwindow_kernel`` do, the gradients of keys,
-values and gates, where window, lag and chunk are one, each query head has its own keys, and dl, p
-and side wait in the memory of the gradients (notation in kernels.py). The rows of chunk r are
+values and gates, where window, lag and chunk are one, each query head has its own keys (others:
+mosaic_dkv_groups.py), and dl, p and side wait in the memory of the gradients (notation in
+kernels.py). The rows of chunk r are
 written to the slots by the queries of chunk r + 1, and seen in the window by those of chunks r and
 r + 1: one step gives all of their gradients. A block walks a run of consecutive chunks; the queries
 of r + 1, rotated, their do, lse and delta stay in shared memory for the next step. All else arrives
@@ -116,10 +117,10 @@ def dkv(
     q, k, v, do [B,T,H,D] bfloat16, T a multiple of 64, D 64 or 128; lse (base 2, of both sides,
     +inf for empty rows) and delta [B,T,H] float32; log_alpha [B,T,H,64] float32; total, cross
     [B*H,NC,64] float32; dst [B*H,NC+1,64,2D] bfloat16, keys first; strong [B*H,NC] int32; cos, sin
-    [T,D/2] float16; dl, p [B,T,H,D] bfloat16, a chunk's in the first 64 columns of the rows before
-    it; side [B,T,H,64] float32, in the same rows. None of this is checked. Returns arrays like dl,
-    p and side. Rows that a chunk of strong gates (2) writes keep their dl, p and side, for
-    kernels that give all of their gradients.
+    [T,D/2] or [B,T,D/2] float16; dl, p [B,T,H,D] bfloat16, a chunk's in the first 64 columns of the
+    rows before it; side [B,T,H,64] float32, in the same rows. None of this is checked. Returns
+    arrays like dl, p and side. Rows that a chunk of strong gates (2) writes keep their dl, p and
+    side, for kernels that give all of their gradients.
 
     Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
     Pallas' interpreter, no GPU needed.
@@ -205,8 +206,9 @@ def dkv(
             copy(dla_ref.at[b, tokens(r), h], s.side, side_bar, when)
 
         def load_angles(s, c, bar, when=None) -> None:
-            copy(cos_ref.at[b if cos_ref.shape[0] == batch else 0, tokens(c)], s.cos, bar, when)
-            copy(sin_ref.at[b if sin_ref.shape[0] == batch else 0, tokens(c)], s.sin, bar, when)
+            at = (b, tokens(c)) if cos.ndim == 3 else tokens(c)
+            copy(cos_ref.at[at], s.cos, bar, when)
+            copy(sin_ref.at[at], s.sin, bar, when)
 
         def load_states(s, r, when=None) -> None:
             """Gradient of the state after the chunk that writes rows r (of the last rows: any)."""
@@ -514,7 +516,6 @@ def dkv(
         compiler_params=common.parameters(),
         kernel_name="nha_dkv",
     )
-    cos, sin = (x if x.ndim == 3 else x[None] for x in (cos, sin))
     results = [jax.new_ref(x) for x in (dl, p, side)]
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     zero = jnp.zeros((1,), jnp.int32)

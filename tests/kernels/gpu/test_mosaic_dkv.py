@@ -37,17 +37,17 @@ def interpreted(on_hopper, monkeypatch):
     """All kernels interpreted, runs cut for two processors; the calls of dkv are counted."""
     import interpret
 
-    from pallas_kernels.gpu import mosaic_dkv, mosaic_dq, mosaic_output
+    from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups, mosaic_dq, mosaic_output
 
     count = types.SimpleNamespace(dkv=0)
-    dkv = functools.partial(mosaic_dkv.dkv, interpret=True)
 
-    def counted(*args):
+    def counted(dkv, *args):
         count.dkv += 1
-        return dkv(*args)
+        return dkv(*args, interpret=True)
 
     output = functools.partial(mosaic_output.output, interpret=True)
-    monkeypatch.setattr(mosaic_dkv, "dkv", counted)
+    for module in (mosaic_dkv, mosaic_dkv_groups):
+        monkeypatch.setattr(module, "dkv", functools.partial(counted, module.dkv))
     monkeypatch.setattr(mosaic_dq, "dq", functools.partial(mosaic_dq.dq, interpret=True))
     monkeypatch.setattr(mosaic_output, "output", output)
     monkeypatch.setattr(launch, "call", interpret.call)
@@ -55,15 +55,19 @@ def interpreted(on_hopper, monkeypatch):
     return count
 
 
-def build(width, tokens, heads, strong=False):
-    """What the forward pass keeps, and a gradient of its output; strong: chunk 1 of a head."""
+def build(width, tokens, heads, strong=False, group=1, batch=1, own_tables=False):
+    """What the forward pass keeps, and a gradient of its output; strong: chunk 1 of a head;
+    own_tables: positions of each row of the batch."""
     n = np.random.default_rng(0).standard_normal
-    shape = 1, tokens, heads, width
-    q, k, v, do = (jnp.asarray(n(shape), jnp.bfloat16) for _ in range(4))
-    la = -np.log1p(np.exp(-2 * n((1, tokens, heads, C)))) / 8
+    sizes = group * heads, heads, heads, group * heads
+    q, k, v, do = (jnp.asarray(n((batch, tokens, h, width)), jnp.bfloat16) for h in sizes)
+    la = -np.log1p(np.exp(-2 * n((batch, tokens, heads, C)))) / 8
     if strong:
-        la[:, C : 2 * C, 0] *= 40
-    angle = np.arange(tokens)[:, None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
+        la[0, C : 2 * C, 0] *= 40
+    place = np.arange(tokens)
+    if own_tables:
+        place = np.stack([place % (100 + 50 * i) for i in range(batch)])
+    angle = place[..., None] * 1e4 ** (-np.arange(width // 2) / (width // 2))
     tables = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
     inputs = q, k, v, jnp.asarray(la, jnp.float32), None, None, *tables, None, None
     kept = attention._forward(*inputs, spec_for(width), TRITON)[1]
@@ -77,8 +81,8 @@ def spec_for(width):
 
 def gradients(kept, do, tiles):
     """dk, dv and the gates' gradient."""
-    (b, t, h), width = do.shape[:3], do.shape[-1]
-    zero, state = jnp.zeros((b, t, h)), jnp.zeros((b, h, C, width))
+    b, _, h, width = kept[1].shape
+    zero, state = jnp.zeros(do.shape[:3]), jnp.zeros((b, h, C, width))
     given = do, zero, zero, state, state
     return attention._backward(spec_for(width), kept, given, tiles)[1:4]
 
@@ -89,12 +93,17 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize(
-    ("width", "tokens", "heads", "strong"),
-    [(64, 256, 1, False), (128, 192, 1, False), (64, 256, 2, True)],
-)
-def test_same_gradients(width, tokens, heads, strong, interpreted):
-    """As the two Triton kernels', which run on a strong chunk's rows after it."""
-    case = build(width, tokens, heads, strong)
+    ("width", "tokens", "heads", "strong", "group", "batch"),
+    [
+        (64, 256, 1, False, 1, 1), (128, 192, 1, False, 1, 1), (64, 256, 2, True, 1, 1),
+        (64, 256, 1, False, 2, 1), (128, 128, 1, False, 2, 1), (128, 256, 1, False, 4, 1),
+        (128, 192, 1, True, 2, 1), (64, 192, 2, True, 3, 2), (64, 320, 1, True, 4, 2),
+    ],
+)  # fmt: skip
+def test_same_gradients(width, tokens, heads, strong, group, batch, interpreted):
+    """As the two Triton kernels', which run on a strong chunk's rows after it. One row of the batch
+    and one kv head are two runs of chunks."""
+    case = build(width, tokens, heads, strong, group, batch)
     want = gradients(*case, TRITON)
     assert interpreted.dkv == 0
     got = gradients(*case, Tiles(chunk=C))
@@ -103,8 +112,38 @@ def test_same_gradients(width, tokens, heads, strong, interpreted):
         assert relative(a, b) < TOLERANCE
 
 
-def test_tolerance_rejects_wrong_gradients(interpreted):
-    kept, do = build(64, 192, 1)
+@pytest.mark.parametrize(("width", "group"), [(64, 1), (64, 2), (128, 1), (128, 4)])
+def test_tables_of_each_row(width, group, interpreted, monkeypatch):
+    """Positions of their own for each row of the batch: what dkv takes, but not yet the others."""
+    from pallas_kernels.gpu import mosaic_dq
+
+    case = build(width, 128, 1, group=group, batch=2, own_tables=True)
+    want = gradients(*case, TRITON)
+    by_mosaic, dq = attention._by_mosaic, mosaic_dq.dq
+
+    def row_by_row(*args):
+        """dq of a batch of one kv head; its arrays have the rows of the batch first."""
+        *arrays, scale, processors = args
+        rows = []
+        for i in range(2):
+            row = [x[i] if x is args[5] or x is args[6] else x[i : i + 1] for x in arrays]
+            rows.append(dq(*row, scale, processors))
+        return [jnp.concatenate(x) for x in zip(*rows, strict=True)]
+
+    def asked(call, la, cos, *rest):
+        return by_mosaic(call, la, cos[0], *rest)
+
+    monkeypatch.setattr(attention, "_by_mosaic", asked)
+    monkeypatch.setattr(mosaic_dq, "dq", row_by_row)
+    got = gradients(*case, Tiles(chunk=C))
+    assert interpreted.dkv == 1
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b) < TOLERANCE
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_tolerance_rejects_wrong_gradients(group, interpreted):
+    kept, do = build(64, 192, 1, group=group)
     want = gradients(kept, do, TRITON)
     for x in want:
         assert relative(jnp.zeros_like(x), x) > TOLERANCE
@@ -116,20 +155,26 @@ def test_tolerance_rejects_wrong_gradients(interpreted):
         assert relative(a, b) > TOLERANCE
 
 
-@pytest.mark.parametrize("width", [64, 128])
-def test_lowers_without_a_gpu(width):
-    from pallas_kernels.gpu import mosaic_dkv
+@pytest.mark.parametrize("own_tables", [False, True])
+@pytest.mark.parametrize(("width", "heads", "h"), [(64, 16, 16), (128, 16, 16), (128, 32, 8)])
+def test_lowers_without_a_gpu(width, heads, h, own_tables):
+    from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups
 
     s = jax.ShapeDtypeStruct
-    b, t, h, f32 = 4, 8192, 16, jnp.float32
-    row = s((b, t, h, width), jnp.bfloat16)
-    number, gates = s((b, t, h), f32), s((b, t, h, C), f32)
+    b, t, f32 = 4, 8192, jnp.float32
+    query, row = (s((b, t, n, width), jnp.bfloat16) for n in (heads, h))
+    number, gates = s((b, t, heads), f32), s((b, t, h, C), f32)
     sums, strong = s((b * h, t // C, C), f32), s((b * h, t // C), jnp.int32)
     dst = s((b * h, t // C + 1, C, 2 * width), jnp.bfloat16)
-    table = s((t, width // 2), jnp.float16)
-    traced = jax.jit(lambda *x: mosaic_dkv.dkv(*x, 0.1, 132)).trace(
-        *[row] * 4, number, number, gates, sums, sums, dst, strong, table, table, row, row, gates
-    )
+    table = s((b, t, width // 2) if own_tables else (t, width // 2), jnp.float16)
+    dkv, waiting, side = mosaic_dkv.dkv, row, gates
+    if heads > h:
+        dkv, waiting = mosaic_dkv_groups.dkv, s((b, t, heads, C), jnp.bfloat16)
+        side = s((b, t, h * 2, C), f32)
+    traced = jax.jit(lambda *x: dkv(*x, 0.1, 132)).trace(
+        query, row, row, query, number, number, gates, sums, sums, dst, strong, table, table,
+        waiting, waiting, side,
+    )  # fmt: skip
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
