@@ -245,10 +245,10 @@ def dkv(
             """Of the queries that follow row chunk i of the run (-1: of its first chunk)."""
             copy(q_ref.at[queries(first + i + 1, turn)], s.q, bars.q, when)
 
-        def load_waiting(s, i, turn, when=None) -> None:
+        def load_waiting(s, i, turn) -> None:
             at = queries(first + i + 1, turn)
-            copy(dl_ref.at[at], s.dl, bars.waiting, when)
-            copy(p_ref.at[at], s.p, bars.waiting, when)
+            copy(dl_ref.at[at], s.dl, bars.waiting)
+            copy(p_ref.at[at], s.p, bars.waiting)
 
         def load_numbers(s, c, turn, at, bar, when) -> None:
             place = b, h * group + turn, tokens(c)
@@ -336,7 +336,7 @@ def dkv(
             hand_over(s)
             j, then = following(i, turn)
             load_query(s, j, then, j < count)
-            load_waiting(s, i, turn + 1, turn + 1 < group)
+            pl.when(turn + 1 < group)(lambda: load_waiting(s, i, turn + 1))
 
         def slots(i, gate) -> jax.Array:
             """The first warpgroup, a row chunk; its gates, then the next one's."""

@@ -14,7 +14,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # JAX's threads: in Pallas' interpreter each warpgroup holds one while it waits for the other,
     # and with two of them, on two cores, none is left for the one that is waited for
-    os.environ.setdefault("NPROC", "8")
+    os.environ.setdefault("NPROC", "32")
 sys.path.insert(0, os.path.dirname(__file__))
 
 

@@ -113,28 +113,10 @@ def test_same_gradients(width, tokens, heads, strong, group, batch, interpreted)
 
 
 @pytest.mark.parametrize(("width", "group"), [(64, 1), (64, 2), (128, 1), (128, 4)])
-def test_tables_of_each_row(width, group, interpreted, monkeypatch):
-    """Positions of their own for each row of the batch: what dkv takes, but not yet the others."""
-    from pallas_kernels.gpu import mosaic_dq
-
+def test_tables_of_each_row(width, group, interpreted):
+    """Positions of their own for each row of the batch."""
     case = build(width, 128, 1, group=group, batch=2, own_tables=True)
     want = gradients(*case, TRITON)
-    by_mosaic, dq = attention._by_mosaic, mosaic_dq.dq
-
-    def row_by_row(*args):
-        """dq of a batch of one kv head; its arrays have the rows of the batch first."""
-        *arrays, scale, processors = args
-        rows = []
-        for i in range(2):
-            row = [x[i] if x is args[5] or x is args[6] else x[i : i + 1] for x in arrays]
-            rows.append(dq(*row, scale, processors))
-        return [jnp.concatenate(x) for x in zip(*rows, strict=True)]
-
-    def asked(call, la, cos, *rest):
-        return by_mosaic(call, la, cos[0], *rest)
-
-    monkeypatch.setattr(attention, "_by_mosaic", asked)
-    monkeypatch.setattr(mosaic_dq, "dq", row_by_row)
     got = gradients(*case, Tiles(chunk=C))
     assert interpreted.dkv == 1
     for a, b in zip(got, want, strict=True):

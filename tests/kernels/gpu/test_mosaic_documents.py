@@ -42,7 +42,7 @@ def interpreted(monkeypatch):
     """All kernels interpreted; the Mosaic ones note that they ran."""
     import interpret
 
-    from pallas_kernels.gpu import mosaic_dkv, mosaic_dq, mosaic_output
+    from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups, mosaic_dq, mosaic_output
 
     ran = []
 
@@ -56,7 +56,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(launch, "missing_mosaic", lambda: None)
     monkeypatch.setattr(launch, "processors", lambda: 2)
     monkeypatch.setattr(launch, "call", interpret.call)
-    for module, name in ((mosaic_output, "output"), (mosaic_dq, "dq"), (mosaic_dkv, "dkv")):
+    modules = (mosaic_output, "output"), (mosaic_dq, "dq"), (mosaic_dkv, "dkv")
+    for module, name in (*modules, (mosaic_dkv_groups, "dkv")):
         monkeypatch.setattr(module, name, noting(getattr(module, name)))
     return ran
 
@@ -66,13 +67,15 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("name", LENGTHS)
-def test_against_the_oracle(name, interpreted):
+@pytest.mark.parametrize(
+    ("name", "group"), [("edges", 1), ("anywhere", 1), ("padding", 1), ("anywhere", 2)]
+)
+def test_against_the_oracle(name, group, interpreted):
     rows, places = zip(*(documents(x) for x in LENGTHS[name]), strict=True)
     doc, place = jnp.asarray(rows, jnp.int32), np.asarray(places)
     b, t = doc.shape
     n = np.random.default_rng(0).standard_normal
-    q, k, v, do = (jnp.asarray(n((b, t, 1, D)), jnp.bfloat16) for _ in range(4))
+    q, k, v, do = (jnp.asarray(n((b, t, h, D)), jnp.bfloat16) for h in (group, 1, 1, group))
     la = jnp.asarray(-np.log1p(np.exp(-2 * n((b, t, 1, C)))) / 8, jnp.float32)
     angle = place[..., None] * 1e4 ** (-np.arange(D // 2) / (D // 2))
     cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
