@@ -287,6 +287,10 @@ def _scan(call: _Call, x, dec, init, st=None):
     N, M = call.D + call.V, call.M
     wide = _pow2(N)
     tall = max(1024 // wide, 1)
+    programs = rows * -(-M // tall)
+    few = programs <= 2 * launch.processors()  # each then has more loads in flight
+    if programs <= launch.processors() and tall > 1:
+        tall //= 2
     none = jnp.zeros((1,), jnp.float32)
     return launch.call(
         kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, call.NC,
@@ -295,7 +299,7 @@ def _scan(call: _Call, x, dec, init, st=None):
             _sds((1,) if st is None else (rows, call.NC, M), jnp.float32),
         ],
         grid=rows * -(-M // tall), num_warps=4, aliases={0: 0},
-        N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=8,
+        N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=16 if few else 8,
     )  # fmt: skip
 
 
