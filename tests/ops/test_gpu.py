@@ -63,20 +63,26 @@ def test_widths(d, v, slots, window, dtype):
         assert compared(case, dtype) == []
 
 
-@pytest.mark.parametrize("strongest", [-2.0, -4.0])  # the latter: many chunks need levels
+@pytest.mark.parametrize(
+    ("strongest", "documents"),  # with gates to -4 many chunks need levels
+    [(-2.0, None), (-4.0, None), (-2.0, ((448,), (-30, 226, 128, 64), (64, 320, -64)))],
+)
 @pytest.mark.parametrize(
     ("d", "v", "heads", "kv_heads"),
-    [(64, 64, 2, 2), (64, 128, 3, 1), (128, 128, 2, 2), (128, 128, 4, 1)],
+    [(64, 64, 2, 2), (64, 64, 6, 2), (64, 128, 3, 1), (128, 128, 2, 2), (128, 128, 4, 1)],
 )
-def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest):
-    """What Mosaic GPU kernels do on sm_90, but for chunks of strong gates."""
+def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest, documents, monkeypatch):
+    """What Mosaic GPU kernels do on sm_90, but for chunks of strong gates or several documents: a
+    block of theirs walks over all chunks of a row."""
+    monkeypatch.setattr(launch, "processors", lambda: 1)
     sizes = dict(head_dim=d, value_dim=v, slots=64, heads=heads, kv_heads=kv_heads)
     name = f"chunks_{d}_{v}_{heads}_{kv_heads}"
-    case = suite.Case(name, 448, 64, **sizes, gates=(strongest, -1e-2))
+    case = suite.Case(name, 448, 64, **sizes, gates=(strongest, -1e-2), documents=documents)
     if launch.missing_mosaic() is None:
         x = {n: jnp.asarray(y, jnp.bfloat16) for n, y in suite.inputs(case).items()}
         x["log_alpha"] = x["log_alpha"].astype(jnp.float32)
-        call = jax.jit(lambda x: nha_attention(**x, **case.options(), rope=suite.tables(case)))
+        options = dict(rope=suite.tables(case), segment_ids=suite.segment_ids(case))
+        call = jax.jit(lambda x: nha_attention(**x, **case.options(), **options))
         assert "mosaic" in call.lower(x).as_text()
     assert compared(case, "bfloat16") == []
 
