@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -156,11 +157,10 @@ def ours(spec: Spec, t: int, d: int, doc: Any = None) -> Callable:
     return run
 
 
-def check(
-    s: Shape, spec: Spec, t: int = 200, mean: int | None = None
-) -> Callable[[], dict[str, float]]:
+def check(s: Shape, spec: Spec, t: int, mean: int | None = None) -> Callable[[], dict[str, float]]:
     """Relative RMS errors of output and gradients against ``dense`` in float64, one kv head.
-    mean: of packed documents of so many tokens.
+    mean: of packed documents of so many tokens. What is timed takes rows of whole chunks, and a
+    block of the Mosaic GPU kernels walks over several of them: here over all.
 
     Ours is compiled and float64 computed, on the CPU, at once; ours runs when the result is called.
     """
@@ -174,7 +174,8 @@ def check(
         cos, sin = (np.asarray(x, np.float64) for x in rope(t, s.d))
         fun = with_gradients(lambda q, k, v, la: dense(q, k, v, la, cos, sin, spec, rows))
         want = [np.asarray(x) for x in jax.jit(fun)(q, k[:, 0], v[:, 0], la[:, 0], do)]
-    run = ahead(with_gradients(ours(spec, t, s.d, doc)), *args)
+    with mock.patch.object(launch, "processors", return_value=1):
+        run = ahead(with_gradients(ours(spec, t, s.d, doc)), *args)
 
     def errors() -> dict[str, float]:
         found = {}
@@ -324,9 +325,9 @@ def work_jax(job: Job) -> Timing:
     """The check, then every length."""
     ready = [(t, *compiled(job, t)) for t in job.lengths]
     if job.what == "documents":
-        errors = check(job.sizes, job.spec, t=700, mean=100)
+        errors = check(job.sizes, job.spec, t=704, mean=100)
     elif job.what == "nha":
-        errors = check(job.sizes, job.spec, t=max(200, job.spec.window + 100))
+        errors = check(job.sizes, job.spec, t=job.spec.window + 256)
 
     def rows() -> Iterator[dict[str, Any]]:
         if job.what in OURS:
