@@ -31,7 +31,7 @@ def interpreted(monkeypatch):
     """All kernels interpreted, runs cut for two processors; what dq and Triton's kernel give."""
     import interpret
 
-    from pallas_kernels.gpu import mosaic_dkv, mosaic_dq
+    from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups, mosaic_dq
 
     seen = types.SimpleNamespace(mosaic=[], triton=[])
     run = functools.partial(mosaic_dq.dq, interpret=True)
@@ -52,6 +52,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(mosaic_dq, "dq", dq)
     # dk, dv and the gates' gradient are test_mosaic_dkv.py's
     monkeypatch.setattr(mosaic_dkv, "dkv", lambda *a: list(a[13:16]))
+    of_groups = functools.partial(mosaic_dkv_groups.dkv, interpret=True)
+    monkeypatch.setattr(mosaic_dkv_groups, "dkv", of_groups)
     return seen
 
 
