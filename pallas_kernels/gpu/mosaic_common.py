@@ -102,6 +102,70 @@ def weight(x: jax.Array) -> jax.Array:
     return jnp.where(x > -0.06 * LOG2E, series, 1.0 - jnp.exp2(x))
 
 
+def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """RoPE of rows x [C, D]; cos, sin [C, D / 2]. In parts, to hold few registers."""
+    half, n = cos.shape[1], 32
+    left, right = [], []
+    for i in range(0, half, n):
+        a, b, c, s = (
+            y[:, j : j + n].astype(F32) for y, j in ((x, i), (x, half + i), (cos, i), (sin, i))
+        )
+        left.append((a * c - b * s).astype(x.dtype))
+        right.append((b * c + a * s).astype(x.dtype))
+    return jnp.concatenate(left + right, 1)
+
+
+def column(ref) -> jax.Array:
+    """A value per column, [C] in shared memory, on each row: [C, C]."""
+    values = plgpu.load(ref, layout=TILE.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(values, (C, C), [1])
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """Of x in bfloat16, as pairs that the compiler does not take apart."""
+    return lax.bitcast_convert_type(x.astype(BF16), jnp.int16)
+
+
+def number(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, BF16)
+
+
+def masks() -> jax.Array:
+    """-1 where row j <= query tok, elsewhere 0."""
+    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
+    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
+    on = lax.optimization_barrier(jnp.where(i <= j, 1.0, 0.0)).astype(BF16)
+    return lax.optimization_barrier(-(bits(on) >> 7 & 1))
+
+
+def in_two(x: jax.Array, high_s, low_s) -> None:
+    """x in two bfloat16 parts."""
+    high = lax.optimization_barrier(x.astype(BF16))
+    high_s[...] = high
+    low_s[...] = (x - high.astype(F32)).astype(BF16)
+
+
+def opaque_zero(interpret: bool) -> Any:
+    """0 that LLVM takes for unknown and ptxas knows: addresses with it are of constants, worked
+    out where they are used rather than held in registers."""
+    if interpret:
+        return 0
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
+    )
+    def zero(_):
+        from jax.experimental.mosaic.gpu import FragmentedArray
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        i32 = ir.IntegerType.get_signless(32)
+        x: Any = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+        return FragmentedArray.splat(x, (), is_signed=True)
+
+    return zero()
+
+
 def sync(interpret: bool) -> None:
     """A barrier of the warpgroup."""
     if interpret:

@@ -34,8 +34,13 @@ from pallas_kernels.gpu.mosaic_common import (
     TILE,
     C,
     accumulators,
+    bits,
+    column,
+    in_two,
     landed,
     load,
+    masks,
+    number,
     plgpu,
     split,
     tiled,
@@ -66,29 +71,6 @@ class _Buffers(NamedTuple):
     side: Any  # what waits for the gates, then their gradient; None: in the gates' place
 
 
-def _column(ref) -> jax.Array:
-    """A value per column, [C] in shared memory, on each row: [C, C]."""
-    values = plgpu.load(ref, layout=TILE.reduce(0), optimized=False)
-    return lax.broadcast_in_dim(values, (C, C), [1])
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    """Of x in bfloat16, as pairs that the compiler does not take apart."""
-    return lax.bitcast_convert_type(x.astype(BF16), jnp.int16)
-
-
-def _number(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, BF16)
-
-
-def _masks() -> jax.Array:
-    """-1 where row j <= query tok, elsewhere 0."""
-    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
-    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-    on = lax.optimization_barrier(jnp.where(i <= j, 1.0, 0.0)).astype(BF16)
-    return lax.optimization_barrier(-(_bits(on) >> 7 & 1))
-
-
 def _turned(x: list, cos: jax.Array, sin: jax.Array) -> list:
     """RoPE of rows in tiles; all float32."""
     if len(x) == 2:
@@ -96,13 +78,6 @@ def _turned(x: list, cos: jax.Array, sin: jax.Array) -> list:
         return [a * cos - b * sin, b * cos + a * sin]
     a, b = x[0][:, : C // 2], x[0][:, C // 2 :]
     return [jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)]
-
-
-def _in_two(x: jax.Array, high_s, low_s) -> None:
-    """x in two bfloat16 parts."""
-    high = lax.optimization_barrier(x.astype(BF16))
-    high_s[...] = high
-    low_s[...] = (x - high.astype(F32)).astype(BF16)
 
 
 @common.once
@@ -249,8 +224,8 @@ def dkv(
             def both(s_acc, z_acc):
                 products(s_acc, keys, s.qr.at[at])
                 products(z_acc, s.v, s.do.at[at])
-                w = jnp.exp2(landed(s_acc, parts) * post - _column(s.number.at[at]))
-                return w, w * (landed(z_acc) * scale - _column(s.number.at[at + 2]))
+                w = jnp.exp2(landed(s_acc, parts) * post - column(s.number.at[at]))
+                return w, w * (landed(z_acc) * scale - column(s.number.at[at + 2]))
 
             return accumulators(both, C, C)
 
@@ -286,21 +261,21 @@ def dkv(
             b0, after = accumulators(factors, C)
             bw = lax.optimization_barrier(b0.astype(BF16))
             plgpu.barrier_wait(kv_bar)  # and the other warpgroup has read the last tiles
-            s.last[...] = (b0 * _column(s.number.at[even + 4])).astype(BF16)
+            s.last[...] = (b0 * column(s.number.at[even + 4])).astype(BF16)
 
             def through(u_acc):
                 products(u_acc, s.v, s.dsv)
                 products(u_acc, s.k, s.dsk)
-                return landed(u_acc) * _column(s.number.at[even + 4])
+                return landed(u_acc) * column(s.number.at[even + 4])
 
             dw = accumulators(through, C)
             plgpu.barrier_wait(q_bar)
 
             def keys(xk_acc):
                 products(xk_acc, s.k, s.q)
-                _in_two(lax.optimization_barrier(bw).astype(F32) * dw, s.ak, s.av)
+                in_two(lax.optimization_barrier(bw).astype(F32) * dw, s.ak, s.av)
                 plgpu.commit_smem()
-                return _number(_bits(landed(xk_acc)) & on)
+                return number(bits(landed(xk_acc)) & on)
 
             xk = accumulators(keys, C)
 
@@ -313,7 +288,7 @@ def dkv(
                     plgpu.barrier_wait(waiting_bar)
                     start(dw_acc, dw)
                     mm(dw_acc, xk, s.dl)
-                    xv = _number(_bits(landed(xv_acc, 3)) & on)
+                    xv = number(bits(landed(xv_acc, 3)) & on)
                     mm(dw_acc, xv, s.p)
                     return ended(dw_acc, dw)
 
@@ -322,7 +297,7 @@ def dkv(
                 def tile(src, dst):
                     def masked(a_acc):
                         mm(a_acc, bw, src.T)
-                        dst[...] = _number(_bits(landed(a_acc)) & on)
+                        dst[...] = number(bits(landed(a_acc)) & on)
 
                     accumulators(masked, C)
 
@@ -333,12 +308,12 @@ def dkv(
                 plgpu.barrier_arrive(ready_bar)
                 plgpu.barrier_wait(side_bar)
                 rest = load(s.side) - lax.optimization_barrier(bw).astype(F32) * grad
-                _in_two(rest, s.dl, s.p)
+                in_two(rest, s.dl, s.p)
                 plgpu.commit_smem()
-                triu = _number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
+                triu = number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
                 mm(t_acc, triu, s.dl)
                 mm(t_acc, triu, s.p)
-                own = _column(s.number.at[even + 6]) - grad * after
+                own = column(s.number.at[even + 6]) - grad * after
                 return landed(t_acc) + own
 
             s.side[...] = accumulators(sums, C)
@@ -363,7 +338,7 @@ def dkv(
             plgpu.barrier_wait(kv_bar)
             keys = rotated(s.k, cos, sin)
             w, ds = window(s, keys, old)
-            w_own, ds_own = _number(_bits(w) & on), _number(_bits(ds) & on)
+            w_own, ds_own = number(bits(w) & on), number(bits(ds) & on)
             plgpu.barrier_wait(q_bar)
             plgpu.barrier_wait(cs_bar)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last dk has left
@@ -373,11 +348,11 @@ def dkv(
             plgpu.commit_smem()
             plgpu.barrier_wait(lse_bar)
             w, ds = window(s, keys, new)
-            w_new, ds_new = _bits(w) & ~on, _number(_bits(ds) & ~on)
+            w_new, ds_new = bits(w) & ~on, number(bits(ds) & ~on)
             plgpu.barrier_wait(ready_bar)
             load_rows(k_ref, r + 1, s.k, kv_bar, here)
             # every warp has its z: behind commit_smem's barrier for the last one
-            both = _number(w_new | lax.bitcast_convert_type(load(s.av), jnp.int16))
+            both = number(w_new | lax.bitcast_convert_type(load(s.av), jnp.int16))
 
             def values(*dv):
                 for n in range(parts):
@@ -423,7 +398,7 @@ def dkv(
             load_waiting(s, first, some)
             if roomy:
                 load_side(s, first, some)
-            lax.fori_loop(0, count, slots, _masks())
+            lax.fori_loop(0, count, slots, masks())
 
             @pl.when(end == chunks)
             def _():  # the last rows: no chunk writes them
@@ -452,7 +427,7 @@ def dkv(
             plgpu.commit_smem()
             load_rows(q_ref, first + 1, s.q, q_bar, some)
             load_angles(s, first + 1, cs_bar, some)
-            cos, sin, on = lax.fori_loop(0, count, windows, (cos, sin, _masks()))
+            cos, sin, on = lax.fori_loop(0, count, windows, (cos, sin, masks()))
 
             @pl.when(end == chunks)
             def _():  # the last rows: only their own chunk sees them
@@ -460,7 +435,7 @@ def dkv(
                 old = lax.rem(count, 2)
                 plgpu.barrier_wait(kv_bar)
                 w, ds = window(s, rotated(s.k, cos, sin), old)
-                w, ds = _number(_bits(w) & on), _number(_bits(ds) & on)
+                w, ds = number(bits(w) & on), number(bits(ds) & on)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 def values(*dv):

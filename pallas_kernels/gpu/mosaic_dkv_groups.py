@@ -31,15 +31,20 @@ from pallas_kernels.gpu.mosaic_common import (
     TILE,
     C,
     accumulators,
+    bits,
+    column,
+    in_two,
     landed,
     load,
+    masks,
+    number,
+    opaque_zero,
     plgpu,
     split,
     tiled,
+    turned,
     weight,
 )
-from pallas_kernels.gpu.mosaic_dkv import _bits, _column, _in_two, _masks, _number
-from pallas_kernels.gpu.mosaic_dq import _opaque_zero
 
 
 class _Buffers(NamedTuple):
@@ -86,19 +91,6 @@ class _Barriers(NamedTuple):
 OLD = 4  # where ``number`` has lse and delta of r
 
 
-def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """RoPE of rows x [C, D]; cos, sin [C, D / 2]. In parts, to hold few registers."""
-    half, n = cos.shape[1], 32
-    left, right = [], []
-    for i in range(0, half, n):
-        a, b, c, s = (
-            y[:, j : j + n].astype(F32) for y, j in ((x, i), (x, half + i), (cos, i), (sin, i))
-        )
-        left.append((a * c - b * s).astype(x.dtype))
-        right.append((b * c + a * s).astype(x.dtype))
-    return jnp.concatenate(left + right, 1)
-
-
 def _fence(interpret: bool) -> None:
     """What copies have written to memory, before other copies read it."""
     if interpret:
@@ -118,7 +110,7 @@ def _fence(interpret: bool) -> None:
 def _mask(interpret: bool) -> jax.Array:
     """-1 where row j <= query tok, elsewhere 0: made where it is used, of one register."""
     if interpret:
-        return _masks()
+        return masks()
 
     @plgpu.inline_mgpu(
         return_type=plgpu.ShapeDtypeStruct((C, C), jnp.int16, layout=plgpu.Layout.WGMMA)
@@ -217,7 +209,7 @@ def dkv(
 
         def afresh() -> _Buffers:
             """By addresses that are worked out here rather than held in registers."""
-            return buffers(_opaque_zero(interpret))
+            return buffers(opaque_zero(interpret))
 
         def wait(*these) -> None:
             for bar in these:
@@ -294,7 +286,7 @@ def dkv(
 
         def hand_over(s) -> None:
             """Rotated queries to the second warpgroup, which is done with the last ones."""
-            s.qr[...] = _turned(load(s.q), *angles(s.angles))
+            s.qr[...] = turned(load(s.q), *angles(s.angles))
             plgpu.wgmma_wait(0)
             plgpu.commit_smem()  # a barrier, too
             plgpu.barrier_arrive(bars.ready)
@@ -318,8 +310,8 @@ def dkv(
                 plgpu.wgmma(xv, s.v, s.do.at[at].T)
                 wait(bars.waiting)
                 on = _mask(interpret)
-                mm(dw, _number(_bits(landed(xk, 1)) & on), s.dl)
-                mm(dw, _number(_bits(landed(xv, 1)) & on), s.p)
+                mm(dw, number(bits(landed(xk, 1)) & on), s.dl)
+                mm(dw, number(bits(landed(xv, 1)) & on), s.p)
 
             accumulators(grad, C, C)
 
@@ -327,9 +319,9 @@ def dkv(
                 mm(ak, bw, s.dl.T)
                 mm(av, bw, s.p.T)
                 on = _mask(interpret)
-                mm(dk, _number(_bits(landed(ak, 1)) & on), s.q)
+                mm(dk, number(bits(landed(ak, 1)) & on), s.q)
                 wait(bars.done)
-                s.av[...] = _number(_bits(landed(av, 1)) & on)
+                s.av[...] = number(bits(landed(av, 1)) & on)
 
             accumulators(rows, C, C)
             pl.when(turn == 0)(lambda: wait(bars.angles))
@@ -359,7 +351,7 @@ def dkv(
             b0, after = accumulators(factors, C)
             common.store(after_ref.at[run], after)
             bw = lax.optimization_barrier(b0.astype(BF16))
-            s.last[...] = (b0 * _column(total_ref.at[row, r + 1])).astype(BF16)
+            s.last[...] = (b0 * column(total_ref.at[row, r + 1])).astype(BF16)
             plgpu.commit_smem()  # a barrier, too: the gates have been read
             plgpu.barrier_arrive(bars.last)
             load_waiting(s, i, 0)
@@ -376,7 +368,7 @@ def dkv(
                     s = afresh()
                     plgpu.wgmma(u, s.v, s.dsv.T)
                     plgpu.wgmma(u, s.k, s.dsk.T)
-                    return landed(u) * _column(total_ref.at[row, r + 1])
+                    return landed(u) * column(total_ref.at[row, r + 1])
 
                 u = accumulators(through, C)
                 plgpu.barrier_arrive(bars.through)
@@ -387,7 +379,7 @@ def dkv(
             u, dw, rest = accumulators(chunk, width, C)
             later = load_gates(jnp.minimum(r + 1, chunks - 1))
             s = afresh()
-            _in_two(lax.optimization_barrier(bw).astype(F32) * u, s.dl, s.p)
+            in_two(lax.optimization_barrier(bw).astype(F32) * u, s.dl, s.p)
             plgpu.commit_smem()  # a barrier, too: the keys have been read
             load_keys(s, r + 1, r + 1 < end)
 
@@ -398,12 +390,12 @@ def dkv(
                 x = rest - lax.optimization_barrier(bw).astype(F32) * dw
                 plgpu.wgmma_wait(0)
                 common.sync(interpret)
-                _in_two(x, s.dl, s.p)
+                in_two(x, s.dl, s.p)
                 plgpu.commit_smem()
-                triu = _number(_mask(interpret) & 0x3F80)  # 1.0
+                triu = number(_mask(interpret) & 0x3F80)  # 1.0
                 mm(t, triu, s.dl)
                 mm(t, triu, s.p)
-                own = _column(cross_ref.at[row, r + 1]) - dw * load(after_ref.at[run])
+                own = column(cross_ref.at[row, r + 1]) - dw * load(after_ref.at[run])
                 return landed(t) + own
 
             common.store(dla_ref.at[b, tokens(r), h], accumulators(gates, C))
@@ -416,8 +408,8 @@ def dkv(
             def both(s_acc, z_acc):
                 plgpu.wgmma(s_acc, s.kr, q.T)
                 plgpu.wgmma(z_acc, s.v, do.T)
-                w = jnp.exp2(landed(s_acc, 1) * post - _column(s.number.at[at]))
-                return w, w * (landed(z_acc) * scale - _column(s.number.at[at + 1]))
+                w = jnp.exp2(landed(s_acc, 1) * post - column(s.number.at[at]))
+                return w, w * (landed(z_acc) * scale - column(s.number.at[at + 1]))
 
             return accumulators(both, C, C)
 
@@ -426,8 +418,8 @@ def dkv(
             wait(bars.old)
             w, ds = window(s, s.old_q, s.old_do, OLD)
             on = _mask(interpret)
-            mm(dv, _number(_bits(w) & on), s.old_do)
-            mm(dk, _number(_bits(ds) & on), s.old_q)
+            mm(dv, number(bits(w) & on), s.old_do)
+            mm(dk, number(bits(ds) & on), s.old_q)
 
         def put_aside(s, turn) -> None:
             common.copy_out(interpret, s.qr, turned_ref.at[run, turn])
@@ -455,9 +447,9 @@ def dkv(
 
             s = afresh()
             on = _mask(interpret)
-            here = _number(_bits(w) & ~on | lax.bitcast_convert_type(load(s.av), jnp.int16))
+            here = number(bits(w) & ~on | lax.bitcast_convert_type(load(s.av), jnp.int16))
             mm(dv, here, s.do.at[at])
-            mm(dk, _number(_bits(ds) & ~on), s.qr)
+            mm(dk, number(bits(ds) & ~on), s.qr)
             plgpu.wgmma_wait(0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier, too
 
@@ -478,14 +470,14 @@ def dkv(
 
         def turned_keys(s, cos, sin) -> None:
             wait(bars.k)
-            s.kr[...] = _turned(load(s.k), cos, sin)
+            s.kr[...] = turned(load(s.k), cos, sin)
             plgpu.commit_smem()
 
         def back(s, dk) -> jax.Array:
             """Rows with RoPE undone."""
             wait(bars.back)
             cos, sin = angles(s.kr)
-            return _turned(landed(dk), cos, -sin)
+            return turned(landed(dk), cos, -sin)
 
         def row_chunk(i, carry) -> tuple:
             """The second warpgroup, a row chunk."""

@@ -53,6 +53,7 @@ from pallas_kernels.gpu.mosaic_common import (
     full,
     landed,
     load,
+    opaque_zero,
     plgpu,
     split,
     tiled,
@@ -117,27 +118,6 @@ def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = x.shape[1] // 2
     a, b = x[:, :half].astype(F32), x[:, half:].astype(F32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
-
-
-def _opaque_zero(interpret: bool) -> Any:
-    """0 that LLVM takes for unknown and ptxas knows: addresses with it are of constants, worked
-    out where they are used rather than held in registers."""
-    if interpret:
-        return 0
-
-    @plgpu.inline_mgpu(
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))
-    )
-    def zero(_):
-        from jax.experimental.mosaic.gpu import FragmentedArray
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import llvm
-
-        i32 = ir.IntegerType.get_signless(32)
-        x: Any = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
-        return FragmentedArray.splat(x, (), is_signed=True)
-
-    return zero()
 
 
 @common.once
@@ -214,7 +194,7 @@ def dq(
             return s if grouped else s._replace(dsk=s.sv, dsv=s.do, pd=s.o)
 
         def afresh() -> _Buffers:
-            return buffers(_opaque_zero(interpret))
+            return buffers(opaque_zero(interpret))
 
         def wait(*these) -> None:
             for bar in these:

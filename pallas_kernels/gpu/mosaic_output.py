@@ -40,6 +40,7 @@ from pallas_kernels.gpu.mosaic_common import (
     plgpu,
     split,
     tiled,
+    turned,
     weight,
 )  # fmt: skip
 
@@ -47,19 +48,6 @@ from pallas_kernels.gpu.mosaic_common import (
 def _short(x: jax.Array) -> jax.Array:
     """A masked tile in bfloat16, masked as float32: halves are taken apart and packed again."""
     return lax.optimization_barrier(x).astype(BF16)
-
-
-def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """RoPE of rows x [C, D] bfloat16; cos, sin [C, D / 2]. In parts, to hold few registers."""
-    half, n = cos.shape[1], 32
-    left, right = [], []
-    for i in range(0, half, n):
-        a, b, c, s = (
-            y[:, j : j + n].astype(F32) for y, j in ((x, i), (x, half + i), (cos, i), (sin, i))
-        )
-        left.append((a * c - b * s).astype(BF16))
-        right.append((b * c + a * s).astype(BF16))
-    return jnp.concatenate(left + right, 1)
 
 
 @common.once
@@ -152,7 +140,7 @@ def output(
                 plgpu.wgmma(g_acc, ones, sums_s)
                 plgpu.barrier_wait(in_bar)
                 plgpu.barrier_wait(cs_bar)
-                kr_s.at[own][...] = _rotated(load(k_s.at[own]), load(cos_s), load(sin_s))
+                kr_s.at[own][...] = turned(load(k_s.at[own]), load(cos_s), load(sin_s))
                 w = weight(gate)
                 g = landed(g_acc)
                 b0_s[...] = (jnp.exp2(-g) * w).astype(BF16)
@@ -187,14 +175,14 @@ def output(
                     plgpu.barrier_wait(q_bar)
                     plgpu.wgmma(x_acc, q_s, k_s.at[old].T)
                     plgpu.wgmma(y_acc, q_s, sk_s.T)
-                    turned = _rotated(load(q_s), load(cos_s), load(sin_s))
+                    q_r = turned(load(q_s), load(cos_s), load(sin_s))
 
                     def window(s_acc, d_acc):
                         if not interpret:
                             hidden = jnp.full((C, C), bias(c), F32)
                             s_acc[...] = plgpu.layout_cast(hidden, TILE)
-                        mm(s_acc, turned, kr_s.at[old].T)
-                        mm(d_acc, turned, kr_s.at[own].T)
+                        mm(s_acc, q_r, kr_s.at[old].T)
+                        mm(d_acc, q_r, kr_s.at[own].T)
                         x = _short(jnp.where(causal(), landed(x_acc, 3), 0.0))
                         mm(y_acc, x, b0_s)
                         far = landed(s_acc, 2)
@@ -271,7 +259,7 @@ def output(
         load_rows(la_ref, first - 1, la_s, la_bar)
         load_query(first, 0, q_s)
         plgpu.barrier_wait(start_bar)
-        kr_s.at[1][...] = _rotated(load(k_s.at[1]), load(cos_s), load(sin_s))
+        kr_s.at[1][...] = turned(load(k_s.at[1]), load(cos_s), load(sin_s))
         plgpu.commit_smem()
         load_angles(first, cos_s, sin_s, cs_bar)
         lax.fori_loop(0, count, step, None)
