@@ -205,13 +205,13 @@ def main() -> None:
         if set(a.kernels) != set(every):
             continue  # times of some kernels make no choice
         spec, doc = setting(s, a.window)
-        sample: dict[str, Any] = {} if doc is None else dict(t=700, mean=100)
+        mean = None if doc is None else 100
         totals = {c: sum(ms for key, (ms, _) in best.items() if key[0] == c) for c in a.chunks}
         for chunk in sorted(a.chunks, key=totals.__getitem__):
             launches: dict[str, Any] = {k: v[1] for (c, k), v in best.items() if c == chunk}
             choice = Tiles(chunk, **launches)
             with mock.patch.object(attention, "choose", return_value=choice):
-                worst = float(np.max([*bench.check(s, spec, **sample)().values()]))  # NaN stays
+                worst = float(np.max([*bench.check(s, spec, mean)().values()]))  # NaN stays
             print(
                 name,
                 f"chunk {chunk}: {whole(s, a.window, choice):.3f} ms, error {worst:.1e}",

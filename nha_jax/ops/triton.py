@@ -2,6 +2,7 @@
 the commonest call; full layers too where a row has documents, and cuDNN for them elsewhere."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,25 +38,11 @@ def forward(*call) -> Output:
     return Output(*attention.forward(*call))
 
 
-def full(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_alpha: jax.Array,
-    slot_k0: jax.Array | None,
-    slot_v0: jax.Array | None,
-    cos: jax.Array | None,
-    sin: jax.Array | None,
-    doc: jax.Array | None,
-    visible0: jax.Array | None,
-    spec: Spec,
-) -> jax.Array:
+def full(*call) -> jax.Array:
     """See ``nha_jax.ops.full``."""
+    q, k, v, log_alpha, _, _, cos, sin, doc, _, spec = call
     if doc is None:
-        return library.forward(
-            q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec,
-            implementation="cudnn",
-        )  # fmt: skip
+        return partial(library.forward, implementation="cudnn")(*call)
     spec = replace(spec, window=launch.ENDLESS)
     return attention.forward(q, k, v, log_alpha, None, None, cos, sin, doc, None, spec)[0]
 

@@ -333,6 +333,8 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
     if args.steps < 1 or args.warm < 1:
         raise UserError(f"--steps={args.steps} and --warm={args.warm} must be at least 1.")
+    if args.jobs < 0:
+        raise UserError(f"--jobs={args.jobs} must be a number of processes, or 0 for none.")
     if args.documents is not None and args.documents < 1:
         raise UserError(f"--documents={args.documents} must be at least 1 token, or left out.")
     settings = [parse_setting(text) for text in args.setting]

@@ -127,6 +127,7 @@ def bits(x: jax.Array) -> jax.Array:
 
 
 def number(x: jax.Array) -> jax.Array:
+    """The bfloat16 numbers of such bits."""
     return lax.bitcast_convert_type(x, BF16)
 
 

@@ -3,13 +3,12 @@
 It computes what ``backward_kernels.dslot_kernel`` and ``dwindow_kernel`` do, the gradients of keys,
 values and gates, where window, lag and chunk are one, each query head has its own keys (others:
 mosaic_dkv_groups.py), and dl, p and side wait in the memory of the gradients (notation in
-kernels.py). The rows of chunk r are
-written to the slots by the queries of chunk r + 1, and seen in the window by those of chunks r and
-r + 1: one step gives all of their gradients. A block walks a run of consecutive chunks; the queries
-of r + 1, rotated, their do, lse and delta stay in shared memory for the next step. All else arrives
-by TMA one step ahead, so that a load holds no register. Of a block's two warpgroups, one has the
-gates and the slots' pairs, the other the window and the products that give dk and dv; the first
-hands the second three tiles (last, ak, av).
+kernels.py). The rows of chunk r are written to the slots by the queries of chunk r + 1, and seen in
+the window by those of chunks r and r + 1: one step gives all of their gradients. A block walks a
+run of consecutive chunks; the queries of r + 1, rotated, their do, lse and delta stay in shared
+memory for the next step. All else arrives by TMA one step ahead, so that a load holds no register.
+Of a block's two warpgroups, one has the gates and the slots' pairs, the other the window and the
+products that give dk and dv; the first hands the second three tiles (last, ak, av).
 
 Of pairs [row j, query of r + 1], those with j <= tok are the slots', the others the window's: one
 tile has both.

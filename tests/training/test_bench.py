@@ -72,8 +72,7 @@ def test_xla_options_are_refused_by_name(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_does_not_fit_is_told(monkeypatch, tmp_path, capfd, exhausted):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+def test_what_does_not_fit_is_told(monkeypatch, capfd, exhausted):
     monkeypatch.setattr(bench, "compile_step", exhausted)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["bench", "--config", TINY, "--config.accumulate=2"])
@@ -143,7 +142,7 @@ def test_trace_of_a_product_holds_it(tmp_path):
     assert breakdown.read(tmp_path, text, steps=1).by_class()["matrix products"] > 0
 
 
-def test_rows_are_packed_with_documents(monkeypatch):
+def test_rows_are_packed_with_documents():
     rows = bench.random_batch(4, 1000, 16, seed=0, documents=50)
     ids, positions = rows["segment_ids"], rows["positions"]
     first = np.diff(ids, axis=1, prepend=0) == 1
@@ -153,7 +152,9 @@ def test_rows_are_packed_with_documents(monkeypatch):
     assert 4000 / first.sum() == pytest.approx(50, rel=0.3)
     assert set(bench.random_batch(4, 10, 16, seed=0)) == {"inputs", "labels"}
 
-    command = ["bench", "--config", TINY, "--steps=1", "--documents"]
-    monkeypatch.setattr(sys, "argv", [*command, "0"])
-    with pytest.raises(UserError, match="--documents=0 must be at least 1"):
+
+@pytest.mark.parametrize("option", ["--documents=0", "--jobs=-1", "--steps=0"])
+def test_options_out_of_range(option, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "--config", TINY, option])
+    with pytest.raises(UserError, match=f"{option}.* must be"):
         bench.main()

@@ -1,0 +1,43 @@
+"""The check in front of the benchmark's figures, with the xla backend in the kernels' place."""
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from nha_jax.ops import xla
+from nha_jax.ops.core import Spec
+from pallas_kernels import bench
+from pallas_kernels.gpu import attention, launch
+
+SMALL = bench.Shape(2, 1, 16, 8)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """The calls of our kernels' forward; ``call.factor`` is what its output is multiplied with."""
+
+    def forward(*args):
+        *arrays, spec = args
+        forward.seen.append((args[0].shape[1], launch.processors()))
+        o, *rest = xla.forward(*arrays, Spec(**spec._asdict()))
+        return o * jnp.asarray(forward.factor, o.dtype), *rest
+
+    forward.seen, forward.factor = [], 1.0
+    monkeypatch.setattr(attention, "forward", forward)
+    return forward
+
+
+@pytest.mark.parametrize("window", [64, 100])
+def test_whole_chunks_walked_by_one_block(window, call):
+    check = functools.partial(bench.check, SMALL, bench.Spec(window, window, 0.25))
+    errors = check()()
+    assert set(errors) == set(bench.NAMES)
+    assert max(errors.values()) < bench.TOLERANCE
+    length, processors = call.seen[-1]
+    assert length % 64 == 0
+    assert length >= window + 256
+    assert processors == 1
+    for factor in (0.0, 1.02):
+        call.factor = factor
+        assert not max(check()().values()) < bench.TOLERANCE
