@@ -2,7 +2,7 @@
 """Time the kernels beside cuDNN and other libraries: ``python -m pallas_kernels.bench``.
 
 Tables (Markdown on stdout and in <out>.md), the same as JSON, and a picture of time over T. Our figures
-of a (shape, window), and of full attention over packed documents, are withheld unless output and all gradients of that setting agree, in this run,
+of a setting, packed documents being one of their own, are withheld unless its output and all gradients agree, in this run,
 with a dense float64 evaluation to 8e-3 (relative RMS, bfloat16). Every setting compiles, and evaluates on
 the CPU, in a process of its own; then one at a time is on the device. flash-linear-attention and
 jax-linear-attention take part where they are installed. JSON and tables are written row by row.
@@ -109,15 +109,16 @@ def documents(batch: int, t: int, mean: int) -> np.ndarray:
 def dense(
     q: Any, k: Any, v: Any, la: Any, cos: Any, sin: Any, spec: Spec, doc: Any = None
 ) -> jax.Array:
-    """The op by definition, every pair of tokens at once; one kv head, [T, G, D] and [T, D]. doc [T]: of a call
-    without slots."""
+    """The op by definition, every pair of tokens at once; one kv head, [T, G, D] and [T, D]; doc [T]."""
     t = q.shape[0]
     i = jnp.arange(t)
     row = jnp.maximum(i - spec.slot_lag, 0)
-    on = (i >= spec.slot_lag)[:, None]
+    doc = jnp.zeros_like(i) if doc is None else jnp.asarray(doc)
+    same = doc[:, None] == doc
+    on = ((i >= spec.slot_lag) & (doc == doc[row]))[:, None]
     gate = jnp.where(on, la[row], 0.0)
     g = jnp.cumsum(gate, 0)
-    past = (i[:, None] >= i[None, :])[:, :, None]
+    past = ((i[:, None] >= i) & same)[:, :, None]
     decay = jnp.where(past, jnp.exp(jnp.where(past, g[:, None] - g[None], 0.0)), 0.0)
     weight = decay * jnp.where(on, -jnp.expm1(gate), 0.0)[None]  # [t, j, M]
     slots_k = jnp.einsum("tjm,jd->tmd", weight, k[row])
@@ -133,9 +134,7 @@ def dense(
         jnp.einsum("tgd,jd->tgj", turn(q, cos[:, None], sin[:, None]), turn(k, cos, sin))
         * spec.scale
     )
-    inside = (i[:, None] >= i) & (i[:, None] - i < spec.window)
-    if doc is not None:
-        inside &= doc[:, None] == doc
+    inside = (i[:, None] >= i) & (i[:, None] - i < spec.window) & same
     near = jnp.where(inside[:, None], near, -jnp.inf)
     logits = jnp.concatenate([slot, near], -1)
     some = jnp.isfinite(logits).any(-1, keepdims=True)
@@ -273,20 +272,20 @@ class Job(NamedTuple):
         window = "" if self.window is None else f" window {self.window}"
         names = {
             "cudnn": "cuDNN" + (window or " full"), "masked": "cuDNN full, documents",
-            "nha": "nha" + window, "documents": "nha full, documents",
+            "nha": "nha" + window, "documents": f"nha{window or ' full'}, documents",
         }  # fmt: skip
         return names.get(self.what, self.what)
 
     @property
     def sizes(self) -> Shape:
         s = SHAPES[self.shape]
-        return s._replace(m=0) if self.what == "documents" else s
+        return s._replace(m=0) if self.what == "documents" and self.window is None else s
 
     @property
     def spec(self) -> Spec:
         """Of our kernels' call."""
         scale = self.sizes.d**-0.5
-        if self.what == "documents":
+        if self.what == "documents" and self.window is None:
             return Spec(launch.ENDLESS, 0, scale)
         return Spec(self.window or 0, self.window or 0, scale)
 
@@ -501,7 +500,8 @@ def main() -> None:
     for shape in a.shapes:
         jobs += [Job(shape, "nha", w, lengths) for w in a.windows]
         jobs += [Job(shape, "cudnn", w, lengths) for w in (None, *filter(None, a.windows))]
-        jobs += [Job(shape, what, None, PACKED[:1]) for what in ("documents", "masked")]
+        jobs += [Job(shape, "documents", w, PACKED[:1]) for w in (None, *filter(None, a.windows))]
+        jobs += [Job(shape, "masked", None, PACKED[:1])]
         jobs += [Job(shape, peer, None, (8192,)) for peer in peers if peer != "chunk_gsa"]
         jobs += [Job(shape, "decode", 64, (8192, 32768, 131072))]
     if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each

@@ -23,6 +23,7 @@ WIDE = 16384  # slots times width, in powers of two, whose float32 products fit 
 SHORT = 64  # tokens
 MOSAIC = 64  # tokens of a chunk, and slots, of the Mosaic GPU kernels
 STRONG = 2  # marks chunks that the copies for strong gates do
+BATCH = 16  # chunks that one of their programs looks after
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -98,7 +99,6 @@ class _Call:
         dtype = str(v.dtype)
         self.spec = spec
         self.slots = self.M > 0
-        self.batch = 16 if doc is None else 4  # chunks that a program for marked ones looks after
         self.init = slot_k0 is not None
         # in a short row few terms average the rounding, and float32 costs nothing
         short = self.T <= SHORT and _room(self.M, self.D, self.V) <= WIDE
@@ -149,8 +149,8 @@ class _Call:
 
 def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
     """Whether the common copies are the Mosaic GPU kernels': rows of whole chunks that see, without exception,
-    the chunk before them through the window and what is older through 64 slots. Of documents, chunks that
-    have more than one are left to the copies for strong gates."""
+    the chunk before them through the window and what is older through 64 slots. Chunks that see padding are
+    left to the copies for strong gates."""
     spec, tile = call.spec, call.C
     most = call.B * max(call.T * call.HQ, (call.NC + 1) * call.H * call.M) * (call.D + call.V)
     return (
@@ -216,12 +216,18 @@ def _documents(doc, front: int, rows: int):
     return jnp.where(high > 0, high, none).min(-1), newest, only
 
 
-def _of_one_document(doc) -> tuple[jax.Array, jax.Array]:
-    """Of each chunk of doc [B, T], [B, NC]: whether its queries, and they and the rows before them that it writes,
-    are tokens of one document."""
-    *_, only = _documents(doc, 0, MOSAIC)
-    goes_on = jnp.pad(only[:, :-1] == only[:, 1:], ((0, 0), (1, 0)), constant_values=True)
-    return only > 0, goes_on & (only > 0)
+def _doc_start(cur) -> jax.Array:
+    """Where the document of each query starts, cur [B, T] being its number: counted from the start of the query's
+    chunk, from -MOSAIC on."""
+    place = jnp.arange(cur.shape[1], dtype=jnp.int32)
+    new = jnp.diff(cur, axis=1, prepend=0) != 0
+    start = jax.lax.cummax(jnp.where(new, place, 0), axis=1) - place // MOSAIC * MOSAIC
+    return jnp.maximum(start, -MOSAIC)
+
+
+def _padded(doc) -> jax.Array:
+    """Whether each chunk of doc [B, T] has padding, [B, NC]."""
+    return (doc.reshape(doc.shape[0], -1, MOSAIC) == 0).any(-1)
 
 
 def _sight(doc, halo: int, C: int):
@@ -274,7 +280,7 @@ def _both(call: _Call, kernel, *args, out, grid, into=None, common=None, **const
     if not call.slots:
         return held
     return launch.call(
-        kernel, *args, *held, out=out, grid=-(-grid // call.batch), STRONG=True, BATCH=call.batch,
+        kernel, *args, *held, out=out, grid=-(-grid // BATCH), STRONG=True, BATCH=BATCH,
         aliases={len(args) + i: i for i in range(len(out))}, **constants | {"zeroed": ()},
     )  # fmt: skip
 
@@ -338,8 +344,11 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
         last = jnp.zeros((B, H, 0, width), f32)
     mosaic = _by_mosaic(c, log_alpha, cos, visible0)
+    begin = None
     if mosaic and doc is not None:
-        strong = jnp.where(jnp.repeat(_of_one_document(doc_)[1], H, 0), strong, STRONG)
+        begin, padded = _doc_start(cur), _padded(doc_)
+        padded |= jnp.pad(padded[:, :-1], ((0, 0), (1, 0)))  # the rows written
+        strong = jnp.where(jnp.repeat(padded, H, 0), STRONG, strong)
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
     keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
@@ -347,7 +356,9 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     if mosaic:
         from pallas_kernels.gpu import mosaic_output
 
-        common = mosaic_output.output(q, k, v, la, st, cos_, sin_, spec.scale, launch.processors())
+        common = mosaic_output.output(
+            q, k, v, la, st, cos_, sin_, begin, spec.scale, launch.processors()
+        )
     o, lse_s, lse_w = _both(
         c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis,
         T, S, spec.halo, NC, c.rope_batch,
@@ -394,6 +405,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
     if ready and cos is not None:
         queries = _rotated(q, *(x[..., halo:, :] for x in (cos_, sin_)))
     mosaic = D == c.V and _by_mosaic(c, log_alpha, cos, visible0)
+    begin = _doc_start(cur) if mosaic and doc is not None else None
     heads = c.heads(c.tiles.dq.stack)
     if mosaic and heads == HQ // H:
         heads = 1  # of a group, Mosaic's copy leaves what the states are given to dstate_kernel
@@ -412,7 +424,8 @@ def _backward(spec, residuals, cotangents, tiles=None):
         from pallas_kernels.gpu import mosaic_dq
 
         common = mosaic_dq.dq(
-            q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, spec.scale, launch.processors(), heads,
+            q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, begin, spec.scale,
+            launch.processors(), heads,
         )  # fmt: skip
     dq, dl, p, side, delta, dst = _both(
         c, kernels.dq_kernel, queries, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
@@ -447,7 +460,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
 
         by_rows = mosaic_dkv.dkv if share else mosaic_dkv_groups.dkv
         common = by_rows(
-            q, k, v, do, lse, delta, la, total, cross, dst, strong, cos_, sin_, dl, p, side,
+            q, k, v, do, lse, delta, la, dec, cross, dst, strong, cos_, sin_, dl, p, side, begin,
             spec.scale, launch.processors(),
         )  # fmt: skip
     if c.slots:
@@ -471,7 +484,7 @@ def _backward(spec, residuals, cotangents, tiles=None):
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
         left = strong
         if mosaic:  # after Mosaic's, only the rows that chunks of strong gates write
-            end = jnp.zeros((B,), bool) if doc is None else ~_of_one_document(doc_)[0][:, -1]
+            end = jnp.zeros((B,), bool) if doc is None else _padded(doc_)[:, -1]
             end = jnp.where(jnp.repeat(end, H), STRONG, 0)
             left = jnp.concatenate([strong[:, 1:], end[:, None]], 1)
         watch = _watch(doc_, halo, C, stacked) if c.bounded else doc_
@@ -479,12 +492,12 @@ def _backward(spec, residuals, cotangents, tiles=None):
             kernels.dwindow_kernel, queries, keys if ready else k, v, cos_, sin_, doc_, watch, do, lse, delta, left, dk, dv,
             dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
             out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
-            grid=-(-programs // c.batch) if mosaic else programs,
+            grid=-(-programs // BATCH) if mosaic else programs,
             aliases={11: 0, 12: 1, 13: 2} if c.slots else None,
             **c.tiles.dwindow.options,
             HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
             ADD=c.slots, ROPE=cos is not None, TURN=turn, READY=ready, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
-            **c.pads, **c.half, KB=stacked, STRONG=mosaic, BATCH=c.batch,
+            **c.pads, **c.half, KB=stacked, STRONG=mosaic, BATCH=BATCH,
         )  # fmt: skip
         dla = filled if c.slots else dla
     dk0 = dv0 = None

@@ -44,10 +44,12 @@ def split(rows: int, chunks: int, workers: int) -> tuple[int, int]:
 
 
 def parameters() -> Any:
-    """How all are compiled: a thread's view, and barriers of a warpgroup only where written."""
+    """How all are compiled: a thread's view, and barriers of a warpgroup only where written. No
+    reduction goes across warps, and there is no shared memory left for one."""
     return plgpu.CompilerParams(
         approx_math=True,
         unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
 
@@ -129,6 +131,39 @@ def bits(x: jax.Array) -> jax.Array:
 def number(x: jax.Array) -> jax.Array:
     """The bfloat16 numbers of such bits."""
     return lax.bitcast_convert_type(x, BF16)
+
+
+def load_row(ref) -> jax.Array:
+    """A value per row of a tile, [C]."""
+    return plgpu.load(ref, layout=TILE.reduce(1), optimized=False)
+
+
+def written(start: jax.Array) -> jax.Array:
+    """Rows of a chunk whose document, which starts at the row ``start`` [C] int32 of the chunk, has
+    a token C rows before: those that write to the slots, and see some, [C, C]."""
+    return plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE) - C >= full(start)
+
+
+def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None) -> jax.Array:
+    """Base-2 gates of the steps of chunk c, as stored for their sums; 0 where nothing is written:
+    in chunk 0 and, of packed documents, where one is younger than C rows."""
+    gate = jnp.maximum(log_alpha, -SPAN * LN2)
+    if start is None:
+        return gate * jnp.where(c == 0, 0.0, LOG2E)
+    return jnp.where(written(start), gate * LOG2E, 0.0)
+
+
+def since(start: jax.Array, ahead: int) -> jax.Array:
+    """Columns at or after ``start`` [C] int32 of each row, less the ``ahead`` rows between."""
+    j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
+    return (j & ~6) >= full(start + ahead) - (j & 6)  # constants on the left, as in ``causal``
+
+
+def seen(w: jax.Array, start: jax.Array, ahead: int) -> jax.Array:
+    """w of pairs [row, query], 0 where the query's document starts after the row: ``start`` [C, C]
+    float32, of each query, ``ahead`` rows after these."""
+    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
+    return jnp.where((i - ahead).astype(F32) >= start, w, 0.0)
 
 
 def masks() -> jax.Array:

@@ -38,12 +38,15 @@ from pallas_kernels.gpu.mosaic_common import (
     in_two,
     landed,
     load,
+    load_row,
     masks,
     number,
     plgpu,
+    seen,
     split,
     tiled,
     weight,
+    written,
 )
 
 
@@ -61,13 +64,16 @@ class _Buffers(NamedTuple):
     p: Any
     gate: Any
     sums: Any  # gates as an operand
-    last: Any  # b0 2^total: what the rows give the state
+    last: Any  # b0 keep: what the rows give the state
     ak: Any  # b0 dl^T and b0 p^T of the slots' pairs
     av: Any
     cos: Any  # of r + 2
     sin: Any
-    number: Any  # lse, delta, total and cross, two turns each
+    number: Any  # lse and delta, two turns each; where documents start; keep and cross
     side: Any  # what waits for the gates, then their gradient; None: in the gates' place
+
+
+BEGIN, KEEP = 4, 5  # where ``number`` has documents' starts (of r, then of r + 1), keep and cross
 
 
 def _turned(x: list, cos: jax.Array, sin: jax.Array) -> list:
@@ -82,19 +88,20 @@ def _turned(x: list, cos: jax.Array, sin: jax.Array) -> list:
 @common.once
 def dkv(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array,
-    log_alpha: jax.Array, total: jax.Array, cross: jax.Array, dst: jax.Array, strong: jax.Array,
+    log_alpha: jax.Array, keep: jax.Array, cross: jax.Array, dst: jax.Array, strong: jax.Array,
     cos: jax.Array, sin: jax.Array, dl: jax.Array, p: jax.Array, side: jax.Array,
-    scale: float, processors: int, interpret: bool = False,
+    doc_start: jax.Array | None, scale: float, processors: int, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """dk, dv and dlog_alpha, written over dl, p and side.
 
     q, k, v, do [B,T,H,D] bfloat16, T a multiple of 64, D 64 or 128; lse (base 2, of both sides,
-    +inf for empty rows) and delta [B,T,H] float32; log_alpha [B,T,H,64] float32; total, cross
+    +inf for empty rows) and delta [B,T,H] float32; log_alpha [B,T,H,64] float32; keep, cross
     [B*H,NC,64] float32; dst [B*H,NC+1,64,2D] bfloat16, keys first; strong [B*H,NC] int32; cos, sin
     [T,D/2] or [B,T,D/2] float16; dl, p [B,T,H,D] bfloat16, a chunk's in the first 64 columns of the
-    rows before it; side [B,T,H,64] float32, in the same rows. None of this is checked. Returns
-    arrays like dl, p and side. Rows that a chunk of strong gates (2) writes keep their dl, p and
-    side, for kernels that give all of their gradients.
+    rows before it; side [B,T,H,64] float32, in the same rows; doc_start (None: one document a row)
+    [B,T] int32, where a token's document starts, counted from the start of its chunk, from -64 on.
+    None of this is checked. Returns arrays like dl, p and side. Rows that a marked (2) chunk writes
+    keep their dl, p and side, for kernels that give all of their gradients.
 
     Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
     Pallas' interpreter, no GPU needed.
@@ -106,6 +113,7 @@ def dkv(
     post = scale * LOG2E
     lines = batch * heads
     runs, steps = split(lines, chunks, processors)
+    packed = doc_start is not None
 
     def start(acc, x) -> None:
         """The accumulator's first value; the interpreter's are 0, see ``ended``."""
@@ -120,12 +128,13 @@ def dkv(
         return accumulators(f, *[C] * parts)
 
     def body(
-        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref,
-        strong_ref, cos_ref, sin_ref, zero_ref, dk_ref, dv_ref, dla_ref, tiles, stages, bars,
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, keep_ref, cross_ref, dst_ref,
+        strong_ref, cos_ref, sin_ref, doc_start_ref, zero_ref, dk_ref, dv_ref, dla_ref, tiles,
+        stages, bars,
     ) -> None:  # fmt: skip
         (
-            la_bar, side_bar, waiting_bar, kv_bar, q_bar, lse_bar, cs_bar, start_bar, ready_bar,
-            end_bar,
+            la_bar, side_bar, waiting_bar, kv_bar, q_bar, lse_bar, begin_bar, cs_bar, start_bar,
+            ready_bar, end_bar,
         ) = bars  # fmt: skip
         wg = lax.axis_index("wg")
         run = lax.axis_index("block")
@@ -166,15 +175,23 @@ def dkv(
             copy(lse_ref.at[b, h, tokens(c)], s.number.at[at], bar, when)
             copy(delta_ref.at[b, h, tokens(c)], s.number.at[at + 2], bar, when)
 
+        def load_begin(s, c, bar) -> None:
+            """Where the documents of the queries of chunk c start, if there are several."""
+            if packed:
+                copy(doc_start_ref.at[b, tokens(c)], s.number.at[BEGIN], bar, None)
+
         def load_waiting(s, r, when) -> None:
             copy(dk_ref.at[b, tokens(r), h, columns(0)], s.dl, waiting_bar, when)
             copy(dv_ref.at[b, tokens(r), h, columns(0)], s.p, waiting_bar, when)
 
+        def turn_of(r):
+            return lax.rem(r, 2) if roomy else 0
+
         def load_gates(s, r, when) -> None:
             copy(la_ref.at[b, tokens(r), h], s.gate, la_bar, when)
-            at = lax.rem(r, 2)
-            copy(total_ref.at[row, r + 1], s.number.at[at + 4], la_bar, when)
-            copy(cross_ref.at[row, r + 1], s.number.at[at + 6], la_bar, when)
+            at = KEEP + 2 * turn_of(r)
+            copy(keep_ref.at[row, r + 1], s.number.at[at], la_bar, when)
+            copy(cross_ref.at[row, r + 1], s.number.at[at + 1], la_bar, when)
 
         def load_side(s, r, when=None) -> None:
             copy(dla_ref.at[b, tokens(r), h], s.side, side_bar, when)
@@ -217,13 +234,16 @@ def dkv(
                 to = ref.at[b, tokens(r), h, columns(n)]
                 common.copy_out(interpret, src.at[n], to, when, last=n == parts - 1)
 
-        def window(s, keys, at) -> tuple:
-            """Weights and gradients of the logits of pairs [row, query], unmasked."""
+        def window(s, keys, at, ahead) -> tuple:
+            """Weights and gradients of the logits of pairs [row, query], without the causal mask.
+            The queries' chunk starts ``ahead`` rows after the keys'."""
 
             def both(s_acc, z_acc):
                 products(s_acc, keys, s.qr.at[at])
                 products(z_acc, s.v, s.do.at[at])
                 w = jnp.exp2(landed(s_acc, parts) * post - column(s.number.at[at]))
+                if packed:
+                    w = seen(w, column(s.number.at[BEGIN]), ahead)
                 return w, w * (landed(z_acc) * scale - column(s.number.at[at + 2]))
 
             return accumulators(both, C, C)
@@ -232,13 +252,18 @@ def dkv(
             """The first warpgroup: gates, and the slots' tiles for the other."""
             s = afresh()
             r = first + i
-            even = lax.rem(r, 2)
+            at = KEEP + 2 * turn_of(r)
             new = 1 - lax.rem(i, 2)
             more = i + 1 < count
-            keep = strong_ref[row, r + 1] != 2
+            mine = strong_ref[row, r + 1] != 2
+            begin = None
+            if packed:
+                begin = load_row(doc_start_ref.at[b, tokens(r + 1)]).astype(jnp.int32)
 
             plgpu.barrier_wait(la_bar)
             gate = load(s.gate) * LOG2E
+            if packed:
+                gate = jnp.where(written(begin), gate, 0.0)
             short = lax.optimization_barrier(gate.astype(F16))
             s.sums[...] = short
             plgpu.commit_smem()
@@ -260,12 +285,12 @@ def dkv(
             b0, after = accumulators(factors, C)
             bw = lax.optimization_barrier(b0.astype(BF16))
             plgpu.barrier_wait(kv_bar)  # and the other warpgroup has read the last tiles
-            s.last[...] = (b0 * column(s.number.at[even + 4])).astype(BF16)
+            s.last[...] = (b0 * column(s.number.at[at])).astype(BF16)
 
             def through(u_acc):
                 products(u_acc, s.v, s.dsv)
                 products(u_acc, s.k, s.dsk)
-                return landed(u_acc) * column(s.number.at[even + 4])
+                return landed(u_acc) * column(s.number.at[at])
 
             dw = accumulators(through, C)
             plgpu.barrier_wait(q_bar)
@@ -312,12 +337,13 @@ def dkv(
                 triu = number(lax.optimization_barrier(on) & 0x3F80)  # 1.0
                 mm(t_acc, triu, s.dl)
                 mm(t_acc, triu, s.p)
-                own = column(s.number.at[even + 6]) - grad * after
+                own = column(s.number.at[at + 1]) - grad * after
                 return landed(t_acc) + own
 
-            s.side[...] = accumulators(sums, C)
+            grad = accumulators(sums, C)
+            s.side[...] = jnp.where(written(begin), grad, 0.0) if packed else grad
             plgpu.commit_smem()
-            common.copy_out(interpret, s.side, dla_ref.at[b, tokens(r), h], keep)
+            common.copy_out(interpret, s.side, dla_ref.at[b, tokens(r), h], mine)
             load_waiting(s, r + 1, more)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             (load_side if roomy else load_gates)(s, r + 1, more)
@@ -332,21 +358,25 @@ def dkv(
             new = 1 - old
             more = i + 1 < count
             here = r + 1 < end
-            keep = strong_ref[row, r + 1] != 2
+            mine = strong_ref[row, r + 1] != 2
 
             plgpu.barrier_wait(kv_bar)
             keys = rotated(s.k, cos, sin)
-            w, ds = window(s, keys, old)
+            w, ds = window(s, keys, old, 0)
             w_own, ds_own = number(bits(w) & on), number(bits(ds) & on)
             plgpu.barrier_wait(q_bar)
             plgpu.barrier_wait(cs_bar)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last dk has left
+            # the last dk has left; a barrier, too
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            load_begin(s, r + 1, begin_bar)
             queries = rotated(s.q, *angles(s))
             for n in range(parts):
                 s.qr.at[new].at[n][...] = queries[n]
             plgpu.commit_smem()
             plgpu.barrier_wait(lse_bar)
-            w, ds = window(s, keys, new)
+            if packed:
+                plgpu.barrier_wait(begin_bar)
+            w, ds = window(s, keys, new, C)
             w_new, ds_new = bits(w) & ~on, number(bits(ds) & ~on)
             plgpu.barrier_wait(ready_bar)
             load_rows(k_ref, r + 1, s.k, kv_bar, here)
@@ -358,7 +388,7 @@ def dkv(
                     mm(dv[n], w_own, s.do.at[old].at[n])
                     mm(dv[n], both, s.do.at[new].at[n])
                     plgpu.wgmma(dv[n], s.last, s.dsv.at[n])
-                leave([landed(x) for x in dv], s.do.at[old], dv_ref, r, keep)
+                leave([landed(x) for x in dv], s.do.at[old], dv_ref, r, mine)
 
             wide(values)
             load_rows(v_ref, r + 1, s.v, kv_bar, here)
@@ -378,7 +408,7 @@ def dkv(
                     plgpu.wgmma(acc[n], s.last, s.dsk.at[n])
                     plgpu.wgmma(acc[n], s.ak, s.q.at[n])
                 x = [ended(*y) for y in zip(acc, dk, strict=True)]
-                leave(x, s.qr.at[old], dk_ref, r, keep)
+                leave(x, s.qr.at[old], dk_ref, r, mine)
 
             wide(all_rows)
             load_states(s, r + 1, here)
@@ -413,6 +443,7 @@ def dkv(
             load_rows(q_ref, first, s.q, start_bar)
             load_rows(do_ref, first, s.do.at[0], start_bar)
             load_numbers(s, first, 0, start_bar)
+            load_begin(s, first, start_bar)
             load_rows(k_ref, first, s.k, kv_bar)
             load_rows(v_ref, first, s.v, kv_bar)
             load_states(s, first)
@@ -433,7 +464,7 @@ def dkv(
                 r = chunks - 1
                 old = lax.rem(count, 2)
                 plgpu.barrier_wait(kv_bar)
-                w, ds = window(s, rotated(s.k, cos, sin), old)
+                w, ds = window(s, rotated(s.k, cos, sin), old, 0)
                 w, ds = number(bits(w) & on), number(bits(ds) & on)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -473,11 +504,11 @@ def dkv(
     tiles = _Buffers(
         k=rows, v=rows, q=rows, do=two, qr=two, dsk=rows, dsv=rows, dl=tile, p=tile,
         gate=shared(dtype=F32), sums=shared(dtype=F16), last=tile, ak=tile, av=tile,
-        cos=angle, sin=angle, number=plgpu.SMEM((1, 8, C), F32),
+        cos=angle, sin=angle, number=plgpu.SMEM((1, KEEP + 4 if roomy else KEEP + 2, C), F32),
         side=shared(dtype=F32) if roomy else None,
     )  # fmt: skip
     stages = {str(jnp.dtype(x)): tiled(2, C, C, dtype=x) for x in (BF16, F16)} if interpret else {}
-    arrivals = 3, 1, 2, 4 * parts, 2 * parts, 2, 2, 4 + 2 * parts, 1, 2
+    arrivals = 3, 1, 2, 4 * parts, 2 * parts, 2, 1, 2, 4 + packed + 2 * parts, 1, 2
     kernel = plgpu.kernel(
         body,
         out_type=(),
@@ -493,7 +524,8 @@ def dkv(
     results = [jax.new_ref(x) for x in (dl, p, side)]
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     zero = jnp.zeros((1,), jnp.int32)
+    begin = doc_start.astype(F32) if packed else zero
     kernel(
-        q, k, v, do, *by_head, log_alpha, total, cross, dst, strong, cos, sin, zero, *results
+        q, k, v, do, *by_head, log_alpha, keep, cross, dst, strong, cos, sin, begin, zero, *results
     )  # fmt: skip
     return [x[...] for x in results]

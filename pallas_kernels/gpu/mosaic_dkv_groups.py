@@ -36,14 +36,17 @@ from pallas_kernels.gpu.mosaic_common import (
     in_two,
     landed,
     load,
+    load_row,
     masks,
     number,
     opaque_zero,
     plgpu,
+    seen,
     split,
     tiled,
     turned,
     weight,
+    written,
 )
 
 
@@ -64,7 +67,7 @@ class _Buffers(NamedTuple):
     p: Any
     sums: Any  # gates as an operand, in the place of dl
     av: Any  # b0 p^T of the slots' pairs
-    last: Any  # b0 2^total: what the rows give the state
+    last: Any  # b0 keep: what the rows give the state
     angles: Any  # of r + 1: cos and sin side by side
     number: Any  # lse and delta of r + 1, two turns each, and of r
 
@@ -156,19 +159,20 @@ def _mask(interpret: bool) -> jax.Array:
 @common.once
 def dkv(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array,
-    log_alpha: jax.Array, total: jax.Array, cross: jax.Array, dst: jax.Array, strong: jax.Array,
+    log_alpha: jax.Array, keep: jax.Array, cross: jax.Array, dst: jax.Array, strong: jax.Array,
     cos: jax.Array, sin: jax.Array, dl: jax.Array, p: jax.Array, side: jax.Array,
-    scale: float, processors: int, interpret: bool = False,
+    doc_start: jax.Array | None, scale: float, processors: int, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """dk, dv and dlog_alpha, summed over the query heads of each kv head.
 
     q, do [B,T,HQ,D], k, v [B,T,H,D] bfloat16, T a multiple of 64, D 64 or 128, HQ a multiple of H,
     but not H; lse (base 2, of both sides, +inf for empty rows) and delta [B,T,HQ] float32;
-    log_alpha [B,T,H,64] float32; total, cross [B*H,NC,64] float32; dst [B*H,NC+1,64,2D] bfloat16,
+    log_alpha [B,T,H,64] float32; keep, cross [B*H,NC,64] float32; dst [B*H,NC+1,64,2D] bfloat16,
     keys first; cos, sin [T,D/2] or [B,T,D/2] float16; dl, p [B,T,HQ,64] bfloat16; side
-    [B,T,H*N,64] float32, to be summed over N. None of this is checked; strong is not looked at.
-    Returns dk, dv [B,T,H,D] bfloat16 and dlog_alpha [B,T,H,64] float32. Rows that a chunk of strong
-    gates writes are to be written over.
+    [B,T,H*N,64] float32, to be summed over N; doc_start (None: one document a row) [B,T] int32,
+    where a token's document starts, counted from the start of its chunk, from -64 on. None of this
+    is checked; strong is not looked at. Returns dk, dv [B,T,H,D] bfloat16 and dlog_alpha [B,T,H,64]
+    float32. Rows that a chunk of strong gates writes, or that see padding, are to be written over.
 
     Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
     Pallas' interpreter, no GPU needed.
@@ -180,6 +184,7 @@ def dkv(
     post = scale * LOG2E
     lines = batch * kv_heads
     runs, steps = split(lines, chunks, processors)
+    packed = doc_start is not None
 
     def start(acc, x) -> None:
         """The accumulator's first value; the interpreter's are 0, see ``ended``."""
@@ -190,8 +195,8 @@ def dkv(
         return landed(acc) + x if interpret else landed(acc)
 
     def body(
-        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, total_ref, cross_ref, dst_ref,
-        angles_ref, dl_ref, p_ref, side_ref,
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, la_ref, keep_ref, cross_ref, dst_ref,
+        angles_ref, doc_start_ref, dl_ref, p_ref, side_ref,
         dk_ref, dv_ref, dla_ref, turned_ref, slots_ref, after_ref, tiles, stages, bars,
     ) -> None:  # fmt: skip
         wg = lax.axis_index("wg")
@@ -334,6 +339,10 @@ def dkv(
             """The first warpgroup, a row chunk; its gates, then the next one's."""
             s = afresh()
             r = first + i
+            begin = None
+            if packed:
+                begin = load_row(doc_start_ref.at[b, tokens(r + 1)]).astype(jnp.int32)
+                gate = jnp.where(written(begin), gate, 0.0)
             gate *= LOG2E
             short = lax.optimization_barrier(gate.astype(F16))
             s.sums[...] = short
@@ -351,7 +360,7 @@ def dkv(
             b0, after = accumulators(factors, C)
             common.store(after_ref.at[run], after)
             bw = lax.optimization_barrier(b0.astype(BF16))
-            s.last[...] = (b0 * column(total_ref.at[row, r + 1])).astype(BF16)
+            s.last[...] = (b0 * column(keep_ref.at[row, r + 1])).astype(BF16)
             plgpu.commit_smem()  # a barrier, too: the gates have been read
             plgpu.barrier_arrive(bars.last)
             load_waiting(s, i, 0)
@@ -368,7 +377,7 @@ def dkv(
                     s = afresh()
                     plgpu.wgmma(u, s.v, s.dsv.T)
                     plgpu.wgmma(u, s.k, s.dsk.T)
-                    return landed(u) * column(total_ref.at[row, r + 1])
+                    return landed(u) * column(keep_ref.at[row, r + 1])
 
                 u = accumulators(through, C)
                 plgpu.barrier_arrive(bars.through)
@@ -398,25 +407,31 @@ def dkv(
                 own = column(cross_ref.at[row, r + 1]) - dw * load(after_ref.at[run])
                 return landed(t) + own
 
-            common.store(dla_ref.at[b, tokens(r), h], accumulators(gates, C))
+            grad = accumulators(gates, C)
+            if packed:
+                grad = jnp.where(written(begin), grad, 0.0)
+            common.store(dla_ref.at[b, tokens(r), h], grad)
             common.sync(interpret)  # before the next gates take dl's place
             return later
 
-        def window(s, q, do, at) -> tuple:
-            """Weights and gradients of the logits of pairs [row, query], unmasked."""
+        def window(s, q, do, at, r, ahead) -> tuple:
+            """Weights and gradients of the logits of pairs [row of chunk r, query], without the
+            causal mask. The queries' chunk starts ``ahead`` rows after the keys'."""
 
             def both(s_acc, z_acc):
                 plgpu.wgmma(s_acc, s.kr, q.T)
                 plgpu.wgmma(z_acc, s.v, do.T)
                 w = jnp.exp2(landed(s_acc, 1) * post - column(s.number.at[at]))
+                if packed:
+                    w = seen(w, column(doc_start_ref.at[b, tokens(r + ahead // C)]), ahead)
                 return w, w * (landed(z_acc) * scale - column(s.number.at[at + 1]))
 
             return accumulators(both, C, C)
 
-        def own_window(s, dk, dv) -> None:
-            """What a turn's queries of the rows' own chunk give them."""
+        def own_window(s, dk, dv, r) -> None:
+            """What a turn's queries of chunk r, the rows' own, give them."""
             wait(bars.old)
-            w, ds = window(s, s.old_q, s.old_do, OLD)
+            w, ds = window(s, s.old_q, s.old_do, OLD, r, 0)
             on = _mask(interpret)
             mm(dv, number(bits(w) & on), s.old_do)
             mm(dk, number(bits(ds) & on), s.old_q)
@@ -428,11 +443,11 @@ def dkv(
             """The second warpgroup, a turn."""
             s = afresh()
             r, at = first + i, parity(i, turn)
-            own_window(s, dk, dv)
+            own_window(s, dk, dv, r)
             s = afresh()
             wait(bars.ready, bars.do.at[at])
             put_aside(s, turn)
-            w, ds = window(s, s.qr, s.do.at[at], 2 * at)
+            w, ds = window(s, s.qr, s.do.at[at], 2 * at, r, C)
             # a barrier, too; all that was put aside before this turn has arrived
             plgpu.wait_smem_to_gmem(1)
             _fence(interpret)
@@ -553,7 +568,7 @@ def dkv(
 
                 def rows(dk, dv):
                     def turn(n, _) -> None:
-                        own_window(s, dk, dv)
+                        own_window(s, dk, dv, r)
                         plgpu.wgmma_wait(0)
                         plgpu.commit_smem()
                         load_old(s, count, n + 1, n + 1 < group)
@@ -612,4 +627,7 @@ def dkv(
     )  # fmt: skip
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     angles = lax.bitcast_convert_type(jnp.concatenate([cos, sin], -1), BF16)
-    return kernel(q, k, v, do, *by_head, log_alpha, total, cross, dst, angles, dl, p, side)[:3]
+    begin = doc_start.astype(F32) if packed else jnp.zeros((1,), F32)
+    return kernel(
+        q, k, v, do, *by_head, log_alpha, keep, cross, dst, angles, begin, dl, p, side
+    )[:3]  # fmt: skip

@@ -27,7 +27,6 @@ and below, so that both are one tile.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,10 +41,8 @@ from pallas_kernels.gpu.mosaic_common import (
     BF16,
     F16,
     F32,
-    LN2,
     LOG2E,
     NINF,
-    SPAN,
     TILE,
     C,
     accumulators,
@@ -53,11 +50,14 @@ from pallas_kernels.gpu.mosaic_common import (
     full,
     landed,
     load,
+    load_row,
     opaque_zero,
     plgpu,
+    since,
     split,
     tiled,
     weight,
+    written,
 )
 
 BITS = 7.0  # 2^-BITS in bfloat16 has the bits of 1 in float16
@@ -108,11 +108,6 @@ class _Barriers(NamedTuple):
     left: int = 0  # dl and p; of groups
 
 
-def _load_row(ref) -> jax.Array:
-    """A value per row of a tile, [C]."""
-    return plgpu.load(ref, layout=TILE.reduce(1), optimized=False)
-
-
 def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """RoPE of rows x [C, D], float32; cos, sin [C, D / 2] float32."""
     half = x.shape[1] // 2
@@ -124,16 +119,17 @@ def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def dq(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array,
     cos: jax.Array, sin: jax.Array, o: jax.Array, do: jax.Array, lse: jax.Array,
-    push_s: jax.Array, push_w: jax.Array, scale: float, processors: int, stack: int = 1,
-    interpret: bool = False,
+    push_s: jax.Array, push_w: jax.Array, doc_start: jax.Array | None, scale: float,
+    processors: int, stack: int = 1, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """dq, and what the kernels after it need, as ``backward_kernels.dq_kernel``.
 
     q, o, do [B,T,HQ,D] and k, v [B,T,H,D] bfloat16, T a multiple of 64, HQ of H, D 64 or 128;
     log_alpha [B,T,H,64] float32; st [B*H,NC+1,64,2D] bfloat16, the slots before each chunk writes,
     keys first; cos, sin [T,D/2] or [B,T,D/2] float16; lse (base 2, of both sides, +inf for empty
-    rows), push_s and push_w (see attention._lse) [B,T,HQ] float32; scale > 0. None of this is
-    checked. Returns, where each query head has its own keys (SHARE),
+    rows), push_s and push_w (see attention._lse) [B,T,HQ] float32; doc_start (None: one document a
+    row) [B,T] int32, where a token's document starts, counted from the start of its chunk, from -64
+    on; scale > 0. None of this is checked. Returns, where each query head has its own keys (SHARE),
 
     - dq [B,T,H,D] bfloat16,
     - dl, p [B,T,H,D] bfloat16: gradients of the logits and weights, times 2^g, a chunk's in the
@@ -143,9 +139,9 @@ def dq(
     - dst, like st: what each chunk gives the gradient of the state that it reads.
 
     Rows of the last chunk in dl, p and side, and dst[:, NC], are anything; what belongs to chunks
-    of strong gates is to be written over. With groups of query heads, dq and delta have HQ heads,
-    and dl and p are [B,T,HQ,64], side [B,T,HQ/stack,64], its parts sums over ``stack`` heads, all
-    three in the queries' own rows; dst is not made (an array of one number).
+    of strong gates, or that see padding, is to be written over. With groups of query heads, dq and
+    delta have HQ heads, and dl and p are [B,T,HQ,64], side [B,T,HQ/stack,64], its parts sums over
+    ``stack`` heads, all three in the queries' own rows; dst is not made (an array of one number).
 
     Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
     Pallas' interpreter, no GPU needed.
@@ -154,6 +150,7 @@ def dq(
     heads = k.shape[2]
     group = q_heads // heads
     grouped = group > 1
+    packed = doc_start is not None
     parts = width // C
     roomy = parts == 1  # shared memory for all results; else they leave through what has been read
     chunks = length // C
@@ -172,7 +169,7 @@ def dq(
 
     def body(
         q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, o_ref, do_ref, lse_ref, push_s_ref,
-        push_w_ref, ones_ref, dq_ref, dl_ref, p_ref, side_ref, delta_ref, *rest,
+        push_w_ref, doc_start_ref, ones_ref, dq_ref, dl_ref, p_ref, side_ref, delta_ref, *rest,
     ) -> None:  # fmt: skip
         *dst_ref, tiles, stages, bars = rest
         wg = lax.axis_index("wg")
@@ -264,9 +261,13 @@ def dq(
                 total += jnp.sum(x * load(s.do.at[:, columns(n)]).astype(F32), 1)
             return total
 
+        def begins(c) -> Any:
+            """Where the documents of the rows of chunk c start, if there are several."""
+            return load_row(doc_start_ref.at[b, tokens(c)]) if packed else None
+
         def numbers(at, push_ref) -> tuple:
             """lse and push of the queries there."""
-            return _load_row(lse_ref.at[at]), _load_row(push_ref.at[at])
+            return load_row(lse_ref.at[at]), load_row(push_ref.at[at])
 
         def slots(i, _) -> None:
             """The first warpgroup: gates, then the slots' side of each query head."""
@@ -281,9 +282,9 @@ def dq(
                 if not grouped:
                     load_o(c, s)
 
-            # gates, base 2; those of chunk 0 are 0
+            begin = begins(c)
             wait(bars.la)
-            gate = jnp.maximum(load(s.la), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
+            gate = common.gates(load(s.la), c, begin)
             s.sums[...] = gate.astype(F16)
             plgpu.commit_smem()
             if roomy:
@@ -303,10 +304,10 @@ def dq(
             e0 = accumulators(totals, C)
             plgpu.commit_smem()
             if not grouped:
-                slots_alone(s, i, e0, lse, push)
+                slots_alone(s, i, e0, lse, push, begin)
                 return
             wait(bars.state, bars.v)
-            lax.fori_loop(0, group, lambda turn, _: slots_in_turn(i, turn, e0), None)
+            lax.fori_loop(0, group, lambda turn, _: slots_in_turn(i, turn, e0, begin), None)
             if not roomy:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 load_rows(la_ref, c, s.la, bars.la, more)
@@ -326,8 +327,10 @@ def dq(
 
             return accumulators(both, *[C] * 4)
 
-        def weights(i, y, e0, lse) -> jax.Array:
-            """p, float32; 0 in chunk 0."""
+        def weights(i, y, e0, lse, begin) -> jax.Array:
+            """p, float32; 0 where no slot is visible."""
+            if packed:
+                return jnp.where(written(begin), jnp.exp2(y * (e0 * post) - full(lse)) * e0, 0.0)
             hidden = jnp.where(first + i == 0, jnp.inf, lse)
             return jnp.exp2(y * (e0 * post) - full(hidden)) * e0
 
@@ -339,7 +342,7 @@ def dq(
         def side(y, z, p, dl) -> jax.Array:
             return dl.astype(F32) * y + p.astype(F32) * z
 
-        def slots_alone(s, i, e0, lse, push) -> None:
+        def slots_alone(s, i, e0, lse, push, begin) -> None:
             """The slots' side of a query head with its own keys, and what it gives the states."""
             c = first + i
             more = i + 1 < count
@@ -347,9 +350,9 @@ def dq(
             dl_s, p_s = s.pd.at[0], s.pd.at[1]
             wait(bars.q, bars.do, bars.state)
             y, z = logits(s, i)
-            p = weights(i, y, e0, lse)
+            p = weights(i, y, e0, lse, begin)
             wait(bars.delta)
-            p, dl = gradients(p, z, e0, _load_row(s.delta) - push)
+            p, dl = gradients(p, z, e0, load_row(s.delta) - push)
             # a barrier, too: the state and the gates have been read
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if roomy:
@@ -388,7 +391,7 @@ def dq(
 
             accumulators(given, width, width)
 
-        def slots_in_turn(i, turn, e0) -> None:
+        def slots_in_turn(i, turn, e0, begin) -> None:
             """The slots' side of one of a group's query heads."""
             s = afresh()
             c = first + i
@@ -410,7 +413,7 @@ def dq(
             wait(bars.read)  # by the other, whose dq of the turn before has left, too
             then = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
             load_queries(*then, s, more | ~last)
-            p, dl = gradients(weights(i, y, e0, lse), z, e0, delta)
+            p, dl = gradients(weights(i, y, e0, lse, begin), z, e0, delta)
             dl_s[...] = dl
             p_s[...] = p
             plgpu.commit_smem()
@@ -456,6 +459,7 @@ def dq(
             k_old, v_old, kr_old, kr_own = key(s, i - 1), s.v.at[old], s.kr.at[old], s.kr.at[own]
 
             lse, push = numbers(here, push_w_ref)
+            begin = begins(c)
             wait(bars.q)
             if not grouped:
                 wait(bars.angles)
@@ -464,7 +468,8 @@ def dq(
             def pairs(s_acc, d_acc, z_acc, dz_acc):
                 # chunk 0 does not see the rows before it
                 bias = plgpu.layout_cast(jnp.full((C, C), jnp.where(c == 0, NINF, 0.0), F32), TILE)
-                start(s_acc, bias)
+                if not packed:
+                    start(s_acc, bias)
                 mm(s_acc, turned, kr_old.T)
                 wait(bars.do)
                 if not grouped:
@@ -484,12 +489,12 @@ def dq(
                     turn_keys(s, key(s, i), kr_own)
                     plgpu.commit_smem()
                 mm(d_acc, turned, kr_own.T)
-                x = ended(s_acc, bias, 3)
+                x = landed(s_acc, 3) if packed else ended(s_acc, bias, 3)
                 z = landed(z_acc, 2)
                 dz = landed(dz_acc, 1)
                 if grouped:
                     wait(bars.delta)
-                    delta = _load_row(s.delta) - push
+                    delta = load_row(s.delta) - push
                     common.store(delta_ref.at[here], delta)
                     # dq of the turn before has left: dl and p take its place
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -497,6 +502,8 @@ def dq(
                 d = landed(d_acc)
                 # times scale 2^BITS
                 shift = full(lse - (math.log2(scale) + BITS))
+                if packed:
+                    d, x = (jnp.where(since(begin, n), y, NINF) for n, y in ((0, d), (C, x)))
                 p = jnp.exp2(jnp.where(causal(), d, x) * post - shift)
                 ds = (p * (jnp.where(causal(), dz, z) - full(delta))).astype(BF16)
                 after = ds * tril(s)
@@ -636,10 +643,10 @@ def dq(
         thread_name="wg",
         scratch_types=(tiles, stages, bars),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-        # no reduction goes across warps, and there is no shared memory left for one
-        compiler_params=dataclasses.replace(common.parameters(), reduction_scratch_bytes=0),
+        compiler_params=common.parameters(),
         kernel_name="nha_dq",
     )
     ones = jnp.tril(jnp.ones((C, C), F16))
-    out = kernel(q, k, v, log_alpha, st, cos, sin, o, do, lse, push_s, push_w, ones)
+    begin = doc_start if packed else jnp.zeros((1,), jnp.int32)
+    out = kernel(q, k, v, log_alpha, st, cos, sin, o, do, lse, push_s, push_w, begin, ones)
     return [*out, jnp.zeros((1,), BF16)] if grouped else list(out)

@@ -29,7 +29,6 @@ from pallas_kernels.gpu.mosaic_common import (
     LN2,
     LOG2E,
     NINF,
-    SPAN,
     TILE,
     C,
     accumulators,
@@ -37,11 +36,14 @@ from pallas_kernels.gpu.mosaic_common import (
     full,
     landed,
     load,
+    load_row,
     plgpu,
+    since,
     split,
     tiled,
     turned,
     weight,
+    written,
 )  # fmt: skip
 
 
@@ -53,16 +55,18 @@ def _short(x: jax.Array) -> jax.Array:
 @common.once
 def output(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array, st: jax.Array,
-    cos: jax.Array, sin: jax.Array, scale: float, processors: int, interpret: bool = False,
+    cos: jax.Array, sin: jax.Array, doc_start: jax.Array | None, scale: float, processors: int,
+    interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """Output and both log-sum-exps of every chunk.
 
     q [B,T,HQ,D], k [B,T,H,D] and v [B,T,H,V] bfloat16, T a multiple of 64, HQ of H, D and V each
     64 or 128; log_alpha [B,T,H,64] float32; st [B*H,NC+1,64,D+V] bfloat16, the slots before each
-    chunk writes, keys first; cos, sin [T,D/2] or [B,T,D/2] float16; scale > 0. None of this is
-    checked. Returns o [B,T,HQ,V] bfloat16 and the slots' and the window's log-sum-exp [B,T,HQ]
-    float32, -inf where empty; where the gates of a chunk sum to less than -SPAN, all three are to
-    be written over.
+    chunk writes, keys first; cos, sin [T,D/2] or [B,T,D/2] float16; doc_start (None: one document a
+    row) [B,T] int32, where a token's document starts, counted from the start of its chunk, from -64
+    on; scale > 0. None of this is checked. Returns o [B,T,HQ,V] bfloat16 and the slots' and the
+    window's log-sum-exp [B,T,HQ] float32, -inf where empty; where the gates of a chunk sum to less
+    than -SPAN, or it sees padding, all three are to be written over.
 
     Runs are cut for ``processors`` that each work on one block at a time. ``interpret`` runs
     Pallas' interpreter, no GPU needed.
@@ -74,9 +78,10 @@ def output(
     rows = batch * kv_heads
     runs, steps = split(rows, chunks, processors)
     ragged = chunks % steps != 0
+    packed = doc_start is not None
 
     def body(
-        q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, ones_ref, zero_ref,
+        q_ref, k_ref, v_ref, la_ref, st_ref, cos_ref, sin_ref, doc_start_ref, ones_ref, zero_ref,
         o_ref, lse_s_ref, lse_w_ref, ones, tiles, bars, stages,
     ) -> None:  # fmt: skip
         start_bar, in_bar, la_bar, cs_bar, v_bar, q_bar = bars
@@ -129,9 +134,9 @@ def output(
             """One chunk: its rotated keys and gates, then its query heads."""
             c, own = first + i, lax.rem(i, 2)
             la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s, *_ = afresh()
+            begin = load_row(doc_start_ref.at[b, tokens(c)]) if packed else None
             plgpu.barrier_wait(la_bar)
-            # base-2 gates, as stored for their sums; those of chunk 0 are 0
-            gate = jnp.maximum(load(la_s), -SPAN * LN2) * jnp.where(c == 0, 0.0, LOG2E)
+            gate = common.gates(load(la_s), c, begin)
             sums_s[...] = gate.astype(F16)
             plgpu.commit_smem()  # all warps wait, too
             load_rows(la_ref, c, la_s, la_bar, i + 1 < count)
@@ -149,11 +154,11 @@ def output(
             e0 = accumulators(sums, C)
             plgpu.commit_smem()
             if group == 1:
-                query(0, i, e0)
+                query(0, i, e0, begin)
             else:
-                lax.fori_loop(0, group, lambda turn, _: query(turn, i, e0), None)
+                lax.fori_loop(0, group, lambda turn, _: query(turn, i, e0, begin), None)
 
-        def query(turn, i, e0) -> None:
+        def query(turn, i, e0, begin) -> None:
             """One query head of chunk i of the run; each buffer is filled again when free."""
             c, own = first + i, lax.rem(i, 2)
             old = 1 - own
@@ -178,7 +183,7 @@ def output(
                     q_r = turned(load(q_s), load(cos_s), load(sin_s))
 
                     def window(s_acc, d_acc):
-                        if not interpret:
+                        if not (interpret or packed):
                             hidden = jnp.full((C, C), bias(c), F32)
                             s_acc[...] = plgpu.layout_cast(hidden, TILE)
                         mm(s_acc, q_r, kr_s.at[old].T)
@@ -186,6 +191,9 @@ def output(
                         x = _short(jnp.where(causal(), landed(x_acc, 3), 0.0))
                         mm(y_acc, x, b0_s)
                         far = landed(s_acc, 2)
+                        if packed:
+                            far = jnp.where(since(begin, C), far, NINF)
+                            return jnp.where(causal() & since(begin, 0), landed(d_acc, 1), far)
                         if interpret:
                             far += bias(c)
                         return jnp.where(causal(), landed(d_acc, 1), far)
@@ -200,7 +208,8 @@ def output(
                     after = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
                     load_query(*after, q_s, more | ~last)
                 at_last(next_keys)
-                return landed(y_acc) * e0 + bias(c), near
+                y = landed(y_acc) * e0
+                return jnp.where(written(begin), y, NINF) if packed else y + bias(c), near
 
             y, near = accumulators(logits, C)  # before the scale
             m_s = jnp.max(y, axis=1) * post
@@ -289,4 +298,4 @@ def output(
         kernel_name="nha_output",
     )
     ones, zero = jnp.tril(jnp.ones((C, C), F16)), jnp.zeros((1,), jnp.int32)
-    return list(kernel(q, k, v, log_alpha, st, cos, sin, ones, zero))
+    return list(kernel(q, k, v, log_alpha, st, cos, sin, doc_start if packed else zero, ones, zero))

@@ -26,6 +26,7 @@ CASES = {
     for case in suite.CASES
     if case.window is not None or case.documents or case.state  # the others are cuDNN's
 }
+DOCUMENTS = (101, 1, 64, 282), (-30, 226, 128, 64), (64, 320, -64)  # negative: padding
 WIDTHS = [  # head_dim, value_dim, slots
     (64, 64, 8), (64, 64, 64), (64, 64, 256), (64, 128, 64), (96, 96, 32), (128, 128, 64),
     (128, 128, 128), (128, 128, 256), (256, 256, 64), (256, 128, 128), (256, 256, 256),
@@ -65,14 +66,14 @@ def test_widths(d, v, slots, window, dtype):
 
 @pytest.mark.parametrize(
     ("strongest", "documents"),  # with gates to -4 many chunks need levels
-    [(-2.0, None), (-4.0, None), (-2.0, ((448,), (-30, 226, 128, 64), (64, 320, -64)))],
+    [(-2.0, None), (-4.0, None), (-2.0, DOCUMENTS), (-4.0, DOCUMENTS)],
 )
 @pytest.mark.parametrize(
     ("d", "v", "heads", "kv_heads"),
     [(64, 64, 2, 2), (64, 64, 6, 2), (64, 128, 3, 1), (128, 128, 2, 2), (128, 128, 4, 1)],
 )
 def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest, documents, monkeypatch):
-    """What Mosaic GPU kernels do on sm_90, but for chunks of strong gates or several documents: a
+    """What Mosaic GPU kernels do on sm_90, but for chunks of strong gates, or that see padding: a
     block of theirs walks over all chunks of a row."""
     monkeypatch.setattr(launch, "processors", lambda: 1)
     sizes = dict(head_dim=d, value_dim=v, slots=64, heads=heads, kv_heads=kv_heads)

@@ -28,9 +28,10 @@ def call(monkeypatch):
     return forward
 
 
+@pytest.mark.parametrize("mean", [None, 100])
 @pytest.mark.parametrize("window", [64, 100])
-def test_whole_chunks_walked_by_one_block(window, call):
-    check = functools.partial(bench.check, SMALL, bench.Spec(window, window, 0.25))
+def test_whole_chunks_walked_by_one_block(window, mean, call):
+    check = functools.partial(bench.check, SMALL, bench.Spec(window, window, 0.25), mean)
     errors = check()()
     assert set(errors) == set(bench.NAMES)
     assert max(errors.values()) < bench.TOLERANCE

@@ -137,9 +137,9 @@ def test_tolerance_rejects_wrong_gradients(group, interpreted):
         assert relative(a, b) > TOLERANCE
 
 
-@pytest.mark.parametrize("own_tables", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("width", "heads", "h"), [(64, 16, 16), (128, 16, 16), (128, 32, 8)])
-def test_lowers_without_a_gpu(width, heads, h, own_tables):
+def test_lowers_without_a_gpu(width, heads, h, packed):
     from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups
 
     s = jax.ShapeDtypeStruct
@@ -148,14 +148,15 @@ def test_lowers_without_a_gpu(width, heads, h, own_tables):
     number, gates = s((b, t, heads), f32), s((b, t, h, C), f32)
     sums, strong = s((b * h, t // C, C), f32), s((b * h, t // C), jnp.int32)
     dst = s((b * h, t // C + 1, C, 2 * width), jnp.bfloat16)
-    table = s((b, t, width // 2) if own_tables else (t, width // 2), jnp.float16)
+    table = s((b, t, width // 2) if packed else (t, width // 2), jnp.float16)
+    start = s((b, t), jnp.int32) if packed else None
     dkv, waiting, side = mosaic_dkv.dkv, row, gates
     if heads > h:
         dkv, waiting = mosaic_dkv_groups.dkv, s((b, t, heads, C), jnp.bfloat16)
         side = s((b, t, h * 2, C), f32)
     traced = jax.jit(lambda *x: dkv(*x, 0.1, 132)).trace(
         query, row, row, query, number, number, gates, sums, sums, dst, strong, table, table,
-        waiting, waiting, side,
+        waiting, waiting, side, start,
     )  # fmt: skip
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -188,10 +188,11 @@ def test_tolerance_rejects_wrong_results(interpreted):
         assert relative(got[name], want[name]) > TOLERANCE, name
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "stack"), [(16, 16, 64, 1), (16, 16, 128, 1), (32, 8, 128, 2)]
 )
-def test_lowers_without_a_gpu(heads, kv_heads, width, stack):
+def test_lowers_without_a_gpu(heads, kv_heads, width, stack, packed):
     from pallas_kernels.gpu import mosaic_dq
 
     s = jax.ShapeDtypeStruct
@@ -200,7 +201,8 @@ def test_lowers_without_a_gpu(heads, kv_heads, width, stack):
     number, la = s((b, t, heads), f32), s((b, t, kv_heads, C), f32)
     st = s((b * kv_heads, t // C + 1, C, 2 * width), jnp.bfloat16)
     table = s((t, width // 2) if heads == kv_heads else (b, t, width // 2), jnp.float16)
+    start = s((b, t), jnp.int32) if packed else None
     traced = jax.jit(lambda *x: mosaic_dq.dq(*x, 0.1, 132, stack)).trace(
-        row, keys, keys, la, st, table, table, row, row, number, number, number
+        row, keys, keys, la, st, table, table, row, row, number, number, number, start
     )
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

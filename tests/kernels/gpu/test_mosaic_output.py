@@ -82,7 +82,7 @@ def run(arrays, tables):
     tables = [x.astype(jnp.float16) for x in tables]
     st = states(*arrays[1:])
     scale = spec_for(arrays[0]).scale
-    return mosaic_output.output(*arrays, st, *tables, scale, processors=2, interpret=True)
+    return mosaic_output.output(*arrays, st, *tables, None, scale, processors=2, interpret=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -178,7 +178,7 @@ def test_runs_once_unless_all_is_recomputed(remat, runs):
     tables = cos.astype(jnp.float16), sin.astype(jnp.float16)
 
     def kernel(q):
-        return mosaic_output.output(q, *arrays[1:], st, *tables, 0.1, 132)[0]
+        return mosaic_output.output(q, *arrays[1:], st, *tables, None, 0.1, 132)[0]
 
     op = jax.custom_vjp(kernel)
     op.defvjp(lambda q: (kernel(q),) * 2, lambda o, d: (o * d,))
@@ -187,10 +187,11 @@ def test_runs_once_unless_all_is_recomputed(remat, runs):
     assert text.count("custom_vmap_call[") == runs
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width"), [(16, 16, 64), (16, 16, 128), (32, 8, 128)]
 )
-def test_lowers_without_a_gpu(heads, kv_heads, width):
+def test_lowers_without_a_gpu(heads, kv_heads, width, packed):
     from pallas_kernels.gpu import mosaic_output
 
     s = jax.ShapeDtypeStruct
@@ -199,6 +200,6 @@ def test_lowers_without_a_gpu(heads, kv_heads, width):
     st = s((4 * kv_heads, 8192 // C + 1, C, 2 * width), jnp.bfloat16)
     table = s((8192, width // 2), jnp.float16)
     traced = jax.jit(lambda *x: mosaic_output.output(*x, 0.1, 132)).trace(
-        q, k, k, la, st, table, table
+        q, k, k, la, st, table, table, s((4, 8192), jnp.int32) if packed else None
     )
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
