@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu import launch
+from pallas_kernels.gpu import launch, pieces
 from pallas_kernels.gpu.tiles import Tiles, choose
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -24,6 +24,9 @@ SHORT = 64  # tokens
 MOSAIC = 64  # tokens of a chunk, and slots, of the Mosaic GPU kernels
 STRONG = 2  # marks chunks that the copies for strong gates do
 BATCH = 16  # chunks that one of their programs looks after
+# axes of the heads: of a call's arrays, o and both sides' lse; of the cotangents
+HEADS = (2, 2, 2, 2, 1, 1, None, None, None, None, 2, 2, 2)
+GIVEN_HEADS = (2, 2, 2, 1, 1)
 
 
 def supports(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec) -> str | None:
@@ -317,32 +320,40 @@ def _rotated(k, cos, sin):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(k.dtype)
 
 
+def _states(c: _Call, k, v, la, slot_k0, slot_v0, doc, cur):
+    """The states before each chunk, [B*H, NC+1, M, D+V]; of each chunk what state_kernel says: what it keeps, its decay,
+    and whether it is strong. And the last state."""
+    from pallas_kernels.gpu import forward_kernels
+
+    f32, width = jnp.float32, c.D + c.V
+    if not c.slots:
+        none = tuple(jnp.zeros((1,), x) for x in (c.dtype, f32, f32, jnp.int32))
+        return none, jnp.zeros((c.B, c.H, 0, width), f32)
+    rows = _sds((c.B * c.H, c.NC, c.M), f32)
+    st, dec, total, strong = launch.call(
+        forward_kernels.state_kernel, k, v, la, doc, cur, c.T, c.S, c.spec.halo, c.NC,
+        out=[_sds((c.B * c.H, c.NC + 1, c.M, width), c.gate_dtype), rows, rows, _sds((c.B * c.H, c.NC), jnp.int32)],
+        grid=c.NC * c.B * c.H, **c.tiles.state.options,
+        **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
+    )  # fmt: skip
+    init = None
+    if c.init:
+        init = jnp.concatenate([slot_k0, slot_v0], -1).astype(f32)
+        init = init.reshape(c.B * c.H, c.M, width)
+    st, last, _ = _scan(c, st, dec, init)
+    return (st, dec, total, strong), last.reshape(c.B, c.H, c.M, width)
+
+
 def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None):
     from pallas_kernels.gpu import forward_kernels
 
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
-    B, T, S, H, HQ, M, NC = c.B, c.T, c.S, c.H, c.HQ, c.M, c.NC
+    B, T, S, H, HQ, NC = c.B, c.T, c.S, c.H, c.HQ, c.NC
     cos_, sin_, doc_, cur, sight, vis = _optional(c, cos, sin, doc, visible0)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
-    width, f32 = c.D + c.V, jnp.float32
+    f32 = jnp.float32
     heads = c.heads(c.tiles.output.stack)
-    if c.slots:
-        rows = _sds((B * H, NC, M), f32)
-        st, dec, total, strong = launch.call(
-            forward_kernels.state_kernel, k, v, la, doc_, cur, T, S, spec.halo, NC,
-            out=[_sds((B * H, NC + 1, M, width), c.gate_dtype), rows, rows, _sds((B * H, NC), jnp.int32)],
-            grid=NC * B * H, **c.tiles.state.options,
-            **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
-        )  # fmt: skip
-        init = None
-        if c.init:
-            init = jnp.concatenate([slot_k0, slot_v0], -1).astype(f32)
-            init = init.reshape(B * H, M, width)
-        st, last, _ = _scan(c, st, dec, init)
-        last = last.reshape(B, H, M, width)
-    else:
-        st, dec, total, strong = (jnp.zeros((1,), x) for x in (v.dtype, f32, f32, jnp.int32))
-        last = jnp.zeros((B, H, 0, width), f32)
+    (st, dec, total, strong), last = _states(c, k, v, la, slot_k0, slot_v0, doc_, cur)
     mosaic = _by_mosaic(c, log_alpha, cos, visible0)
     begin = None
     if mosaic and doc is not None:
@@ -368,7 +379,10 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     )  # fmt: skip
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
-    return results, (*inputs, o, lse_s, lse_w, st, dec, total, strong)
+    states = st, dec, total, strong
+    if pieces.choose(c, log_alpha.dtype).number > 1:
+        states = (None,) * 4  # the backward pass has those of a piece at a time
+    return results, (*inputs, o, lse_s, lse_w, *states)
 
 
 def _lse(lse_s, lse_w, dls, dlw):
@@ -385,6 +399,27 @@ def _lse(lse_s, lse_w, dls, dlw):
 
 
 def _backward(spec, residuals, cotangents, tiles=None):
+    """Gradients of q, k, v, log_alpha, slot_k0 and slot_v0; in pieces where the forward pass kept no states."""
+    if residuals[-1] is not None:
+        return _gradients(spec, residuals, cotangents, tiles)
+    q, k, v, log_alpha, slot_k0, slot_v0, _, _, doc, visible0, o, lse_s, lse_w, *_ = residuals
+    c = _Call(q, k, v, log_alpha, slot_k0, None, doc, visible0, spec, tiles)
+    cut = pieces.choose(c, log_alpha.dtype)
+    moving = q, k, v, log_alpha, slot_k0, slot_v0
+    # no cos and sin: without a window nothing is rotated
+    arrays = *moving, None, None, doc, visible0, o, lse_s, lse_w
+
+    def piece(i, gradients):
+        kept = *cut.take(arrays, HEADS, i), None, None, None, None
+        found = _gradients(spec, kept, cut.take(cotangents, GIVEN_HEADS, i), tiles)
+        return cut.put(gradients, found, HEADS[: len(found)], i)
+
+    zeros = [None if x is None else jnp.zeros_like(x) for x in moving]
+    return jax.lax.fori_loop(0, cut.number, piece, zeros)
+
+
+def _gradients(spec, residuals, cotangents, tiles):
+    """As `_backward`, of all at once; the states are computed anew where they are not given."""
     from pallas_kernels.gpu import backward_kernels as kernels
 
     q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, *kept = residuals
@@ -395,6 +430,8 @@ def _backward(spec, residuals, cotangents, tiles=None):
     D, width, halo = c.D, c.D + c.V, spec.halo
     cos_, sin_, doc_, cur, sight, vis = _optional(c, cos, sin, doc, visible0)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
+    if st is None:
+        (st, dec, total, strong), _ = _states(c, k, v, la, slot_k0, slot_v0, doc_, cur)
     f32 = jnp.float32
     turn = (
         cos is not None and spec.window <= C + 1

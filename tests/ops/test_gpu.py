@@ -15,7 +15,7 @@ import pytest
 
 from nha_jax.errors import UserError
 from nha_jax.ops import backends, init_state, nha_attention, nha_decode_step
-from pallas_kernels.gpu import launch
+from pallas_kernels.gpu import launch, pieces
 from tests.ops import suite
 
 pytestmark = pytest.mark.skipif(
@@ -48,6 +48,13 @@ def compared(case, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_suite(name, dtype):
     assert compared(CASES[name], dtype) == []
+
+
+@pytest.mark.parametrize("name", ["pure_slots", "packed_pure"])
+def test_pieces_of_a_call(name, monkeypatch):
+    """The backward pass of a call without a window, cut as that of a large one."""
+    monkeypatch.setattr(pieces, "LEAST", 1)
+    assert compared(CASES[name], "bfloat16") == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

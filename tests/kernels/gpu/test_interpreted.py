@@ -70,19 +70,19 @@ def interpreted(monkeypatch):
 
 def build(T=40, HQ=2, H=1, D=32, V=32, M=16, window=16, lag=None, halo=0, fm="none",
           empty="masked", rope=True, doc=None, init=False, gate=1.0, gates=None,
-          tiles=None, dtype="float32"):  # fmt: skip
+          tiles=None, dtype="float32", B=1):  # fmt: skip
     r = np.random.default_rng(0)
     s = halo + T
     n = r.standard_normal
-    arrays = [n((1, T, HQ, D)), n((1, s, H, D)), n((1, s, H, V))]
+    arrays = [n((B, T, HQ, D)), n((B, s, H, D)), n((B, s, H, V))]
     if gates:
-        arrays.append(r.uniform(*gates, (1, s, H, M)))
+        arrays.append(r.uniform(*gates, (B, s, H, M)))
     else:
-        arrays.append(-gate * np.log1p(np.exp(-2 * n((1, s, H, M)))))
-    arrays += [n((1, H, M, D)), n((1, H, M, V))] if init else [None, None]
+        arrays.append(-gate * np.log1p(np.exp(-2 * n((B, s, H, M)))))
+    arrays += [n((B, H, M, D)), n((B, H, M, V))] if init else [None, None]
     angle = np.arange(s)[:, None] * 1e4 ** (-np.arange(D // 2) / (D // 2))
     tables = [np.cos(angle), np.sin(angle)] if rope else [None, None]
-    docs = None if doc is None else jnp.asarray([doc], jnp.int32)
+    docs = None if doc is None else jnp.asarray(doc, jnp.int32).reshape(B, s)
     lag = window if lag is None else lag
     spec = Spec(window, lag, D**-0.5, feature_map=fm, empty_slots=empty, halo=halo)
     arrays, tables = (
@@ -96,22 +96,29 @@ def wide(xs):
     return [None if x is None else x.astype(jnp.float64) for x in xs]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_forward_and_gradients(name):
-    arrays, tables, docs, spec, tiles = build(**CASES[name])
-    got, kept = attention._forward(*arrays, *tables, docs, None, spec, tiles)
+def oracle(arrays, tables, docs, visible0, spec):
+    """Outputs in float64, random cotangents of them, and the gradients that these give."""
     with jax.enable_x64(True):
         tables64 = wide(tables)
         inputs = [x for x in wide(arrays) if x is not None]
 
-        def oracle(*xs):
-            return reference.forward(*xs, *[None] * (6 - len(xs)), *tables64, docs, None, spec)
+        def run(*xs):
+            states = [None] * (6 - len(xs))
+            return reference.forward(*xs, *states, *tables64, docs, visible0, spec)
 
-        want, pull = jax.vjp(oracle, *inputs)
+        want, pull = jax.vjp(run, *inputs)
         r = np.random.default_rng(1)
         cotangents = [np.where(np.isfinite(x), r.standard_normal(x.shape), 0.0) for x in want]
-        cotangents = [jnp.asarray(c, x.dtype) for c, x in zip(cotangents, got, strict=True)]
-        gradients = pull(type(want)(*wide(cotangents)))
+        dtypes = arrays[2].dtype, *[jnp.float32] * 4
+        cotangents = [jnp.asarray(c, x) for c, x in zip(cotangents, dtypes, strict=True)]
+        return want, cotangents, pull(type(want)(*wide(cotangents)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(name):
+    arrays, tables, docs, spec, tiles = build(**CASES[name])
+    got, kept = attention._forward(*arrays, *tables, docs, None, spec, tiles)
+    want, cotangents, gradients = oracle(arrays, tables, docs, None, spec)
     tolerance = TOLERANCE if got[0].dtype == jnp.float32 else ROUNDED
     for a, b in zip(got, want, strict=True):
         assert relative(a, b) < tolerance["o"]

@@ -32,6 +32,7 @@ def interpreted(monkeypatch):
         ("packed", "float32"),
         ("packed", "bfloat16"),  # few numbers in log_alpha's gradient
         ("packed", "float16"),
+        ("packed_pure", "float32"),  # no window: the backward pass in pieces
         ("packed_long", "bfloat16"),  # documents, and rows too long for float32
         ("full_packed", "float16"),
         ("full_packed", "float32"),
