@@ -138,10 +138,12 @@ def load_row(ref) -> jax.Array:
     return plgpu.load(ref, layout=TILE.reduce(1), optimized=False)
 
 
-def written(start: jax.Array) -> jax.Array:
-    """Rows of a chunk whose document, which starts at the row ``start`` [C] int32 of the chunk, has
-    a token C rows before: those that write to the slots, and see some, [C, C]."""
-    return plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE) - C >= full(start)
+def written(start: jax.Array, yes: Any, no: Any) -> jax.Array:
+    """``yes``, else ``no``, of each row of a chunk, [C], whose document, which starts at the row
+    ``start`` [C] of the chunk, has a token C rows before: which writes to the slots, and sees some.
+    """
+    i = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=TILE.reduce(1))
+    return jnp.where(i - C >= start, yes, no)
 
 
 def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None) -> jax.Array:
@@ -150,7 +152,7 @@ def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None) -> jax.Array:
     gate = jnp.maximum(log_alpha, -SPAN * LN2)
     if start is None:
         return gate * jnp.where(c == 0, 0.0, LOG2E)
-    return jnp.where(written(start), gate * LOG2E, 0.0)
+    return gate * full(written(start, LOG2E, 0.0))
 
 
 def since(start: jax.Array, ahead: int) -> jax.Array:
@@ -159,11 +161,15 @@ def since(start: jax.Array, ahead: int) -> jax.Array:
     return (j & ~6) >= full(start + ahead) - (j & 6)  # constants on the left, as in ``causal``
 
 
-def seen(w: jax.Array, start: jax.Array, ahead: int) -> jax.Array:
-    """w of pairs [row, query], 0 where the query's document starts after the row: ``start`` [C, C]
-    float32, of each query, ``ahead`` rows after these."""
-    i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
-    return jnp.where((i - ahead).astype(F32) >= start, w, 0.0)
+def apart(w: jax.Array, starts: Any, ahead: int) -> jax.Array:
+    """w of pairs [row, query], 0 where the query's document starts after the row: at ``starts`` [C]
+    float32, in memory, of the queries' chunk, which starts ``ahead`` rows after the rows'."""
+
+    def masked() -> jax.Array:
+        i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
+        return jnp.where((i - ahead).astype(F32) >= column(starts), w, 0.0)
+
+    return lax.cond(starts[C - 1] > -ahead, masked, lambda: w)
 
 
 def masks() -> jax.Array:

@@ -33,8 +33,10 @@ from pallas_kernels.gpu.mosaic_common import (
     TILE,
     C,
     accumulators,
+    apart,
     bits,
     column,
+    full,
     in_two,
     landed,
     load,
@@ -42,7 +44,6 @@ from pallas_kernels.gpu.mosaic_common import (
     masks,
     number,
     plgpu,
-    seen,
     split,
     tiled,
     weight,
@@ -243,7 +244,7 @@ def dkv(
                 products(z_acc, s.v, s.do.at[at])
                 w = jnp.exp2(landed(s_acc, parts) * post - column(s.number.at[at]))
                 if packed:
-                    w = seen(w, column(s.number.at[BEGIN]), ahead)
+                    w = apart(w, s.number.at[BEGIN], ahead)
                 return w, w * (landed(z_acc) * scale - column(s.number.at[at + 2]))
 
             return accumulators(both, C, C)
@@ -256,14 +257,10 @@ def dkv(
             new = 1 - lax.rem(i, 2)
             more = i + 1 < count
             mine = strong_ref[row, r + 1] != 2
-            begin = None
-            if packed:
-                begin = load_row(doc_start_ref.at[b, tokens(r + 1)]).astype(jnp.int32)
+            begin = load_row(doc_start_ref.at[b, tokens(r + 1)]) if packed else None
 
             plgpu.barrier_wait(la_bar)
-            gate = load(s.gate) * LOG2E
-            if packed:
-                gate = jnp.where(written(begin), gate, 0.0)
+            gate = load(s.gate) * (full(written(begin, LOG2E, 0.0)) if packed else LOG2E)
             short = lax.optimization_barrier(gate.astype(F16))
             s.sums[...] = short
             plgpu.commit_smem()
@@ -341,7 +338,7 @@ def dkv(
                 return landed(t_acc) + own
 
             grad = accumulators(sums, C)
-            s.side[...] = jnp.where(written(begin), grad, 0.0) if packed else grad
+            s.side[...] = grad * full(written(begin, 1.0, 0.0)) if packed else grad
             plgpu.commit_smem()
             common.copy_out(interpret, s.side, dla_ref.at[b, tokens(r), h], mine)
             load_waiting(s, r + 1, more)

@@ -31,8 +31,10 @@ from pallas_kernels.gpu.mosaic_common import (
     TILE,
     C,
     accumulators,
+    apart,
     bits,
     column,
+    full,
     in_two,
     landed,
     load,
@@ -41,7 +43,6 @@ from pallas_kernels.gpu.mosaic_common import (
     number,
     opaque_zero,
     plgpu,
-    seen,
     split,
     tiled,
     turned,
@@ -339,11 +340,8 @@ def dkv(
             """The first warpgroup, a row chunk; its gates, then the next one's."""
             s = afresh()
             r = first + i
-            begin = None
-            if packed:
-                begin = load_row(doc_start_ref.at[b, tokens(r + 1)]).astype(jnp.int32)
-                gate = jnp.where(written(begin), gate, 0.0)
-            gate *= LOG2E
+            begin = load_row(doc_start_ref.at[b, tokens(r + 1)]) if packed else None
+            gate *= full(written(begin, LOG2E, 0.0)) if packed else LOG2E
             short = lax.optimization_barrier(gate.astype(F16))
             s.sums[...] = short
             plgpu.commit_smem()
@@ -409,7 +407,7 @@ def dkv(
 
             grad = accumulators(gates, C)
             if packed:
-                grad = jnp.where(written(begin), grad, 0.0)
+                grad *= full(written(begin, 1.0, 0.0))
             common.store(dla_ref.at[b, tokens(r), h], grad)
             common.sync(interpret)  # before the next gates take dl's place
             return later
@@ -423,7 +421,7 @@ def dkv(
                 plgpu.wgmma(z_acc, s.v, do.T)
                 w = jnp.exp2(landed(s_acc, 1) * post - column(s.number.at[at]))
                 if packed:
-                    w = seen(w, column(doc_start_ref.at[b, tokens(r + ahead // C)]), ahead)
+                    w = apart(w, doc_start_ref.at[b, tokens(r + ahead // C)], ahead)
                 return w, w * (landed(z_acc) * scale - column(s.number.at[at + 1]))
 
             return accumulators(both, C, C)

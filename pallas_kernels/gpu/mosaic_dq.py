@@ -329,9 +329,9 @@ def dq(
 
         def weights(i, y, e0, lse, begin) -> jax.Array:
             """p, float32; 0 where no slot is visible."""
-            if packed:
-                return jnp.where(written(begin), jnp.exp2(y * (e0 * post) - full(lse)) * e0, 0.0)
             hidden = jnp.where(first + i == 0, jnp.inf, lse)
+            if packed:
+                hidden = written(begin, lse, jnp.inf)
             return jnp.exp2(y * (e0 * post) - full(hidden)) * e0
 
         def gradients(p, z, e0, delta) -> tuple:

@@ -121,10 +121,26 @@ def output(
             copy(cos_ref.at[at], cos_s, bar, when)
             copy(sin_ref.at[at], sin_s, bar, when)
 
+        def load_gates(c, la_s, begin_s, when=None) -> None:
+            """Gates of the rows that chunk c writes, and where its documents start."""
+            load_rows(la_ref, c - 1, la_s, la_bar, when)
+            if packed:
+                copy(doc_start_ref.at[b, tokens(c)], begin_s, la_bar, when)
+
         def afresh():
             """The buffers, by addresses that are worked out here rather than held in registers."""
             zero = zero_ref[0]
             return [x.at[zero] for x in tiles]
+
+        def apart(begin, c, own, far):
+            """The window's logits of chunk c, own and of the chunk before, less other documents'."""
+
+            def masked():
+                own_ = jnp.where(since(begin, 0), own, NINF)
+                return jnp.where(causal(), own_, jnp.where(since(begin, C), far, NINF))
+
+            several = doc_start_ref[b, c * C + C - 1] > -C
+            return lax.cond(several, masked, lambda: jnp.where(causal(), own, far))
 
         def bias(c):
             """Added to what chunk 0 does not see: slots, and the chunk before it."""
@@ -133,13 +149,13 @@ def output(
         def step(i, _) -> None:
             """One chunk: its rotated keys and gates, then its query heads."""
             c, own = first + i, lax.rem(i, 2)
-            la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s, *_ = afresh()
-            begin = load_row(doc_start_ref.at[b, tokens(c)]) if packed else None
+            la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s, _, _, begin_s = afresh()
             plgpu.barrier_wait(la_bar)
+            begin = load_row(begin_s) if packed else None
             gate = common.gates(load(la_s), c, begin)
             sums_s[...] = gate.astype(F16)
             plgpu.commit_smem()  # all warps wait, too
-            load_rows(la_ref, c, la_s, la_bar, i + 1 < count)
+            load_gates(c + 1, la_s, begin_s, i + 1 < count)
 
             def sums(g_acc):
                 plgpu.wgmma(g_acc, ones, sums_s)
@@ -162,7 +178,7 @@ def output(
             """One query head of chunk i of the run; each buffer is filled again when free."""
             c, own = first + i, lax.rem(i, 2)
             old = 1 - own
-            _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, o_s = afresh()
+            _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, o_s, _ = afresh()
             last = turn == group - 1
             more = i + 1 < count
 
@@ -191,12 +207,11 @@ def output(
                         x = _short(jnp.where(causal(), landed(x_acc, 3), 0.0))
                         mm(y_acc, x, b0_s)
                         far = landed(s_acc, 2)
-                        if packed:
-                            far = jnp.where(since(begin, C), far, NINF)
-                            return jnp.where(causal() & since(begin, 0), landed(d_acc, 1), far)
-                        if interpret:
-                            far += bias(c)
-                        return jnp.where(causal(), landed(d_acc, 1), far)
+                        if not packed:
+                            if interpret:
+                                far += bias(c)
+                            return jnp.where(causal(), landed(d_acc, 1), far)
+                        return apart(begin, c, landed(d_acc, 1), far)
 
                     return accumulators(window, C, C)
 
@@ -208,15 +223,16 @@ def output(
                     after = jnp.where(last, c + 1, c), jnp.where(last, 0, turn + 1)
                     load_query(*after, q_s, more | ~last)
                 at_last(next_keys)
-                y = landed(y_acc) * e0
-                return jnp.where(written(begin), y, NINF) if packed else y + bias(c), near
+                return landed(y_acc) * e0 + (0.0 if packed else bias(c)), near
 
             y, near = accumulators(logits, C)  # before the scale
             m_s = jnp.max(y, axis=1) * post
+            if packed:
+                m_s = written(begin, m_s, NINF)
             m_w = jnp.max(near, axis=1) * post
             m = jnp.maximum(m_s, m_w)
             shift = full(m)
-            p = jnp.exp2(y * post - shift)
+            p = jnp.exp2(y * post - (full(written(begin, m, jnp.inf)) if packed else shift))
             l_s = jnp.sum(p, axis=1)
             p = (p * e0).astype(BF16)
 
@@ -256,7 +272,7 @@ def output(
             at_last(next_values)
 
         # chunk c works on rows of chunk c - 1, which it writes, and on its own
-        la_s, _, _, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, _ = afresh()
+        la_s, _, _, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, _, begin_s = afresh()
         plgpu.copy_gmem_to_smem(ones_ref, ones, start_bar)
         load_rows(k_ref, first - 1, k_s.at[1], start_bar)
         load_angles(first - 1, cos_s, sin_s, start_bar)
@@ -265,7 +281,7 @@ def output(
         load_values(first, sv_s)
         load_rows(k_ref, first, k_s.at[0], in_bar)
         load_keys(first, sk_s)
-        load_rows(la_ref, first - 1, la_s, la_bar)
+        load_gates(first, la_s, begin_s)
         load_query(first, 0, q_s)
         plgpu.barrier_wait(start_bar)
         kr_s.at[1][...] = turned(load(k_s.at[1]), load(cos_s), load(sin_s))
@@ -281,8 +297,9 @@ def output(
         shared(C, C, dtype=F32), shared(C, C, dtype=F16), shared(C, C),
         shared(2, C, d), shared(2, C, d), shared(2, C, width), shared(C, d), shared(C, width),
         shared(C, d // 2, dtype=F16), shared(C, d // 2, dtype=F16), shared(C, d), shared(C, width),
+        plgpu.SMEM((1, C), jnp.int32),
     )  # fmt: skip
-    bars = tuple(plgpu.Barrier(num_arrivals=copies) for copies in (5, 2, 1, 2, 2, 1))
+    bars = tuple(plgpu.Barrier(num_arrivals=copies) for copies in (5, 2, 1 + packed, 2, 2, 1))
     stages = {n: tiled(C, n) for n in {C, d}} if interpret else {}
     kernel = plgpu.kernel(
         body,
