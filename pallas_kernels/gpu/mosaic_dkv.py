@@ -257,7 +257,7 @@ def dkv(
             new = 1 - lax.rem(i, 2)
             more = i + 1 < count
             mine = strong_ref[row, r + 1] != 2
-            begin = load_row(doc_start_ref.at[b, tokens(r + 1)]) if packed else None
+            begin: Any = load_row(doc_start_ref.at[b, tokens(r + 1)]) if packed else None
 
             plgpu.barrier_wait(la_bar)
             gate = load(s.gate) * (full(written(begin, LOG2E, 0.0)) if packed else LOG2E)
@@ -521,7 +521,7 @@ def dkv(
     results = [jax.new_ref(x) for x in (dl, p, side)]
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     zero = jnp.zeros((1,), jnp.int32)
-    begin = doc_start.astype(F32) if packed else zero
+    begin = doc_start.astype(F32) if doc_start is not None else zero
     kernel(
         q, k, v, do, *by_head, log_alpha, keep, cross, dst, strong, cos, sin, begin, zero, *results
     )  # fmt: skip

@@ -340,7 +340,7 @@ def dkv(
             """The first warpgroup, a row chunk; its gates, then the next one's."""
             s = afresh()
             r = first + i
-            begin = load_row(doc_start_ref.at[b, tokens(r + 1)]) if packed else None
+            begin: Any = load_row(doc_start_ref.at[b, tokens(r + 1)]) if packed else None
             gate *= full(written(begin, LOG2E, 0.0)) if packed else LOG2E
             short = lax.optimization_barrier(gate.astype(F16))
             s.sums[...] = short
@@ -625,7 +625,7 @@ def dkv(
     )  # fmt: skip
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     angles = lax.bitcast_convert_type(jnp.concatenate([cos, sin], -1), BF16)
-    begin = doc_start.astype(F32) if packed else jnp.zeros((1,), F32)
+    begin = doc_start.astype(F32) if doc_start is not None else jnp.zeros((1,), F32)
     return kernel(
         q, k, v, do, *by_head, log_alpha, keep, cross, dst, angles, begin, dl, p, side
     )[:3]  # fmt: skip

@@ -132,15 +132,19 @@ def output(
             zero = zero_ref[0]
             return [x.at[zero] for x in tiles]
 
-        def apart(begin, c, own, far):
-            """The window's logits of chunk c, own and of the chunk before, less other documents'."""
+        def window_of(begin, several, own, far):
+            """The window's logits of a chunk as one tile, of its own rows and those before."""
+
+            def one():
+                return jnp.where(causal(), own, far)
 
             def masked():
-                own_ = jnp.where(since(begin, 0), own, NINF)
-                return jnp.where(causal(), own_, jnp.where(since(begin, C), far, NINF))
+                near = jnp.where(since(begin, 0), own, NINF)
+                return jnp.where(causal(), near, jnp.where(since(begin, C), far, NINF))
 
-            several = doc_start_ref[b, c * C + C - 1] > -C
-            return lax.cond(several, masked, lambda: jnp.where(causal(), own, far))
+            if not packed:
+                return one()
+            return lax.cond(several, masked, one)
 
         def bias(c):
             """Added to what chunk 0 does not see: slots, and the chunk before it."""
@@ -151,7 +155,7 @@ def output(
             c, own = first + i, lax.rem(i, 2)
             la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s, _, _, begin_s = afresh()
             plgpu.barrier_wait(la_bar)
-            begin = load_row(begin_s) if packed else None
+            begin, several = (load_row(begin_s), begin_s[C - 1] > -C) if packed else (None, False)
             gate = common.gates(load(la_s), c, begin)
             sums_s[...] = gate.astype(F16)
             plgpu.commit_smem()  # all warps wait, too
@@ -170,12 +174,13 @@ def output(
             e0 = accumulators(sums, C)
             plgpu.commit_smem()
             if group == 1:
-                query(0, i, e0, begin)
+                query(0, i, e0, begin, several)
             else:
-                lax.fori_loop(0, group, lambda turn, _: query(turn, i, e0, begin), None)
+                lax.fori_loop(0, group, lambda turn, _: query(turn, i, e0, begin, several), None)
 
-        def query(turn, i, e0, begin) -> None:
-            """One query head of chunk i of the run; each buffer is filled again when free."""
+        def query(turn, i, e0, begin, several) -> None:
+            """One query head of chunk i of the run, which sees ``several`` documents or one; each
+            buffer is filled again when free."""
             c, own = first + i, lax.rem(i, 2)
             old = 1 - own
             _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, o_s, _ = afresh()
@@ -207,11 +212,9 @@ def output(
                         x = _short(jnp.where(causal(), landed(x_acc, 3), 0.0))
                         mm(y_acc, x, b0_s)
                         far = landed(s_acc, 2)
-                        if not packed:
-                            if interpret:
-                                far += bias(c)
-                            return jnp.where(causal(), landed(d_acc, 1), far)
-                        return apart(begin, c, landed(d_acc, 1), far)
+                        if interpret and not packed:
+                            far += bias(c)
+                        return window_of(begin, several, landed(d_acc, 1), far)
 
                     return accumulators(window, C, C)
 
