@@ -1,6 +1,7 @@
 """Packed documents in the Mosaic GPU kernels; chunks that see padding are Triton's."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -39,16 +40,18 @@ def documents(lengths):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """All kernels interpreted; the Mosaic ones note that they ran."""
+    """All kernels interpreted; the Mosaic ones note their arguments by name."""
     import interpret
 
     from pallas_kernels.gpu import mosaic_dkv, mosaic_dkv_groups, mosaic_dq, mosaic_output
 
-    ran = []
+    ran = {}
 
     def noting(kernel):
+        names = list(inspect.signature(kernel).parameters)
+
         def run(*args):
-            ran.append(kernel.__name__)
+            ran[kernel.__name__] = dict(zip(names, args, strict=False))
             return kernel(*args, interpret=True)
 
         return run
@@ -90,9 +93,9 @@ def test_against_the_oracle(name, group, width, interpreted):
 
     grad = functools.partial(jax.value_and_grad, argnums=(1, 2, 3, 4), has_aux=True)
     (_, o), grads = grad(loss)(attention.forward, q, k, v, la, cos, sin)
-    assert len(interpreted) == 3
-    marked = attention._forward(q, k, v, la, None, None, cos, sin, doc, None, spec)[1][-1]
-    assert (np.asarray(marked) == attention.STRONG).any() == (name == "padding")
+    assert set(interpreted) == {"output", "dq", "dkv"}
+    marked = np.asarray(interpreted["dkv"]["strong"]) == attention.STRONG
+    assert marked.any() == (name == "padding")
     with jax.enable_x64(True):
         x = [a.astype(jnp.float64) for a in (q, k, v, la, cos, sin)]
         (_, want), exact = grad(loss)(reference.forward, *x)
