@@ -52,7 +52,8 @@ def interpreted(monkeypatch):
 
         def run(*args):
             ran[kernel.__name__] = dict(zip(names, args, strict=False))
-            return kernel(*args, interpret=True)
+            # the interpreter's threads and Triton's, which would follow at once, can block each other
+            return jax.block_until_ready(kernel(*args, interpret=True))
 
         return run
 
