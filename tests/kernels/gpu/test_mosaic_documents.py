@@ -52,7 +52,7 @@ def interpreted(monkeypatch):
 
         def run(*args):
             ran[kernel.__name__] = dict(zip(names, args, strict=False))
-            # the interpreter's threads and Triton's, which would follow at once, can block each other
+            # the threads of this interpreter and of Triton's, which follows, can block each other
             return jax.block_until_ready(kernel(*args, interpret=True))
 
         return run
