@@ -578,14 +578,18 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     if not timed:
         return
     shapes = sorted({r["shape"] for r in timed})
-    fig, axes = plt.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
+    names = sorted({r["what"] for r in timed}, key=lambda x: (not x.startswith("nha"), x))
+    colors = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
+    size = 5 * len(shapes) + 2.5, 4.5
+    fig, axes = plt.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained")
     for ax, shape in zip(axes[0], shapes, strict=True):
-        for what in sorted({r["what"] for r in timed if r["shape"] == shape}):
+        for what in names:
             mine = [r for r in timed if r["shape"] == shape and r["what"] == what]
             mine.sort(key=lambda r: r["T"])
             x = [r["T"] for r in mine]
             y = [r["forward_backward_ms"] / r["tokens"] * TOKENS for r in mine]
-            ax.plot(x, y, "o-" if what.startswith("nha") else "s:", label=what)
+            style = "o-" if what.startswith("nha") else "s:"
+            ax.plot(x, y, style, label=what, color=colors[what])
         ax.set(
             xscale="log", yscale="log", xlabel="tokens in a row",
             ylabel=f"forward + backward, ms for {TOKENS:,} tokens", title=f"shape {shape}",
@@ -595,8 +599,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         ax.minorticks_off()
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.legend(fontsize=8)
-    fig.tight_layout()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     fig.savefig(path, dpi=120)
 
 
