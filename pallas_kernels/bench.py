@@ -579,7 +579,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         return
     shapes = sorted({r["shape"] for r in timed})
     names = sorted({r["what"] for r in timed}, key=lambda x: (not x.startswith("nha"), x))
-    colors = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
+    colors = {name: plt.get_cmap("tab20")(i) for i, name in enumerate(names)}
     size = 5 * len(shapes) + 2.5, 4.5
     fig, axes = plt.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained")
     for ax, shape in zip(axes[0], shapes, strict=True):
