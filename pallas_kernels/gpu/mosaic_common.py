@@ -156,7 +156,7 @@ def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None) -> jax.Array:
 
 
 def since(start: jax.Array, ahead: int) -> jax.Array:
-    """Columns at or after ``start`` [C] int32 of each row, less the ``ahead`` rows between."""
+    """Columns at or after ``start`` [C] int32 of each row, counted from column ``ahead``."""
     j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
     return (j & ~6) >= full(start + ahead) - (j & 6)  # constants on the left, as in ``causal``
 

@@ -145,8 +145,6 @@ def test_groups_as_tritons(
     assert not interpreted.mosaic
     by_triton = defined(interpreted.triton[-1])
     del interpreted.triton[:]
-    # tables by row are dq's only, as yet
-    monkeypatch.setattr(attention, "_by_mosaic", lambda call, *_: call.tiles.mosaic)
     got = backward(*case, tiles)
     assert len(interpreted.mosaic) == len(interpreted.triton) == 1
     assert by_triton["side"].shape == (batch, tokens, heads * group // stack, C)

@@ -32,7 +32,6 @@ def interpreted(monkeypatch):
         ("packed", "float32"),
         ("packed", "bfloat16"),  # few numbers in log_alpha's gradient
         ("packed", "float16"),
-        ("packed_pure", "float32"),  # no window: the backward pass in pieces
         ("packed_long", "bfloat16"),  # documents, and rows too long for float32
         ("full_packed", "float16"),
         ("full_packed", "float32"),
@@ -43,3 +42,7 @@ def interpreted(monkeypatch):
 )
 def test_case(name, dtype):
     assert test_gpu.compared(test_gpu.CASES[name], dtype) == []
+
+
+def test_pieces_of_a_call(monkeypatch):
+    test_gpu.test_pieces_of_a_call("packed_pure", monkeypatch)
