@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import launch, pieces
-from pallas_kernels.gpu.tiles import Tiles, choose
+from pallas_kernels.gpu.tiles import LONG, Tiles, choose
 
 DTYPES = ("bfloat16", "float16", "float32")
 LOG2E = math.log2(math.e)
@@ -174,6 +174,32 @@ def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
     )
 
 
+def _window_by_mosaic(call: _Call) -> bool:
+    """Whether the window side of dk and dv is a Mosaic GPU kernel's: rows of whole chunks, long windows."""
+    return (
+        call.tiles.mosaic
+        and call.C == MOSAIC
+        and call.D == call.V
+        and call.D in (MOSAIC, 2 * MOSAIC)
+        and call.T % MOSAIC == 0
+        and call.spec.halo == 0
+        and call.spec.window >= LONG
+        and call.dtype == jnp.bfloat16
+        and call.B * call.T * call.HQ * call.D < 2**31
+        and launch.missing_mosaic() is None
+    )
+
+
+def _oldest(cur, T: int, window: int):
+    """The first row that each query sees, [B or 1, T]: of its window and, cur [B, T] being its number, document."""
+    place = jnp.arange(T, dtype=jnp.int32)[None]
+    start = jnp.maximum(place - (window - 1), 0)
+    if cur is None:
+        return start
+    new = jnp.diff(cur, axis=1, prepend=0) != 0
+    return jnp.maximum(start, jax.lax.cummax(jnp.where(new, place, 0), axis=1))
+
+
 def _optional(call: _Call, cos, sin, doc, visible0):
     """Arrays for the absent optional inputs, the running document of each query, and which key tiles each chunk
     looks at.
@@ -185,8 +211,7 @@ def _optional(call: _Call, cos, sin, doc, visible0):
     cur = sight = dummy
     if doc is not None:
         doc = doc.astype(jnp.int32)
-        if call.slots:
-            cur = jax.lax.cummax(jnp.maximum(doc[:, call.spec.halo :], 1), axis=1)
+        cur = jax.lax.cummax(jnp.maximum(doc[:, call.spec.halo :], 1), axis=1)
         if call.bounded:
             sight = _sight(doc, call.spec.halo, call.C)
     if cos is not None and call.dtype == jnp.bfloat16:
@@ -223,8 +248,7 @@ def _doc_start(cur) -> jax.Array:
     """Where the document of each query starts, cur [B, T] being its number: counted from the start of the query's
     chunk, from -MOSAIC on."""
     place = jnp.arange(cur.shape[1], dtype=jnp.int32)
-    new = jnp.diff(cur, axis=1, prepend=0) != 0
-    start = jax.lax.cummax(jnp.where(new, place, 0), axis=1) - place // MOSAIC * MOSAIC
+    start = _oldest(cur, cur.shape[1], launch.ENDLESS) - place // MOSAIC * MOSAIC
     return jnp.maximum(start, -MOSAIC)
 
 
@@ -519,24 +543,37 @@ def _gradients(spec, residuals, cotangents, tiles):
         if keys is not k and not ready:  # once the larger arrays are no more
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
-        left = strong
-        if mosaic:  # after Mosaic's, only the rows that chunks of strong gates write
-            end = jnp.zeros((B,), bool) if doc is None else _padded(doc_)[:, -1]
-            end = jnp.where(jnp.repeat(end, H), STRONG, 0)
-            left = jnp.concatenate([strong[:, 1:], end[:, None]], 1)
-        watch = _watch(doc_, halo, C, stacked) if c.bounded else doc_
-        dk, dv, filled = launch.call(
-            kernels.dwindow_kernel, queries, keys if ready else k, v, cos_, sin_, doc_, watch, do, lse, delta, left, dk, dv,
-            dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
-            out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
-            grid=-(-programs // BATCH) if mosaic else programs,
-            aliases={11: 0, 12: 1, 13: 2} if c.slots else None,
-            **c.tiles.dwindow.options,
-            HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
-            ADD=c.slots, ROPE=cos is not None, TURN=turn, READY=ready, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
-            **c.pads, **c.half, KB=stacked, STRONG=mosaic, BATCH=BATCH,
-        )  # fmt: skip
-        dla = filled if c.slots else dla
+        if _window_by_mosaic(c):
+            from pallas_kernels.gpu import mosaic_window
+
+            oldest = jnp.broadcast_to(
+                _oldest(None if doc is None else cur, T, spec.window), (B, T)
+            )
+            tables = (None, None) if cos is None else (cos_, sin_)
+            dk, dv = mosaic_window.dkv(
+                queries, keys, v, do, lse, delta, oldest, None if doc is None else doc_, *tables,
+                (dk, dv) if c.slots else None, spec.slot_lag, spec.scale,
+            )  # fmt: skip
+            dla = dla.at[:, max(T - spec.slot_lag, 0) :].set(0)
+        else:
+            left = strong
+            if mosaic:  # after Mosaic's, only the rows that chunks of strong gates write
+                end = jnp.zeros((B,), bool) if doc is None else _padded(doc_)[:, -1]
+                end = jnp.where(jnp.repeat(end, H), STRONG, 0)
+                left = jnp.concatenate([strong[:, 1:], end[:, None]], 1)
+            watch = _watch(doc_, halo, C, stacked) if c.bounded else doc_
+            dk, dv, filled = launch.call(
+                kernels.dwindow_kernel, queries, keys if ready else k, v, cos_, sin_, doc_, watch, do, lse, delta, left, dk, dv,
+                dla if c.slots else la, T, S, halo, tiles_k, c.rope_batch, programs,
+                out=[_sds(x.shape, x.dtype) for x in (k, v, dla if c.slots else la)],
+                grid=-(-programs // BATCH) if mosaic else programs,
+                aliases={11: 0, 12: 1, 13: 2} if c.slots else None,
+                **c.tiles.dwindow.options,
+                HQ=HQ, **c.shape, scale=float(spec.scale), WINDOW=spec.window, LAG=spec.slot_lag,
+                ADD=c.slots, ROPE=cos is not None, TURN=turn, READY=ready, HAS_DOC=doc is not None, PREC=c.precision["PREC"],
+                **c.pads, **c.half, KB=stacked, STRONG=mosaic, BATCH=BATCH,
+            )  # fmt: skip
+            dla = filled if c.slots else dla
     dk0 = dv0 = None
     if c.init:
         dfirst = (

@@ -27,7 +27,7 @@ F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 def once(kernel: Callable) -> Callable:
     """The kernel as a function that a program has once, however many layers call it: each call
     would take a second to lower, and megabytes of the program."""
-    names = "scale", "processors", "stack", "interpret"
+    names = "scale", "processors", "stack", "lag", "interpret"
     known = inspect.signature(kernel).parameters
     return jax.jit(kernel, static_argnames=[name for name in names if name in known])
 

@@ -103,6 +103,28 @@ def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest, documents, monke
     assert compared(case, "bfloat16") == []
 
 
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize(
+    ("d", "heads", "kv_heads", "slots", "window"),
+    [(64, 2, 2, 64, 256), (64, 6, 2, 16, 300), (128, 4, 1, 64, 256), (128, 2, 2, 0, None)],
+)
+def test_long_windows_of_whole_chunks(d, heads, kv_heads, slots, window, documents):
+    """Window side of dk and dv by a Mosaic GPU kernel on sm_90."""
+    if window is None and documents is None:
+        pytest.skip("full attention without documents is cuDNN's")
+    sizes = dict(head_dim=d, value_dim=d, slots=slots, heads=heads, kv_heads=kv_heads)
+    case = suite.Case(f"long_{d}_{heads}", 448, window, **sizes, documents=documents)
+    if launch.missing_mosaic() is None:
+        x = {n: jnp.asarray(y, jnp.bfloat16) for n, y in suite.inputs(case).items()}
+        options = dict(rope=suite.tables(case), segment_ids=suite.segment_ids(case))
+
+        def loss(x):
+            return nha_attention(**x, **case.options(), **options).astype(jnp.float32).sum()
+
+        assert "nha_window_dkv" in jax.jit(jax.grad(loss)).lower(x).as_text()
+    assert compared(case, "bfloat16") == []
+
+
 @pytest.mark.parametrize("name", ["packed", "no_lag", "long_lag"])
 def test_decoding_is_the_whole_call(name):
     case = CASES[name]
@@ -163,6 +185,7 @@ def with_gradients(x, do):
         (8, 2, 128, 64, True),
         (8, 2, 128, 64, False),
         (4, 4, 64, 64, False),
+        (8, 2, 128, 512, True),
         (8, 2, 128, None, True),
     ],
 )
