@@ -111,7 +111,8 @@ class _Call:
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
         # documents say which tiles of a window are looked at, where it has several before a chunk's own
-        self.bounded = doc is not None and spec.window > C + 1
+        self.apart = _window_by_mosaic(self)
+        self.bounded = doc is not None and spec.window > C + 1 and not self.apart
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
         rounding = "nearest" if dtype == "float16" else "tf32"
@@ -133,7 +134,7 @@ class _Call:
         }
         self.flags: dict[str, Any] = {
             "scale": float(spec.scale),
-            "WINDOW": spec.window,
+            "WINDOW": 0 if self.apart else spec.window,
             "ZERO": spec.empty_slots == "zero",
             "SLOTS": self.slots,
             "ROPE": cos is not None,
@@ -175,7 +176,7 @@ def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
 
 
 def _window_by_mosaic(call: _Call) -> bool:
-    """Whether the window side of dk and dv is a Mosaic GPU kernel's: rows of whole chunks, long windows."""
+    """Whether the window side is the Mosaic GPU kernels': rows of whole chunks, long windows."""
     return (
         call.tiles.mosaic
         and call.C == MOSAIC
@@ -184,20 +185,30 @@ def _window_by_mosaic(call: _Call) -> bool:
         and call.T % MOSAIC == 0
         and call.spec.halo == 0
         and call.spec.window >= LONG
+        and call.spec.scale > 0
         and call.dtype == jnp.bfloat16
         and call.B * call.T * call.HQ * call.D < 2**31
         and launch.missing_mosaic() is None
     )
 
 
-def _oldest(cur, T: int, window: int):
-    """The first row that each query sees, [B or 1, T]: of its window and, cur [B, T] being its number, document."""
-    place = jnp.arange(T, dtype=jnp.int32)[None]
+def _oldest(cur, length: int, window: int):
+    """The first row that each query sees, [B, T], of its window and, cur [B, T] being its number (or None), its
+    document."""
+    place = jnp.arange(length, dtype=jnp.int32)[None]
     start = jnp.maximum(place - (window - 1), 0)
     if cur is None:
         return start
     new = jnp.diff(cur, axis=1, prepend=0) != 0
     return jnp.maximum(start, jax.lax.cummax(jnp.where(new, place, 0), axis=1))
+
+
+def _seen(call: _Call, cur, doc, cos, sin) -> tuple:
+    """What the kernels of long windows are told of documents and places."""
+    packed, turn = call.lag["HAS_DOC"], call.flags["ROPE"]
+    oldest = _oldest(cur if packed else None, call.T, call.spec.window)
+    oldest = jnp.broadcast_to(oldest, (call.B, call.T))
+    return oldest, doc if packed else None, cos if turn else None, sin if turn else None
 
 
 def _optional(call: _Call, cos, sin, doc, visible0):
@@ -394,13 +405,22 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         common = mosaic_output.output(
             q, k, v, la, st, cos_, sin_, begin, spec.scale, launch.processors()
         )
-    o, lse_s, lse_w = _both(
-        c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis,
-        T, S, spec.halo, NC, c.rope_batch,
-        out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
-        grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, AHEAD=c.ahead(c.tiles.output.warps),
-        HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads, common=common,
-    )  # fmt: skip
+    if c.slots or not c.apart:
+        o, lse_s, lse_w = _both(
+            c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis,
+            T, S, spec.halo, NC, c.rope_batch,
+            out=[_sds((B, T, HQ, c.V), v.dtype), *[_sds((B, T, HQ), f32)] * 2],
+            grid=NC * B * (HQ // heads), **c.tiles.output.options, STAGES=c.tiles.output.stages, AHEAD=c.ahead(c.tiles.output.warps),
+            HQ=HQ, **c.shape, **c.lag, **c.flags, **c.precision, **c.pads, **c.half, GB=heads, common=common,
+        )  # fmt: skip
+    if c.apart:
+        from pallas_kernels.gpu import mosaic_window
+
+        slots = (o, lse_s) if c.slots else None
+        o, lse_w = mosaic_window.output(
+            q, keys, v, *_seen(c, cur, doc_, cos_, sin_), slots, spec.scale
+        )
+        lse_s = lse_s if c.slots else jnp.full_like(lse_w, -jnp.inf)
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
     inputs = q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0
     states = st, dec, total, strong
@@ -488,20 +508,30 @@ def _gradients(spec, residuals, cotangents, tiles):
             q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, begin, spec.scale,
             launch.processors(), heads,
         )  # fmt: skip
-    dq, dl, p, side, delta, dst = _both(
-        c, kernels.dq_kernel, queries, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
-        lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
-        out=[
-            _sds(q.shape, q.dtype),
-            *[_sds(x.shape if share else read, c.gate_dtype) for x in (k, v)],
-            _sds(shares, f32), _sds((B, T, HQ), f32),
-            demand if alone else _sds((1,), c.gate_dtype),
-        ],
-        grid=NC * B * (HQ // heads), **c.tiles.dq.options,
-        HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, READY=ready, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
-        AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
-        common=common,
-    )  # fmt: skip
+    if c.slots or not c.apart:
+        dq, dl, p, side, delta, dst = _both(
+            c, kernels.dq_kernel, queries, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
+            lse, push_s, push_w, T, S, halo, NC, c.rope_batch,
+            out=[
+                _sds(q.shape, q.dtype),
+                *[_sds(x.shape if share else read, c.gate_dtype) for x in (k, v)],
+                _sds(shares, f32), _sds((B, T, HQ), f32),
+                demand if alone else _sds((1,), c.gate_dtype),
+            ],
+            grid=NC * B * (HQ // heads), **c.tiles.dq.options,
+            HQ=HQ, **c.shape, **c.lag, **c.flags, TURN=turn, READY=ready, **c.precision, **c.pads, **c.half, GB=heads, INPLACE=inplace, SHARE=share,
+            AHEAD=c.ahead(c.tiles.dq.warps) and c.gate_dtype == jnp.bfloat16,  # wider ones do not fit
+            common=common,
+        )  # fmt: skip
+    if c.apart:
+        from pallas_kernels.gpu import mosaic_window
+
+        seen = _seen(c, cur, doc_, cos_, sin_)
+        if not c.slots:
+            delta = (o.astype(f32) * do.astype(f32)).sum(-1) - push_w
+        dq = mosaic_window.dq(
+            q, keys, v, do, lse, delta, *seen, dq if c.slots else None, spec.scale
+        )
     dfirst = None
     if c.slots and not alone:
         (dst,) = launch.call(
@@ -543,16 +573,10 @@ def _gradients(spec, residuals, cotangents, tiles):
         if keys is not k and not ready:  # once the larger arrays are no more
             later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
-        if _window_by_mosaic(c):
-            from pallas_kernels.gpu import mosaic_window
-
-            oldest = jnp.broadcast_to(
-                _oldest(None if doc is None else cur, T, spec.window), (B, T)
-            )
-            tables = (None, None) if cos is None else (cos_, sin_)
+        if c.apart:
             dk, dv = mosaic_window.dkv(
-                queries, keys, v, do, lse, delta, oldest, None if doc is None else doc_, *tables,
-                (dk, dv) if c.slots else None, spec.slot_lag, spec.scale,
+                queries, keys, v, do, lse, delta, *seen, (dk, dv) if c.slots else None,
+                spec.slot_lag, spec.scale,
             )  # fmt: skip
             dla = dla.at[:, max(T - spec.slot_lag, 0) :].set(0)
         else:

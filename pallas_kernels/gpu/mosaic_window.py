@@ -1,13 +1,17 @@
-"""dk and dv of long windows as a Pallas Mosaic GPU kernel, for Hopper.
+"""Long windows as Pallas Mosaic GPU kernels, for Hopper: output, dq, dk and dv.
 
-It computes what ``backward_kernels.dwindow_kernel`` does where keys and queries come rotated
-(notation in kernels.py). A block has two chunks of keys of one kv head, one for each of its two
-warpgroups, and goes through the chunks of queries that see them, all query heads of a chunk in
-turn. The queries arrive by TMA, up to two turns ahead.
+They compute the window side where it has many tiles of keys (notation in kernels.py), alone or on
+top of the slots', which Triton's kernels have left. Each of a block's two warpgroups has one tile
+of its own, of queries (for dk and dv: keys), in registers or shared memory, and both go through the
+tiles that the other side has for them, which arrive by TMA up to two tiles ahead.
+
+Which keys a query sees is an interval: from ``oldest``, the first row of its window and document,
+to itself; padding in it is left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +23,9 @@ from pallas_kernels.gpu import mosaic_common as common
 from pallas_kernels.gpu.mosaic_common import (
     BF16,
     F32,
+    LN2,
     LOG2E,
+    NINF,
     TILE,
     C,
     accumulators,
@@ -33,24 +39,398 @@ from pallas_kernels.gpu.mosaic_common import (
     turned,
 )
 
-STAGES = 4  # turns whose queries have room
-BEHIND = 2  # turns that the second warpgroup may be behind the first
+STAGES = 4  # tiles that have room
+BEHIND = 2  # tiles that the second warpgroup may be behind the first
+LOW = -1e30  # below all logits, and finite
 
 
 class _Buffers(NamedTuple):
     """Shared memory."""
 
-    k: Any  # of each warpgroup, then its dk; as v
-    v: Any
-    q: Any  # of the stages
-    do: Any
-    number: Any  # lse, delta and the oldest key that each query sees
+    mine: tuple[Any, Any]  # two tiles of each warpgroup
+    tiles: tuple[Any, Any]  # of the stages: the other side's two
+    number: Any  # and their numbers
+    operand: Any  # the interpreter's products take both operands from shared memory
 
 
 class _Barriers(NamedTuple):
-    keys: Any  # of each warpgroup: its keys and values, then their slot side
+    mine: Any  # of each warpgroup
     there: Any  # of the stages
     free: Any
+
+
+def _scratch(width: int, numbers: int, interpret: bool) -> tuple[_Buffers, _Barriers]:
+    pair, stages = tiled(2, C, width), tiled(STAGES, C, width)
+    buffers = _Buffers(
+        (pair, pair), (stages, stages), plgpu.SMEM((STAGES, max(numbers, 1), C), F32),
+        {n: tiled(2, C, n) for n in {C, width}} if interpret else {},
+    )  # fmt: skip
+    bars = _Barriers(
+        plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        plgpu.Barrier(num_arrivals=2 + numbers, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    )
+    return buffers, bars
+
+
+class _Walk(NamedTuple):
+    """The tiles that a block goes through."""
+
+    bars: _Barriers
+    wg: jax.Array
+    count: jax.Array
+    load: Callable  # of a tile, to a stage
+
+    def start(self) -> None:
+        @pl.when(self.wg == 0)
+        def _():
+            for i in range(STAGES):
+                pl.when(i < self.count)(lambda i=i: self.load(jnp.int32(i), i))
+
+    def arrival(self, i) -> jax.Array:
+        """The stage of tile i, once it is there; the first warpgroup asks for a later one."""
+        before = i - BEHIND
+
+        @pl.when((self.wg == 0) & (before >= 0) & (before + STAGES < self.count))
+        def _():
+            at = lax.rem(before, STAGES)
+            plgpu.barrier_wait(self.bars.free.at[at])
+            self.load(before + STAGES, at)
+
+        at = lax.rem(i, STAGES)
+        plgpu.barrier_wait(self.bars.there.at[at])
+        return at
+
+    def leave(self, at) -> None:
+        """This warpgroup is done with a stage."""
+        plgpu.barrier_arrive(self.bars.free.at[at])
+
+    def skip(self, first, last) -> None:
+        lax.fori_loop(first, last, lambda i, _: self.leave(self.arrival(i)), None)
+
+
+def _tokens(c):
+    return pl.ds(pl.multiple_of(c * C, C), C)
+
+
+def _kernel(body: Callable, out: Any, blocks: int, scratch: Any, name: str, interpret: bool) -> Any:
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=scratch,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=common.parameters(),
+        kernel_name=name,
+    )
+
+
+def _run(kernel: Any, inputs: tuple, into: tuple | None) -> list[jax.Array]:
+    """The kernel's results, or what it writes over."""
+    none = jnp.zeros((1,), jnp.int32)
+    inputs = tuple(none if x is None else x for x in inputs)
+    if into is None:
+        return list(kernel(*inputs))
+    refs = [jax.new_ref(x) for x in into]
+    kernel(*inputs, *refs)
+    return [x[...] for x in refs]
+
+
+def _angles(cos_ref, sin_ref, b, c) -> tuple:
+    at = (b, _tokens(c)) if len(cos_ref.shape) == 3 else (_tokens(c),)
+    return load(cos_ref.at[at]), load(sin_ref.at[at])
+
+
+class _Queries(NamedTuple):
+    """A warpgroup's tile of queries: two heads of a block share keys and chunk, or one head's
+    neighbouring chunks are a block's."""
+
+    walk: _Walk
+    key: jax.Array  # tile of keys with which the block's walk begins
+    b: jax.Array
+    h: jax.Array  # kv head
+    c: jax.Array  # chunk
+    there: jax.Array  # whether it exists
+    place: tuple  # of its rows
+    first: jax.Array  # of the walk, what it sees
+    last: jax.Array
+    oldest: jax.Array  # of each query
+    newest: jax.Array  # the last query's oldest
+    number: Any  # of packed documents, of the keys
+
+    @staticmethod
+    def blocks(batch: int, chunks: int, heads: int, kv_heads: int) -> int:
+        return (
+            batch
+            * heads
+            * (-(-chunks // 2) if heads // kv_heads % 2 else chunks)
+            // (1 if heads // kv_heads % 2 else 2)
+        )
+
+    @classmethod
+    def of(cls, bars, buffers, k_ref, v_ref, keys_ref, oldest_ref, heads: int) -> _Queries:
+        _, length, kv_heads, _ = k_ref.shape
+        chunks, group = length // C, heads // kv_heads
+        packed = len(keys_ref.shape) > 1
+        wg, block = lax.axis_index("wg"), lax.axis_index("block")
+        stack = 1 if group % 2 else 2
+        units = heads // stack
+        head, place = lax.rem(block, units) * stack, lax.div(block, units)
+        if stack == 2:
+            b, c = lax.div(place, chunks), lax.rem(place, chunks)
+            mine, end, head = c, c + 1, head + wg
+        else:
+            pairs = -(-chunks // 2)
+            b, c = lax.div(place, pairs), 2 * lax.rem(place, pairs)
+            mine, end = c + wg, jnp.minimum(c + 2, chunks)
+        there = mine < end
+        row = jnp.minimum(mine, chunks - 1)
+        h = lax.div(head, group)
+        key = lax.div(oldest_ref[b, c * C], C)
+        count = end - key
+
+        def load_keys(i, at) -> None:
+            bar, place = bars.there.at[at], (b, _tokens(key + i), h)
+            for ref, tile in zip((k_ref, v_ref), buffers.tiles, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[place], tile.at[at], bar)
+            if packed:
+                for n in range(2):
+                    to = buffers.number.at[at, n]
+                    plgpu.copy_gmem_to_smem(keys_ref.at[b, key + i, n], to, bar)
+
+        first = jnp.where(there, lax.div(oldest_ref[b, row * C], C) - key, count)
+        return cls(
+            _Walk(bars, wg, count, load_keys), key, b, h, row, there, (b, _tokens(row), head),
+            first, jnp.where(there, row + 1 - key, count),
+            load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
+            buffers.number if packed else None,
+        )  # fmt: skip
+
+    def visible(self, x, i, at, no: float) -> jax.Array:
+        """x of pairs [query, key of tile i, at a stage], ``no`` where the query does not see it."""
+        tile = self.key + i
+        some = (tile == self.c) | (self.newest > tile * C)
+        packed = self.number is not None
+        if packed:
+            some |= self.number[at, 1, 0] > 0  # padding
+
+        def masked() -> jax.Array:
+            row = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
+            key = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
+            ahead = (tile - self.c) * C  # not positive
+            seen = (key + ahead <= row) & (key + tile * C >= full(self.oldest))
+            if packed:
+                seen &= column(self.number.at[at, 0]) > 0
+            return jnp.where(seen, x, no)
+
+        return lax.cond(some, masked, lambda: x)
+
+
+def _of_keys(doc: jax.Array | None) -> jax.Array | None:
+    """Of each tile of keys: the documents; whether there is padding [B,NC,2,C] float32."""
+    if doc is None:
+        return None
+    doc = doc.reshape(doc.shape[0], -1, C)
+    padded = jnp.broadcast_to((doc == 0).any(-1, keepdims=True), doc.shape)
+    return jnp.stack([doc.astype(F32), padded.astype(F32)], 2)
+
+
+@common.once
+def output(
+    q: jax.Array, k: jax.Array, v: jax.Array, oldest: jax.Array, doc: jax.Array | None,
+    cos: jax.Array | None, sin: jax.Array | None,
+    slot_side: tuple[jax.Array, jax.Array] | None, scale: float, interpret: bool = False,
+) -> list[jax.Array]:  # fmt: skip
+    """o [B,T,HQ,D] bfloat16 of both sides, and the window's lse [B,T,HQ] float32 (natural log, -inf
+    where a query sees nothing).
+
+    q [B,T,HQ,D], k, v [B,T,H,D] bfloat16, k rotated, T a multiple of 64, D 64 or 128; oldest [B,T]
+    int32, in no row falling: the first row whose key a query sees, if it is no padding; doc [B,T]
+    int32, 0 for padding, or None; cos, sin [T,D/2] or [B,T,D/2] float16, or None: queries have no
+    RoPE; slot_side: o and lse of the slots, of which o is written over, or None; scale > 0. None of
+    this is checked.
+
+    ``interpret`` runs Pallas' interpreter, no GPU needed.
+    """
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    post = scale * LOG2E
+    packed, slots = doc is not None, slot_side is not None
+
+    def body(
+        q_ref, k_ref, v_ref, keys_ref, oldest_ref, doc_ref, cos_ref, sin_ref, lse_s_ref, o_ref,
+        lse_ref, buffers, bars,
+    ) -> None:  # fmt: skip
+        x = _Queries.of(bars, buffers, k_ref, v_ref, keys_ref, oldest_ref, heads)
+        wg = x.walk.wg
+        mine, bar = buffers.mine[0].at[wg], bars.mine.at[wg]
+        plgpu.copy_gmem_to_smem(q_ref.at[x.place], mine, bar)
+        before = buffers.mine[1].at[wg]
+        if slots:
+            plgpu.copy_gmem_to_smem(o_ref.at[x.place], before, bar)
+        else:
+            plgpu.barrier_arrive(bar)
+        x.walk.start()
+
+        def mm(acc, a, b) -> None:
+            operand = buffers.operand[a.shape[1]].at[wg] if interpret else None
+            common.mm(interpret, acc, a, b, operand)
+
+        plgpu.barrier_wait(bar)
+        queries = load(mine)
+        if cos is not None:
+            queries = turned(queries, *_angles(cos_ref, sin_ref, x.b, x.c))
+        queries = lax.optimization_barrier(queries)
+        low = plgpu.layout_cast(jnp.full((C,), LOW, F32), TILE.reduce(1))
+        zero = plgpu.layout_cast(jnp.zeros((C,), F32), TILE.reduce(1))
+        m_s = jnp.maximum(load_row(lse_s_ref.at[x.place]) * LOG2E, LOW) if slots else low
+        if slots:
+            o = load(before).astype(F32)
+        else:
+            o = plgpu.layout_cast(jnp.zeros((C, width), F32), TILE)
+
+        def tile(i, carry) -> tuple:
+            o, m, peak, total = carry
+            at = x.walk.arrival(i)
+
+            def logits(acc):
+                mm(acc, queries, buffers.tiles[0].at[at].T)
+                return x.visible(landed(acc), i, at, NINF)
+
+            s = accumulators(logits, C)
+            top = jnp.max(s, axis=1) * post
+            new = jnp.maximum(m, top)
+            fade = jnp.exp2(m - new)
+            p = jnp.exp2(s * post - full(new))
+            total = total * fade + jnp.sum(p, axis=1)
+
+            def values(acc):
+                mm(acc, p.astype(BF16), buffers.tiles[1].at[at])
+                return landed(acc)
+
+            o = o * full(fade, width) + accumulators(values, width)
+            x.walk.leave(at)
+            return o, new, jnp.maximum(peak, top), total
+
+        x.walk.skip(0, x.first)
+        o, m, peak, total = lax.fori_loop(x.first, x.last, tile, (o, m_s, low, zero))
+        x.walk.skip(x.last, x.walk.count)
+        whole = total + jnp.where(m_s > LOW, jnp.exp2(m_s - m), 0.0)
+        share = jnp.where(whole > 0, 1.0 / whole, 0.0)
+        lse = jnp.where(total > 0, m + jnp.log2(total), peak)
+        lse = jnp.where(lse > LOW, lse * LN2, NINF)
+        if packed:
+            token = load_row(doc_ref.at[x.b, _tokens(x.c)]) > 0
+            share, lse = jnp.where(token, share, 0.0), jnp.where(token, lse, NINF)
+        mine[...] = (o * full(share, width)).astype(BF16)
+        plgpu.commit_smem()
+
+        @pl.when(x.there)
+        def _():
+            plgpu.copy_smem_to_gmem(mine, o_ref.at[x.place])
+            common.store(lse_ref.at[x.place], lse)
+            plgpu.wait_smem_to_gmem(0)
+
+    numbers = jax.ShapeDtypeStruct((batch, length, heads), F32)
+    kernel = _kernel(
+        body, () if slots else (jax.ShapeDtypeStruct(q.shape, BF16), numbers),
+        _Queries.blocks(batch, length // C, heads, kv_heads),
+        _scratch(width, 2 * packed, interpret), "nha_window_output", interpret,
+    )  # fmt: skip
+    o, lse_s = slot_side if slot_side is not None else (None, None)
+    inputs = q, k, v, _of_keys(doc), oldest, doc, cos, sin, lse_s
+    return _run(kernel, inputs, (o, jnp.empty(numbers.shape, F32)) if slots else None)
+
+
+@common.once
+def dq(
+    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array,
+    oldest: jax.Array, doc: jax.Array | None, cos: jax.Array | None, sin: jax.Array | None,
+    slot_side: jax.Array | None, scale: float, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """dq [B,T,HQ,D] bfloat16 of the window side, on top of the slots', ``slot_side``, if given.
+
+    As ``output``; do [B,T,HQ,D] bfloat16; lse (base 2, of both sides, +inf for empty rows) and
+    delta [B,T,HQ] float32.
+    """
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    post = scale * LOG2E
+    packed = doc is not None
+
+    def body(
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, keys_ref, oldest_ref, cos_ref, sin_ref,
+        dq_ref, buffers, bars,
+    ) -> None:  # fmt: skip
+        x = _Queries.of(bars, buffers, k_ref, v_ref, keys_ref, oldest_ref, heads)
+        wg = x.walk.wg
+        mine, bar = [tile.at[wg] for tile in buffers.mine], bars.mine.at[wg]
+        for ref, to in zip((q_ref, do_ref), mine, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[x.place], to, bar)
+        x.walk.start()
+
+        def mm(acc, a, b) -> None:
+            operand = buffers.operand[a.shape[1]].at[wg] if interpret else None
+            common.mm(interpret, acc, a, b, operand)
+
+        plgpu.barrier_wait(bar)
+        queries = load(mine[0])
+        if cos is not None:
+            queries = turned(queries, *_angles(cos_ref, sin_ref, x.b, x.c))
+        queries = lax.optimization_barrier(queries)
+        given = lax.optimization_barrier(load(mine[1]))
+        lse, delta = load_row(lse_ref.at[x.place]), load_row(delta_ref.at[x.place]) * scale
+
+        def tile(acc, i) -> None:
+            at = x.walk.arrival(i)
+            keys, values = (tile.at[at] for tile in buffers.tiles)
+
+            def weights(s_acc, z_acc):
+                mm(s_acc, queries, keys.T)
+                mm(z_acc, given, values.T)
+                w = jnp.exp2(landed(s_acc, 1) * post - full(lse))
+                w = x.visible(w, i, at, 0.0)
+                return (w * (landed(z_acc) * scale - full(delta))).astype(BF16)
+
+            mm(acc, accumulators(weights, C, C), keys)
+            plgpu.wgmma_wait(0)
+            x.walk.leave(at)
+
+        def gradient(acc) -> None:
+            x.walk.skip(0, x.first)
+            lax.fori_loop(x.first, x.last, lambda i, _: tile(acc, i), None)
+            x.walk.skip(x.last, x.walk.count)
+            if slot_side is not None:
+                common.sync(interpret)  # all warps have read it
+                plgpu.copy_gmem_to_smem(dq_ref.at[x.place], mine[0], bar)
+                plgpu.barrier_arrive(bar)
+            dq = landed(acc)
+            if cos is not None:
+                cos_, sin_ = _angles(cos_ref, sin_ref, x.b, x.c)
+                dq = turned(dq, cos_, -sin_)
+            if slot_side is not None:
+                plgpu.barrier_wait(bar)
+                dq += load(mine[0]).astype(F32)
+            mine[0][...] = dq.astype(BF16)
+            plgpu.commit_smem()
+
+            @pl.when(x.there)
+            def _():
+                plgpu.copy_smem_to_gmem(mine[0], dq_ref.at[x.place])
+                plgpu.wait_smem_to_gmem(0)
+
+        accumulators(gradient, width)
+
+    kernel = _kernel(
+        body, () if slot_side is not None else (jax.ShapeDtypeStruct(q.shape, BF16),),
+        _Queries.blocks(batch, length // C, heads, kv_heads),
+        _scratch(width, 2 * packed, interpret), "nha_window_dq", interpret,
+    )  # fmt: skip
+    inputs = q, k, v, do, lse, delta, _of_keys(doc), oldest, cos, sin
+    return _run(kernel, inputs, None if slot_side is None else (slot_side,))[0]
 
 
 @common.once
@@ -59,16 +439,11 @@ def dkv(
     oldest: jax.Array, doc: jax.Array | None, cos: jax.Array | None, sin: jax.Array | None,
     slot_side: tuple[jax.Array, jax.Array] | None, lag: int, scale: float, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
-    """dk and dv [B,T,H,D] bfloat16 of the window side, on top of the slot side's.
+    """dk and dv [B,T,H,D] bfloat16 of the window side, on top of the slots'.
 
-    q, do [B,T,HQ,D], k, v [B,T,H,D] bfloat16, q and k rotated, T a multiple of 64, D 64 or 128;
-    lse (base 2, of both sides, +inf for empty rows) and delta [B,T,HQ] float32; oldest [B,T] int32,
-    in no row falling: the first row whose key a query sees, if it is no padding; doc [B,T] int32, 0
-    for padding, or None; cos, sin [T,D/2] or [B,T,D/2] float16, or None: keys have no RoPE;
-    slot_side: dk and dv of the rows that are written, those ``lag`` before a query (others hold
-    anything), which are written over, or None. None of this is checked.
-
-    ``interpret`` runs Pallas' interpreter, no GPU needed.
+    As ``dq``, but q is rotated, too; cos, sin: of the keys; slot_side: dk and dv of the rows that
+    are written, those ``lag`` before a query (others hold anything), which are written over, or
+    None. A block has two chunks of keys of one kv head.
     """
     batch, length, kv_heads, width = k.shape
     group = q.shape[2] // kv_heads
@@ -82,165 +457,111 @@ def dkv(
 
     def body(
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, oldest_ref, ends_ref, doc_ref, cos_ref,
-        sin_ref, dk_ref, dv_ref, tiles, stages, bars,
+        sin_ref, dk_ref, dv_ref, buffers, bars,
     ) -> None:  # fmt: skip
-        wg = lax.axis_index("wg")
-        block = lax.axis_index("block")
+        wg, block = lax.axis_index("wg"), lax.axis_index("block")
         h, place = lax.rem(block, kv_heads), lax.div(block, kv_heads)
-        b, pair = lax.div(place, pairs), lax.rem(place, pairs)
-        mine = 2 * pair + wg  # chunk of keys
+        b, chunk = lax.div(place, pairs), 2 * lax.rem(place, pairs)
+        mine = chunk + wg
         there = mine < chunks
         row = jnp.minimum(mine, chunks - 1)
-        turns = (ends_ref[b, jnp.minimum(2 * pair + 1, chunks - 1)] - 2 * pair) * group
-        first = jnp.where(there, wg * group, turns)
-        last = jnp.where(there, (ends_ref[b, row] - 2 * pair) * group, turns)
-        k_s, v_s = tiles.k.at[wg], tiles.v.at[wg]
+        # all query heads of a chunk in turn
+        count = (ends_ref[b, jnp.minimum(chunk + 1, chunks - 1)] - chunk) * group
+        first = jnp.where(there, wg * group, count)
+        last = jnp.where(there, (ends_ref[b, row] - chunk) * group, count)
+        k_s, v_s = (tile.at[wg] for tile in buffers.mine)
+        keys, bar = (b, _tokens(row), h), bars.mine.at[wg]
 
-        def tokens(c):
-            return pl.ds(pl.multiple_of(c * C, C), C)
-
-        keys = b, tokens(row), h
-
-        def load_queries(turn) -> None:
-            c, head = 2 * pair + lax.div(turn, group), h * group + lax.rem(turn, group)
-            at = lax.rem(turn, STAGES)
-            bar = bars.there.at[at]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(c), head], tiles.q.at[at], bar)
-            plgpu.copy_gmem_to_smem(do_ref.at[b, tokens(c), head], tiles.do.at[at], bar)
+        def load_queries(i, at) -> None:
+            there = bars.there.at[at]
+            rows, head = _tokens(chunk + lax.div(i, group)), h * group + lax.rem(i, group)
+            for ref, tile in zip((q_ref, do_ref), buffers.tiles, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[b, rows, head], tile.at[at], there)
             for n, ref in enumerate((lse_ref, delta_ref)):
-                plgpu.copy_gmem_to_smem(ref.at[b, head, tokens(c)], tiles.number.at[at, n], bar)
-            plgpu.copy_gmem_to_smem(oldest_ref.at[b, tokens(c)], tiles.number.at[at, 2], bar)
+                plgpu.copy_gmem_to_smem(ref.at[b, head, rows], buffers.number.at[at, n], there)
+            plgpu.copy_gmem_to_smem(oldest_ref.at[b, rows], buffers.number.at[at, 2], there)
+
+        walk = _Walk(bars, wg, count, load_queries)
 
         def mm(acc, a, b) -> None:
-            common.mm(interpret, acc, a, b, stages.at[wg] if interpret else None)
-
-        def arrival(turn):
-            """Waits for a turn's queries; the first warpgroup asks for later ones."""
-            before = turn - BEHIND
-
-            @pl.when((wg == 0) & (before >= 0) & (before + STAGES < turns))
-            def _():
-                plgpu.barrier_wait(bars.free.at[lax.rem(before, STAGES)])
-                load_queries(before + STAGES)
-
-            at = lax.rem(turn, STAGES)
-            plgpu.barrier_wait(bars.there.at[at])
-            return at
-
-        def skip(turn, _) -> None:
-            plgpu.barrier_arrive(bars.free.at[arrival(turn)])
+            operand = buffers.operand[a.shape[1]].at[wg] if interpret else None
+            common.mm(interpret, acc, a, b, operand)
 
         def visible(w, at, ahead) -> jax.Array:
             """w of pairs [row, query], 0 where the query, of a chunk that starts ``ahead`` rows
             later, does not see the row."""
-            oldest_s = tiles.number.at[at, 2]
+            oldest_s = buffers.number.at[at, 2]
 
             def masked() -> jax.Array:
                 i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE) - ahead
                 j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-                seen = (i <= j) & (i.astype(F32) >= column(oldest_s))
-                return jnp.where(seen, w, 0.0)
+                return jnp.where((i <= j) & (i.astype(F32) >= column(oldest_s)), w, 0.0)
 
             return lax.cond((ahead == 0) | (oldest_s[C - 1] > -ahead), masked, lambda: w)
 
-        def query(dk, dv, turn) -> None:
-            at = arrival(turn)
-            ahead = (lax.div(turn, group) - wg) * C
-            q_s, do_s = tiles.q.at[at], tiles.do.at[at]
+        def query(dk, dv, i) -> None:
+            at = walk.arrival(i)
+            ahead = (lax.div(i, group) - wg) * C
+            q_s, do_s = (tile.at[at] for tile in buffers.tiles)
 
             def weights(s_acc, z_acc):
                 plgpu.wgmma(s_acc, k_s, q_s.T)
                 plgpu.wgmma(z_acc, v_s, do_s.T)
-                w = jnp.exp2(landed(s_acc, 1) * post - column(tiles.number.at[at, 0]))
+                w = jnp.exp2(landed(s_acc, 1) * post - column(buffers.number.at[at, 0]))
                 w = visible(w, at, ahead)
-                ds = w * (landed(z_acc) * scale - column(tiles.number.at[at, 1]))
+                ds = w * (landed(z_acc) * scale - column(buffers.number.at[at, 1]))
                 return w.astype(BF16), ds.astype(BF16)
 
             w, ds = accumulators(weights, C, C)
             mm(dv, w, do_s)
             mm(dk, ds, q_s)
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(bars.free.at[at])
+            walk.leave(at)
 
-        def leave(x, src, ref) -> None:
-            src[...] = x.astype(BF16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(src, ref.at[keys])
-
-        def results(dk, dv) -> None:
-            lax.fori_loop(first, last, lambda turn, _: query(dk, dv, turn), None)
-            lax.fori_loop(last, turns, skip, None)
-            bar = bars.keys.at[wg]
+        def gradients(dk, dv) -> None:
+            lax.fori_loop(first, last, lambda i, _: query(dk, dv, i), None)
+            walk.skip(last, count)
             if slot_side is not None:
                 common.sync(interpret)  # all warps have read them
                 plgpu.copy_gmem_to_smem(dk_ref.at[keys], k_s, bar)
                 plgpu.copy_gmem_to_smem(dv_ref.at[keys], v_s, bar)
             x = landed(dk)
             if cos is not None:
-                at = (b, tokens(row)) if cos.ndim == 3 else (tokens(row),)
-                x = turned(x, load(cos_ref.at[at]), -load(sin_ref.at[at]))
-            parts = [x, landed(dv)]
+                cos_, sin_ = _angles(cos_ref, sin_ref, b, row)
+                x = turned(x, cos_, -sin_)
+            found = [x, landed(dv)]
             if doc is not None:
-                token = full(load_row(doc_ref.at[b, tokens(row)]), width) > 0
-                parts = [jnp.where(token, y, 0.0) for y in parts]
+                token = full(load_row(doc_ref.at[b, _tokens(row)]), width) > 0
+                found = [jnp.where(token, y, 0.0) for y in found]
             if slot_side is not None:
                 i = plgpu.broadcasted_iota(jnp.int32, (C, width), 0, layout=TILE)
                 written = i < length - lag - row * C
                 plgpu.barrier_wait(bar)
                 sides = [load(s).astype(F32) for s in (k_s, v_s)]
-                parts = [y + jnp.where(written, z, 0.0) for y, z in zip(parts, sides, strict=True)]
+                found = [y + jnp.where(written, z, 0.0) for y, z in zip(found, sides, strict=True)]
 
             @pl.when(there)
             def _():
-                leave(parts[0], k_s, dk_ref)
-                leave(parts[1], v_s, dv_ref)
+                for y, src, ref in zip(found, (k_s, v_s), (dk_ref, dv_ref), strict=True):
+                    src[...] = y.astype(BF16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(src, ref.at[keys])
                 plgpu.wait_smem_to_gmem(0)
 
-        plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s, bars.keys.at[wg])
-        plgpu.copy_gmem_to_smem(v_ref.at[keys], v_s, bars.keys.at[wg])
+        plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s, bar)
+        plgpu.copy_gmem_to_smem(v_ref.at[keys], v_s, bar)
+        walk.start()
+        walk.skip(0, first)
+        plgpu.barrier_wait(bar)
+        accumulators(gradients, width, width)
 
-        @pl.when(wg == 0)
-        def _():
-            for turn in range(STAGES):
-                pl.when(turn < turns)(lambda turn=turn: load_queries(jnp.int32(turn)))
-
-        lax.fori_loop(0, first, skip, None)
-        plgpu.barrier_wait(bars.keys.at[wg])
-        accumulators(results, width, width)
-
-    def shared(n: int) -> Any:
-        return tiled(n, C, width)
-
-    tiles = _Buffers(
-        shared(2), shared(2), shared(STAGES), shared(STAGES), plgpu.SMEM((STAGES, 3, C), F32)
-    )
-    bars = _Barriers(
-        plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        plgpu.Barrier(num_arrivals=5, num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-    )
     shape = jax.ShapeDtypeStruct(k.shape, BF16)
-    kernel = plgpu.kernel(
-        body,
-        out_type=(shape, shape) if slot_side is None else (),
-        grid=(batch * pairs * kv_heads,),
-        grid_names=("block",),
-        num_threads=2,
-        thread_name="wg",
-        scratch_types=(tiles, tiled(2, C, C) if interpret else (), bars),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-        compiler_params=common.parameters(),
-        kernel_name="nha_window_dkv",
-    )
+    kernel = _kernel(
+        body, (shape, shape) if slot_side is None else (), batch * pairs * kv_heads,
+        _scratch(width, 3, interpret), "nha_window_dkv", interpret,
+    )  # fmt: skip
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     place = C * jnp.arange(chunks, dtype=jnp.int32)[:, None]
     since = (start - place).reshape(batch, length).astype(F32)
-    none = jnp.zeros((1,), jnp.int32)
-    inputs = (
-        q, k, v, do, *by_head, since, ends, *(none if x is None else x for x in (doc, cos, sin))
-    )  # fmt: skip
-    if slot_side is None:
-        return list(kernel(*inputs))
-    into = [jax.new_ref(x) for x in slot_side]
-    kernel(*inputs, *into)
-    return [x[...] for x in into]
+    inputs = q, k, v, do, *by_head, since, ends, doc, cos, sin
+    return _run(kernel, inputs, slot_side)

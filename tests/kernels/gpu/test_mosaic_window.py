@@ -1,4 +1,4 @@
-"""dk and dv of long windows in Mosaic GPU: interpreted in the backward pass; lowered."""
+"""Long windows in Mosaic GPU: interpreted, forward and backward; lowered."""
 
 import functools
 import types
@@ -31,26 +31,32 @@ def interpreted(monkeypatch):
 
     from pallas_kernels.gpu import mosaic_window
 
-    count = types.SimpleNamespace(dkv=0)
-    kernel = functools.partial(mosaic_window.dkv, interpret=True)
+    count = types.SimpleNamespace(output=0, dq=0, dkv=0)
 
-    def dkv(*args):
-        count.dkv += 1
-        return jax.block_until_ready(kernel(*args))
+    def counted(name):
+        kernel = functools.partial(getattr(mosaic_window, name), interpret=True)
 
-    monkeypatch.setattr(mosaic_window, "dkv", dkv)
+        def call(*args):
+            setattr(count, name, getattr(count, name) + 1)
+            return jax.block_until_ready(kernel(*args))
+
+        monkeypatch.setattr(mosaic_window, name, call)
+
+    for name in vars(count):
+        counted(name)
     monkeypatch.setattr(launch, "call", interpret.call)
     monkeypatch.setattr(launch, "missing_mosaic", lambda: None)
     return count
 
 
-def build(width, tokens, group, window, lag, *, batch=1, doc=None, slots=16, rope=True):
-    """Inputs with what the forward pass keeps, a gradient of its output, and the spec."""
+def build(width, tokens, heads, window, lag, *, group=1, batch=1, doc=None, slots=16, rope=True):
+    """Inputs of a call, a gradient of its output, and its spec."""
     n = np.random.default_rng(0).standard_normal
     q, k, v, do = (
-        jnp.asarray(n((batch, tokens, h, width)), jnp.bfloat16) for h in (group, 1, 1, group)
+        jnp.asarray(n((batch, tokens, h, width)), jnp.bfloat16)
+        for h in (group * heads, heads, heads, group * heads)
     )
-    la = jnp.asarray(-np.log1p(np.exp(-2 * n((batch, tokens, 1, slots)))) / 8, jnp.float32)
+    la = jnp.asarray(-np.log1p(np.exp(-2 * n((batch, tokens, heads, slots)))) / 8, jnp.float32)
     spec = Spec(window=window, slot_lag=lag, scale=width**-0.5)
     tables = [None, None]
     if rope:
@@ -58,15 +64,16 @@ def build(width, tokens, group, window, lag, *, batch=1, doc=None, slots=16, rop
         tables = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
     if doc is not None:
         doc = jnp.asarray(doc, jnp.int32)
-    inputs = q, k, v, la, None, None, *tables, doc, None
-    return attention._forward(*inputs, spec, TRITON)[1], do, spec
+    return (q, k, v, la, None, None, *tables, doc, None), do, spec
 
 
-def gradients(kept, do, spec, tiles):
-    """dk, dv and the gates' gradient."""
-    batch, _, h, width = kept[1].shape
-    zero, state = jnp.zeros(do.shape[:3]), jnp.zeros((batch, h, kept[3].shape[-1], width))
-    return attention._backward(spec, kept, (do, zero, zero, state, state), tiles)[1:4]
+def results(inputs, do, spec, tiles):
+    """o, both sides' lse, dq, dk, dv and the gates' gradient."""
+    found, kept = attention._forward(*inputs, spec, tiles)
+    batch, _, h, width = inputs[1].shape
+    zero, state = jnp.zeros(do.shape[:3]), jnp.zeros((batch, h, inputs[3].shape[-1], width))
+    given = do, zero, zero + 0.1, state, state
+    return *found[:3], *attention._backward(spec, kept, given, tiles)[:4]
 
 
 def relative(a, b):
@@ -86,20 +93,21 @@ def documents(*lengths):
 ENDLESS = launch.ENDLESS
 CASES = {
     "window 256": (64, 448, 1, 256, 256),
-    "a group of heads of 128": (128, 384, 2, 256, 256),
-    "window and lag no multiples of a chunk": (64, 512, 2, 300, 270),
+    "two heads a block, of 128": (128, 384, 1, 256, 256, {"group": 2}),
+    "three heads of a group": (64, 320, 2, 256, 256, {"group": 3}),
+    "window and lag no multiples of a chunk": (64, 512, 1, 300, 270, {"group": 2}),
     "window longer than the row": (64, 192, 1, 1024, 1024),
     "one chunk": (64, 64, 1, 256, 256),
     "no lag": (64, 320, 1, 256, 0),
     "no rotation": (64, 320, 1, 256, 256, {"rope": False}),
-    "no slots": (64, 448, 2, 256, 256, {"slots": 0}),
+    "no slots": (64, 448, 1, 256, 256, {"slots": 0, "group": 2}),
     "documents": (64, 448, 1, 256, 256, {"doc": [documents(100, 3, 345)]}),
     "padding": (
-        64, 448, 2, 256, 256,
-        {"doc": [documents(-70, 200, -10, 168), documents(250, 100, -98)], "batch": 2},
+        64, 448, 1, 256, 256,
+        {"doc": [documents(-70, 200, -10, 168), documents(250, 100, -98)], "batch": 2, "group": 2},
     ),
     "full attention over documents": (
-        128, 448, 2, ENDLESS, ENDLESS, {"slots": 0, "doc": [documents(30, 290, 120, -8)]},
+        128, 448, 1, ENDLESS, ENDLESS, {"slots": 0, "doc": [documents(30, 290, 120, -8)]},
     ),
 }  # fmt: skip
 
@@ -109,58 +117,79 @@ def case(name):
     return build(*sizes, **options)
 
 
+def apart(got, want):
+    """Relative RMS errors; of logs, where they are finite in both."""
+    for n in 1, 2:
+        np.testing.assert_array_equal(np.isfinite(got[n]), np.isfinite(want[n]))
+    pairs = (
+        [np.where(np.isfinite(x), x, 0.0) for x in pair] for pair in zip(got, want, strict=True)
+    )
+    return [relative(*pair) for pair in pairs]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_same_gradients(name, interpreted):
-    """As the Triton kernel's."""
-    kept, do, spec = case(name)
-    want = gradients(kept, do, spec, TRITON)
-    assert interpreted.dkv == 0
-    got = gradients(kept, do, spec, Tiles(chunk=C))
-    assert interpreted.dkv == 1
-    for a, b in zip(got, want, strict=True):
-        assert relative(a, b) < TOLERANCE
+def test_same_results(name, interpreted):
+    """As the Triton kernels'."""
+    want = results(*case(name), TRITON)
+    assert vars(interpreted) == {"output": 0, "dq": 0, "dkv": 0}
+    got = results(*case(name), Tiles(chunk=C))
+    assert vars(interpreted) == {"output": 1, "dq": 1, "dkv": 1}
+    assert max(apart(got, want)) < TOLERANCE
 
 
-def test_tolerance_rejects_wrong_gradients(interpreted):
-    kept, do, spec = case("documents")
-    want = gradients(kept, do, spec, TRITON)
+def test_tolerance_rejects_wrong_results(interpreted):
+    inputs, do, spec = case("documents")
+    want = results(inputs, do, spec, TRITON)
     for x in want:
-        assert relative(jnp.zeros_like(x), x) > TOLERANCE
+        x = np.where(np.isfinite(x), x, 0.0)
+        assert relative(np.zeros_like(x), x) > TOLERANCE
         assert relative(np.asarray(x, np.float64) * 1.005, x) > TOLERANCE
-    one_document = (*kept[:8], jnp.ones_like(kept[8]), *kept[9:])
-    short = Spec(window=257, slot_lag=256, scale=spec.scale)
-    for other in (one_document, do, spec), (kept, do, short), (kept, do * 1.005, spec):
-        got = gradients(*other, Tiles(chunk=C))
-        assert all(relative(a, b) > TOLERANCE for a, b in zip(got[:2], want[:2], strict=True))
+    one_document = *inputs[:8], jnp.ones_like(inputs[8]), None
+    short = Spec(window=255, slot_lag=256, scale=spec.scale)
+    no_angles = *inputs[:6], *(x * 0 + 1 for x in inputs[6:8]), *inputs[8:]
+    for other in (one_document, do, spec), (inputs, do, short), (no_angles, do, spec):
+        got = results(*other, Tiles(chunk=C))
+        assert all(relative(got[i], want[i]) > TOLERANCE for i in (0, 3, 4, 5))
 
 
-@pytest.mark.parametrize("change", ["window", "tokens", "width", "dtype", "tiles"])
+@pytest.mark.parametrize("change", ["window", "tokens", "width", "scale", "dtype", "tiles"])
 def test_calls_left_to_triton(change, interpreted):
     sizes = {"width": 64, "tokens": 320, "window": 256} | {
         "window": {"window": 192}, "tokens": {"tokens": 300}, "width": {"width": 32},
     }.get(change, {})  # fmt: skip
-    kept, do, spec = build(sizes["width"], sizes["tokens"], 1, sizes["window"], sizes["window"])
+    inputs, do, spec = build(sizes["width"], sizes["tokens"], 1, sizes["window"], sizes["window"])
     if change == "dtype":
-        kept = jax.tree.map(lambda x: x.astype(jnp.float16) if x.dtype == jnp.bfloat16 else x, kept)
+        inputs = tuple(
+            x.astype(jnp.float16) if x is not None and x.dtype == jnp.bfloat16 else x
+            for x in inputs
+        )
         do = do.astype(jnp.float16)
-    gradients(kept, do, spec, TRITON if change == "tiles" else Tiles(chunk=C))
-    assert interpreted.dkv == 0
+    if change == "scale":
+        spec = Spec(spec.window, spec.slot_lag, -spec.scale)
+    results(inputs, do, spec, TRITON if change == "tiles" else Tiles(chunk=C))
+    assert vars(interpreted) == {"output": 0, "dq": 0, "dkv": 0}
 
 
 @pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("width", "heads", "h"), [(64, 16, 16), (128, 32, 8)])
-def test_lowers_without_a_gpu(width, heads, h, slots):
+def test_lowers_without_a_gpu(width, heads, h, packed, slots):
     from pallas_kernels.gpu import mosaic_window
 
     s = jax.ShapeDtypeStruct
     b, t = 4, 8192
     query, row = (s((b, t, n, width), jnp.bfloat16) for n in (heads, h))
     number, place = s((b, t, heads), jnp.float32), s((b, t), jnp.int32)
-    table = s((b, t, width // 2), jnp.float16)
-    traced = jax.jit(lambda *x: mosaic_window.dkv(*x, 512, 0.1)).trace(
-        query, row, row, query, number, number, place, place, table, table,
-        (row, row) if slots else None,
-    )  # fmt: skip
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    (call,) = (x for x in text.splitlines() if "custom_call @mosaic_gpu" in x)
-    assert call.count("#stablehlo.output_operand_alias<") == 2 * slots
+    seen = place, place if packed else None, *[s((b, t, width // 2), jnp.float16)] * 2
+    given = query, row, row, query, number, number, *seen
+    calls = {
+        mosaic_window.output: (query, row, row, *seen, (query, number) if slots else None),
+        mosaic_window.dq: (*given, query if slots else None),
+        functools.partial(mosaic_window.dkv, lag=512): (*given, (row, row) if slots else None),
+    }
+    for kernel, args in calls.items():
+        run = functools.partial(kernel, scale=0.1)
+        text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        (call,) = (x for x in text.splitlines() if "custom_call @mosaic_gpu" in x)
+        written = 2 - (kernel is mosaic_window.dq)
+        assert call.count("#stablehlo.output_operand_alias<") == written * slots
