@@ -132,19 +132,20 @@ def output(
             zero = zero_ref[0]
             return [x.at[zero] for x in tiles]
 
-        def window_of(begin, several, own, far):
+        def window_of(begin_s, own, far):
             """The window's logits of a chunk as one tile, of its own rows and those before."""
 
             def one():
                 return jnp.where(causal(), own, far)
 
             def masked():
+                begin = load_row(begin_s)
                 near = jnp.where(since(begin, 0), own, NINF)
                 return jnp.where(causal(), near, jnp.where(since(begin, C), far, NINF))
 
             if not packed:
                 return one()
-            return lax.cond(several, masked, one)
+            return lax.cond(begin_s[C - 1] > -C, masked, one)
 
         def bias(c):
             """Added to what chunk 0 does not see: slots, and the chunk before it."""
@@ -155,11 +156,10 @@ def output(
             c, own = first + i, lax.rem(i, 2)
             la_s, sums_s, b0_s, k_s, kr_s, _, _, _, cos_s, sin_s, _, _, begin_s = afresh()
             plgpu.barrier_wait(la_bar)
-            begin, several = (load_row(begin_s), begin_s[C - 1] > -C) if packed else (None, False)
-            gate = common.gates(load(la_s), c, begin)
+            gate = common.gates(load(la_s), c, load_row(begin_s.at[own]) if packed else None)
             sums_s[...] = gate.astype(F16)
             plgpu.commit_smem()  # all warps wait, too
-            load_gates(c + 1, la_s, begin_s, i + 1 < count)
+            load_gates(c + 1, la_s, begin_s.at[1 - own], i + 1 < count)
 
             def sums(g_acc):
                 plgpu.wgmma(g_acc, ones, sums_s)
@@ -174,16 +174,15 @@ def output(
             e0 = accumulators(sums, C)
             plgpu.commit_smem()
             if group == 1:
-                query(0, i, e0, begin, several)
+                query(0, i, e0)
             else:
-                lax.fori_loop(0, group, lambda turn, _: query(turn, i, e0, begin, several), None)
+                lax.fori_loop(0, group, lambda turn, _: query(turn, i, e0), None)
 
-        def query(turn, i, e0, begin, several) -> None:
-            """One query head of chunk i of the run, which sees ``several`` documents or one; each
-            buffer is filled again when free."""
+        def query(turn, i, e0) -> None:
+            """One query head of chunk i of the run; each buffer is filled again when free."""
             c, own = first + i, lax.rem(i, 2)
             old = 1 - own
-            _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, o_s, _ = afresh()
+            _, _, b0_s, k_s, kr_s, v_s, sk_s, sv_s, cos_s, sin_s, q_s, o_s, begin_s = afresh()
             last = turn == group - 1
             more = i + 1 < count
 
@@ -214,7 +213,7 @@ def output(
                         far = landed(s_acc, 2)
                         if interpret and not packed:
                             far += bias(c)
-                        return window_of(begin, several, landed(d_acc, 1), far)
+                        return window_of(begin_s.at[own], landed(d_acc, 1), far)
 
                     return accumulators(window, C, C)
 
@@ -229,6 +228,7 @@ def output(
                 return landed(y_acc) * e0 + (0.0 if packed else bias(c)), near
 
             y, near = accumulators(logits, C)  # before the scale
+            begin = load_row(begin_s.at[own]) if packed else None
             m_s = jnp.max(y, axis=1) * post
             if packed:
                 m_s = written(begin, m_s, NINF)
@@ -284,7 +284,7 @@ def output(
         load_values(first, sv_s)
         load_rows(k_ref, first, k_s.at[0], in_bar)
         load_keys(first, sk_s)
-        load_gates(first, la_s, begin_s)
+        load_gates(first, la_s, begin_s.at[0])
         load_query(first, 0, q_s)
         plgpu.barrier_wait(start_bar)
         kr_s.at[1][...] = turned(load(k_s.at[1]), load(cos_s), load(sin_s))
@@ -300,7 +300,7 @@ def output(
         shared(C, C, dtype=F32), shared(C, C, dtype=F16), shared(C, C),
         shared(2, C, d), shared(2, C, d), shared(2, C, width), shared(C, d), shared(C, width),
         shared(C, d // 2, dtype=F16), shared(C, d // 2, dtype=F16), shared(C, d), shared(C, width),
-        plgpu.SMEM((1, C), jnp.int32),
+        plgpu.SMEM((1, 2, C), jnp.int32),
     )  # fmt: skip
     bars = tuple(plgpu.Barrier(num_arrivals=copies) for copies in (5, 2, 1 + packed, 2, 2, 1))
     stages = {n: tiled(C, n) for n in {C, d}} if interpret else {}
