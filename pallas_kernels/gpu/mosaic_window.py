@@ -47,7 +47,7 @@ LOW = -1e30  # below all logits, and finite
 class _Buffers(NamedTuple):
     """Shared memory."""
 
-    mine: tuple[Any, Any]  # two tiles of each warpgroup
+    mine: tuple  # tiles of each warpgroup
     tiles: tuple[Any, Any]  # of the stages: the other side's two
     number: Any  # and their numbers
     operand: Any  # the interpreter's products take both operands from shared memory
@@ -59,14 +59,14 @@ class _Barriers(NamedTuple):
     free: Any
 
 
-def _scratch(width: int, numbers: int, interpret: bool) -> tuple[_Buffers, _Barriers]:
-    pair, stages = tiled(2, C, width), tiled(STAGES, C, width)
+def _scratch(width: int, mine: int, numbers: int, interpret: bool) -> tuple[_Buffers, _Barriers]:
+    stages = tiled(STAGES, C, width)
     buffers = _Buffers(
-        (pair, pair), (stages, stages), plgpu.SMEM((STAGES, max(numbers, 1), C), F32),
-        {n: tiled(2, C, n) for n in {C, width}} if interpret else {},
+        (tiled(2, C, width),) * mine, (stages, stages),
+        plgpu.SMEM((STAGES, max(numbers, 1), C), F32), tiled(2, C, C) if interpret else (),
     )  # fmt: skip
     bars = _Barriers(
-        plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        plgpu.Barrier(num_arrivals=mine, num_barriers=2),
         plgpu.Barrier(num_arrivals=2 + numbers, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     )
@@ -163,15 +163,13 @@ class _Queries(NamedTuple):
 
     @staticmethod
     def blocks(batch: int, chunks: int, heads: int, kv_heads: int) -> int:
-        return (
-            batch
-            * heads
-            * (-(-chunks // 2) if heads // kv_heads % 2 else chunks)
-            // (1 if heads // kv_heads % 2 else 2)
-        )
+        if heads // kv_heads % 2:
+            return batch * heads * -(-chunks // 2)
+        return batch * chunks * heads // 2
 
     @classmethod
-    def of(cls, bars, buffers, k_ref, v_ref, keys_ref, oldest_ref, heads: int) -> _Queries:
+    def of(cls, bars, buffers, mine: tuple, k_ref, v_ref, keys_ref, oldest_ref, heads) -> _Queries:
+        """``mine``: what comes for the tile, on its way from here."""
         _, length, kv_heads, _ = k_ref.shape
         chunks, group = length // C, heads // kv_heads
         packed = len(keys_ref.shape) > 1
@@ -181,30 +179,34 @@ class _Queries(NamedTuple):
         head, place = lax.rem(block, units) * stack, lax.div(block, units)
         if stack == 2:
             b, c = lax.div(place, chunks), lax.rem(place, chunks)
-            mine, end, head = c, c + 1, head + wg
+            chunk, end, head = c, c + 1, head + wg
         else:
             pairs = -(-chunks // 2)
             b, c = lax.div(place, pairs), 2 * lax.rem(place, pairs)
-            mine, end = c + wg, jnp.minimum(c + 2, chunks)
-        there = mine < end
-        row = jnp.minimum(mine, chunks - 1)
+            chunk, end = c + wg, jnp.minimum(c + 2, chunks)
+        there = chunk < end
+        row = jnp.minimum(chunk, chunks - 1)
+        place = b, _tokens(row), head
+        for ref, tile in zip(mine, buffers.mine, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[place], tile.at[wg], bars.mine.at[wg])
         h = lax.div(head, group)
         key = lax.div(oldest_ref[b, c * C], C)
         count = end - key
 
         def load_keys(i, at) -> None:
-            bar, place = bars.there.at[at], (b, _tokens(key + i), h)
+            bar, keys = bars.there.at[at], (b, _tokens(key + i), h)
             for ref, tile in zip((k_ref, v_ref), buffers.tiles, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[place], tile.at[at], bar)
+                plgpu.copy_gmem_to_smem(ref.at[keys], tile.at[at], bar)
             if packed:
                 for n in range(2):
                     to = buffers.number.at[at, n]
                     plgpu.copy_gmem_to_smem(keys_ref.at[b, key + i, n], to, bar)
 
         first = jnp.where(there, lax.div(oldest_ref[b, row * C], C) - key, count)
+        walk = _Walk(bars, wg, count, load_keys)
+        walk.start()
         return cls(
-            _Walk(bars, wg, count, load_keys), key, b, h, row, there, (b, _tokens(row), head),
-            first, jnp.where(there, row + 1 - key, count),
+            walk, key, b, h, row, there, place, first, jnp.where(there, row + 1 - key, count),
             load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
             buffers.number if packed else None,
         )  # fmt: skip
@@ -264,31 +266,24 @@ def output(
         q_ref, k_ref, v_ref, keys_ref, oldest_ref, doc_ref, cos_ref, sin_ref, lse_s_ref, o_ref,
         lse_ref, buffers, bars,
     ) -> None:  # fmt: skip
-        x = _Queries.of(bars, buffers, k_ref, v_ref, keys_ref, oldest_ref, heads)
+        given = (q_ref, o_ref) if slots else (q_ref,)
+        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads)
         wg = x.walk.wg
-        mine, bar = buffers.mine[0].at[wg], bars.mine.at[wg]
-        plgpu.copy_gmem_to_smem(q_ref.at[x.place], mine, bar)
-        before = buffers.mine[1].at[wg]
-        if slots:
-            plgpu.copy_gmem_to_smem(o_ref.at[x.place], before, bar)
-        else:
-            plgpu.barrier_arrive(bar)
-        x.walk.start()
+        mine = buffers.mine[0].at[wg]
+        angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
 
         def mm(acc, a, b) -> None:
-            operand = buffers.operand[a.shape[1]].at[wg] if interpret else None
-            common.mm(interpret, acc, a, b, operand)
+            common.mm(interpret, acc, a, b, buffers.operand.at[wg] if interpret else None)
 
-        plgpu.barrier_wait(bar)
-        queries = load(mine)
-        if cos is not None:
-            queries = turned(queries, *_angles(cos_ref, sin_ref, x.b, x.c))
-        queries = lax.optimization_barrier(queries)
         low = plgpu.layout_cast(jnp.full((C,), LOW, F32), TILE.reduce(1))
         zero = plgpu.layout_cast(jnp.zeros((C,), F32), TILE.reduce(1))
         m_s = jnp.maximum(load_row(lse_s_ref.at[x.place]) * LOG2E, LOW) if slots else low
+        plgpu.barrier_wait(bars.mine.at[wg])
+        if angles is not None:
+            mine[...] = turned(load(mine), *angles)
+            plgpu.commit_smem()
         if slots:
-            o = load(before).astype(F32)
+            o = load(buffers.mine[1].at[wg]).astype(F32)
         else:
             o = plgpu.layout_cast(jnp.zeros((C, width), F32), TILE)
 
@@ -297,7 +292,7 @@ def output(
             at = x.walk.arrival(i)
 
             def logits(acc):
-                mm(acc, queries, buffers.tiles[0].at[at].T)
+                plgpu.wgmma(acc, mine, buffers.tiles[0].at[at].T)
                 return x.visible(landed(acc), i, at, NINF)
 
             s = accumulators(logits, C)
@@ -325,6 +320,7 @@ def output(
         if packed:
             token = load_row(doc_ref.at[x.b, _tokens(x.c)]) > 0
             share, lse = jnp.where(token, share, 0.0), jnp.where(token, lse, NINF)
+        common.sync(interpret)  # all warps have read it
         mine[...] = (o * full(share, width)).astype(BF16)
         plgpu.commit_smem()
 
@@ -332,13 +328,13 @@ def output(
         def _():
             plgpu.copy_smem_to_gmem(mine, o_ref.at[x.place])
             common.store(lse_ref.at[x.place], lse)
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     numbers = jax.ShapeDtypeStruct((batch, length, heads), F32)
     kernel = _kernel(
         body, () if slots else (jax.ShapeDtypeStruct(q.shape, BF16), numbers),
         _Queries.blocks(batch, length // C, heads, kv_heads),
-        _scratch(width, 2 * packed, interpret), "nha_window_output", interpret,
+        _scratch(width, 1 + slots, 2 * packed, interpret), "nha_window_output", interpret,
     )  # fmt: skip
     o, lse_s = slot_side if slot_side is not None else (None, None)
     inputs = q, k, v, _of_keys(doc), oldest, doc, cos, sin, lse_s
@@ -359,38 +355,34 @@ def dq(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     post = scale * LOG2E
-    packed = doc is not None
+    packed, slots = doc is not None, slot_side is not None
 
     def body(
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, keys_ref, oldest_ref, cos_ref, sin_ref,
         dq_ref, buffers, bars,
     ) -> None:  # fmt: skip
-        x = _Queries.of(bars, buffers, k_ref, v_ref, keys_ref, oldest_ref, heads)
+        given = (q_ref, do_ref, dq_ref) if slots else (q_ref, do_ref)
+        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads)
         wg = x.walk.wg
         mine, bar = [tile.at[wg] for tile in buffers.mine], bars.mine.at[wg]
-        for ref, to in zip((q_ref, do_ref), mine, strict=True):
-            plgpu.copy_gmem_to_smem(ref.at[x.place], to, bar)
-        x.walk.start()
+        angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
+        lse, delta = load_row(lse_ref.at[x.place]), load_row(delta_ref.at[x.place]) * scale
 
         def mm(acc, a, b) -> None:
-            operand = buffers.operand[a.shape[1]].at[wg] if interpret else None
-            common.mm(interpret, acc, a, b, operand)
+            common.mm(interpret, acc, a, b, buffers.operand.at[wg] if interpret else None)
 
         plgpu.barrier_wait(bar)
-        queries = load(mine[0])
-        if cos is not None:
-            queries = turned(queries, *_angles(cos_ref, sin_ref, x.b, x.c))
-        queries = lax.optimization_barrier(queries)
-        given = lax.optimization_barrier(load(mine[1]))
-        lse, delta = load_row(lse_ref.at[x.place]), load_row(delta_ref.at[x.place]) * scale
+        if angles is not None:
+            mine[0][...] = turned(load(mine[0]), *angles)
+            plgpu.commit_smem()
 
         def tile(acc, i) -> None:
             at = x.walk.arrival(i)
             keys, values = (tile.at[at] for tile in buffers.tiles)
 
             def weights(s_acc, z_acc):
-                mm(s_acc, queries, keys.T)
-                mm(z_acc, given, values.T)
+                plgpu.wgmma(s_acc, mine[0], keys.T)
+                plgpu.wgmma(z_acc, mine[1], values.T)
                 w = jnp.exp2(landed(s_acc, 1) * post - full(lse))
                 w = x.visible(w, i, at, 0.0)
                 return (w * (landed(z_acc) * scale - full(delta))).astype(BF16)
@@ -403,31 +395,27 @@ def dq(
             x.walk.skip(0, x.first)
             lax.fori_loop(x.first, x.last, lambda i, _: tile(acc, i), None)
             x.walk.skip(x.last, x.walk.count)
-            if slot_side is not None:
-                common.sync(interpret)  # all warps have read it
-                plgpu.copy_gmem_to_smem(dq_ref.at[x.place], mine[0], bar)
-                plgpu.barrier_arrive(bar)
             dq = landed(acc)
             if cos is not None:
                 cos_, sin_ = _angles(cos_ref, sin_ref, x.b, x.c)
                 dq = turned(dq, cos_, -sin_)
-            if slot_side is not None:
-                plgpu.barrier_wait(bar)
-                dq += load(mine[0]).astype(F32)
+            if slots:
+                dq += load(mine[2]).astype(F32)
+            common.sync(interpret)  # all warps have read it
             mine[0][...] = dq.astype(BF16)
             plgpu.commit_smem()
 
             @pl.when(x.there)
             def _():
                 plgpu.copy_smem_to_gmem(mine[0], dq_ref.at[x.place])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         accumulators(gradient, width)
 
     kernel = _kernel(
-        body, () if slot_side is not None else (jax.ShapeDtypeStruct(q.shape, BF16),),
+        body, () if slots else (jax.ShapeDtypeStruct(q.shape, BF16),),
         _Queries.blocks(batch, length // C, heads, kv_heads),
-        _scratch(width, 2 * packed, interpret), "nha_window_dq", interpret,
+        _scratch(width, 2 + slots, 2 * packed, interpret), "nha_window_dq", interpret,
     )  # fmt: skip
     inputs = q, k, v, do, lse, delta, _of_keys(doc), oldest, cos, sin
     return _run(kernel, inputs, None if slot_side is None else (slot_side,))[0]
@@ -484,8 +472,7 @@ def dkv(
         walk = _Walk(bars, wg, count, load_queries)
 
         def mm(acc, a, b) -> None:
-            operand = buffers.operand[a.shape[1]].at[wg] if interpret else None
-            common.mm(interpret, acc, a, b, operand)
+            common.mm(interpret, acc, a, b, buffers.operand.at[wg] if interpret else None)
 
         def visible(w, at, ahead) -> jax.Array:
             """w of pairs [row, query], 0 where the query, of a chunk that starts ``ahead`` rows
@@ -546,7 +533,7 @@ def dkv(
                     src[...] = y.astype(BF16)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(src, ref.at[keys])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s, bar)
         plgpu.copy_gmem_to_smem(v_ref.at[keys], v_s, bar)
@@ -558,7 +545,7 @@ def dkv(
     shape = jax.ShapeDtypeStruct(k.shape, BF16)
     kernel = _kernel(
         body, (shape, shape) if slot_side is None else (), batch * pairs * kv_heads,
-        _scratch(width, 3, interpret), "nha_window_dkv", interpret,
+        _scratch(width, 2, 3, interpret), "nha_window_dkv", interpret,
     )  # fmt: skip
     by_head = (x.transpose(0, 2, 1) for x in (lse, delta * scale))
     place = C * jnp.arange(chunks, dtype=jnp.int32)[:, None]
