@@ -15,6 +15,7 @@ p_own v_own``, p = the slots' weights 2^g.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -228,7 +229,7 @@ def output(
                 return landed(y_acc) * e0 + (0.0 if packed else bias(c)), near
 
             y, near = accumulators(logits, C)  # before the scale
-            begin = load_row(begin_s.at[own]) if packed else None
+            begin: Any = load_row(begin_s.at[own]) if packed else None
             m_s = jnp.max(y, axis=1) * post
             if packed:
                 m_s = written(begin, m_s, NINF)

@@ -11,6 +11,7 @@ to itself; padding in it is left out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,20 +79,20 @@ class _Walk(NamedTuple):
 
     bars: _Barriers
     wg: jax.Array
-    count: jax.Array
+    tiles: jax.Array  # how many
     load: Callable  # of a tile, to a stage
 
     def start(self) -> None:
         @pl.when(self.wg == 0)
         def _():
             for i in range(STAGES):
-                pl.when(i < self.count)(lambda i=i: self.load(jnp.int32(i), i))
+                pl.when(i < self.tiles)(functools.partial(self.load, jnp.int32(i), i))
 
     def arrival(self, i) -> jax.Array:
         """The stage of tile i, once it is there; the first warpgroup asks for a later one."""
         before = i - BEHIND
 
-        @pl.when((self.wg == 0) & (before >= 0) & (before + STAGES < self.count))
+        @pl.when((self.wg == 0) & (before >= 0) & (before + STAGES < self.tiles))
         def _():
             at = lax.rem(before, STAGES)
             plgpu.barrier_wait(self.bars.free.at[at])
@@ -176,13 +177,13 @@ class _Queries(NamedTuple):
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
         stack = 1 if group % 2 else 2
         units = heads // stack
-        head, place = lax.rem(block, units) * stack, lax.div(block, units)
+        head, rest = lax.rem(block, units) * stack, lax.div(block, units)
         if stack == 2:
-            b, c = lax.div(place, chunks), lax.rem(place, chunks)
+            b, c = lax.div(rest, chunks), lax.rem(rest, chunks)
             chunk, end, head = c, c + 1, head + wg
         else:
             pairs = -(-chunks // 2)
-            b, c = lax.div(place, pairs), 2 * lax.rem(place, pairs)
+            b, c = lax.div(rest, pairs), 2 * lax.rem(rest, pairs)
             chunk, end = c + wg, jnp.minimum(c + 2, chunks)
         there = chunk < end
         row = jnp.minimum(chunk, chunks - 1)
@@ -312,7 +313,7 @@ def output(
 
         x.walk.skip(0, x.first)
         o, m, peak, total = lax.fori_loop(x.first, x.last, tile, (o, m_s, low, zero))
-        x.walk.skip(x.last, x.walk.count)
+        x.walk.skip(x.last, x.walk.tiles)
         whole = total + jnp.where(m_s > LOW, jnp.exp2(m_s - m), 0.0)
         share = jnp.where(whole > 0, 1.0 / whole, 0.0)
         lse = jnp.where(total > 0, m + jnp.log2(total), peak)
@@ -394,7 +395,7 @@ def dq(
         def gradient(acc) -> None:
             x.walk.skip(0, x.first)
             lax.fori_loop(x.first, x.last, lambda i, _: tile(acc, i), None)
-            x.walk.skip(x.last, x.walk.count)
+            x.walk.skip(x.last, x.walk.tiles)
             dq = landed(acc)
             if cos is not None:
                 cos_, sin_ = _angles(cos_ref, sin_ref, x.b, x.c)
