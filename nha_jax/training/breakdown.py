@@ -19,7 +19,7 @@ CLASSES = (
     "collectives",
 )
 ATTENTION = re.compile(
-    r"sdpa|flash|fmha|cudnn::fusion|^(state|scan|output|dq|dstate|dslot|dwindow)\w*_kernel",
+    r"sdpa|flash|fmha|cudnn::fusion|^nha_|^(state|scan|output|dq|dstate|dslot|dwindow)\w*_kernel",
     re.IGNORECASE,
 )
 COLLECTIVE = re.compile(

@@ -88,6 +88,7 @@ def test_what_does_not_fit_is_told(monkeypatch, capfd, exhausted):
     ("name", "instruction", "source", "kind"),
     [
         ("output_kernel", "custom-call.7", "", "attention op"),
+        ("nha_window_dkv_mosaic_gpu_kernel", "custom-call.8", "", "attention op"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "custom-call", "", "attention op"),
         ("loop_multiply_fusion", "loop_multiply_fusion", "jvp()/attention_op/mul", "attention op"),
         ("nvjet_sm90_tst_128x256", "cublas-gemm.4", "jvp()/dot_general", "matrix products"),
