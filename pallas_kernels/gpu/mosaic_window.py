@@ -253,8 +253,7 @@ def output(
     q [B,T,HQ,D], k, v [B,T,H,D] bfloat16, k rotated, T a multiple of 64, D 64 or 128; oldest [B,T]
     int32, in no row falling: the first row whose key a query sees, if it is no padding; doc [B,T]
     int32, 0 for padding, or None; cos, sin [T,D/2] or [B,T,D/2] float16, or None: queries have no
-    RoPE; slot_side: o and lse of the slots, of which o is written over, or None; scale > 0. None of
-    this is checked.
+    RoPE; slot_side: o and lse of the slots, or None; scale > 0. None of this is checked.
 
     ``interpret`` runs Pallas' interpreter, no GPU needed.
     """
@@ -264,10 +263,10 @@ def output(
     packed, slots = doc is not None, slot_side is not None
 
     def body(
-        q_ref, k_ref, v_ref, keys_ref, oldest_ref, doc_ref, cos_ref, sin_ref, lse_s_ref, o_ref,
-        lse_ref, buffers, bars,
+        q_ref, k_ref, v_ref, keys_ref, oldest_ref, doc_ref, cos_ref, sin_ref, o_s_ref, lse_s_ref,
+        o_ref, lse_ref, buffers, bars,
     ) -> None:  # fmt: skip
-        given = (q_ref, o_ref) if slots else (q_ref,)
+        given = (q_ref, o_s_ref) if slots else (q_ref,)
         x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads)
         wg = x.walk.wg
         mine = buffers.mine[0].at[wg]
@@ -331,15 +330,14 @@ def output(
             common.store(lse_ref.at[x.place], lse)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    numbers = jax.ShapeDtypeStruct((batch, length, heads), F32)
     kernel = _kernel(
-        body, () if slots else (jax.ShapeDtypeStruct(q.shape, BF16), numbers),
+        body,
+        (jax.ShapeDtypeStruct(q.shape, BF16), jax.ShapeDtypeStruct((batch, length, heads), F32)),
         _Queries.blocks(batch, length // C, heads, kv_heads),
         _scratch(width, 1 + slots, 2 * packed, interpret), "nha_window_output", interpret,
     )  # fmt: skip
-    o, lse_s = slot_side if slot_side is not None else (None, None)
-    inputs = q, k, v, _of_keys(doc), oldest, doc, cos, sin, lse_s
-    return _run(kernel, inputs, (o, jnp.empty(numbers.shape, F32)) if slots else None)
+    before = slot_side if slot_side is not None else (None, None)
+    return _run(kernel, (q, k, v, _of_keys(doc), oldest, doc, cos, sin, *before), None)
 
 
 @common.once
