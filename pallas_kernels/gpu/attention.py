@@ -532,6 +532,8 @@ def _gradients(spec, residuals, cotangents, tiles):
         dq = mosaic_window.dq(
             q, keys, v, do, lse, delta, *seen, dq if c.slots else None, spec.scale
         )
+        if c.slots:  # before there are larger arrays than the rotated keys
+            dl, p, dq = jax.lax.optimization_barrier((dl, p, dq))
     dfirst = None
     if c.slots and not alone:
         (dst,) = launch.call(
@@ -571,8 +573,9 @@ def _gradients(spec, residuals, cotangents, tiles):
         tiles_k = -(-S // (stacked * C))
         programs = tiles_k * B * H
         if keys is not k and not ready:  # once the larger arrays are no more
-            later, dk = jax.lax.optimization_barrier((q, dk))
+            later, later_k, dk = jax.lax.optimization_barrier((q, k, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
+            keys = _rotated(later_k, cos_, sin_) if c.apart else keys
         if c.apart:
             dk, dv = mosaic_window.dkv(
                 queries, keys, v, do, lse, delta, *seen, (dk, dv) if c.slots else None,
