@@ -103,15 +103,17 @@ def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest, documents, monke
     assert compared(case, "bfloat16") == []
 
 
-@pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize(
-    ("d", "heads", "kv_heads", "slots", "window"),
-    [(64, 2, 2, 64, 256), (64, 6, 2, 16, 300), (128, 4, 1, 64, 256), (128, 2, 2, 0, None)],
+    ("d", "heads", "kv_heads", "slots", "window", "documents"),
+    [
+        *[(64, 2, 2, 64, 256, rows) for rows in (None, DOCUMENTS)],
+        *[(64, 6, 2, 16, 300, rows) for rows in (None, DOCUMENTS)],
+        *[(128, 4, 1, 64, 256, rows) for rows in (None, DOCUMENTS)],
+        (128, 2, 2, 0, None, DOCUMENTS),
+    ],
 )
 def test_long_windows_of_whole_chunks(d, heads, kv_heads, slots, window, documents):
-    """Window side of dk and dv by a Mosaic GPU kernel on sm_90."""
-    if window is None and documents is None:
-        pytest.skip("full attention without documents is cuDNN's")
+    """Their window side is Mosaic GPU kernels' on sm_90."""
     sizes = dict(head_dim=d, value_dim=d, slots=slots, heads=heads, kv_heads=kv_heads)
     case = suite.Case(f"long_{d}_{heads}", 448, window, **sizes, documents=documents)
     if launch.missing_mosaic() is None:
@@ -121,7 +123,8 @@ def test_long_windows_of_whole_chunks(d, heads, kv_heads, slots, window, documen
         def loss(x):
             return nha_attention(**x, **case.options(), **options).astype(jnp.float32).sum()
 
-        assert "nha_window_dkv" in jax.jit(jax.grad(loss)).lower(x).as_text()
+        text = jax.jit(jax.grad(loss)).lower(x).as_text()
+        assert all(f"nha_window_{name}" in text for name in ("output", "dq", "dkv"))
     assert compared(case, "bfloat16") == []
 
 
@@ -224,9 +227,11 @@ def test_long_row_ends_as_its_last_tokens_alone(t, hq, h):
 
 
 @pytest.mark.parametrize(("t", "hq", "h"), [(131072, 4, 2), (2**18 + 64, 128, 16)])
-def test_full_attention_in_a_long_row_is_that_of_its_last_document(t, hq, h):
+def test_full_attention_in_a_long_row_is_that_of_its_last_document(t, hq, h, monkeypatch):
     """Rows of documents of 6,144 tokens, and one last of 2,048: no T x T mask, and indices to
     2^31 in the second case."""
+    if t * hq * 64 >= 2**31:  # too many for Mosaic GPU kernels: the last document is Triton's, too
+        monkeypatch.setattr(launch, "missing_mosaic", lambda: "not compared with Triton's bits")
     end = 2048
     x, do = long_inputs(t, hq, h, m=0)
     ids = jnp.minimum(jnp.arange(t) // 6144, (t - end) // 6144 - 1) + (jnp.arange(t) >= t - end)
