@@ -1,5 +1,6 @@
 """The ``triton`` backend: Triton kernels through jax-triton, on Hopper with Mosaic GPU kernels for
-the commonest call; full layers too where a row has documents, and cuDNN for them elsewhere."""
+the commonest call and for long windows; full layers too where a row has documents, and cuDNN for
+them elsewhere."""
 
 from dataclasses import replace
 from functools import partial

@@ -111,7 +111,7 @@ class _Call:
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
         # documents say which tiles of a window are looked at, where it has several before a chunk's own
-        self.apart = _window_by_mosaic(self)
+        self.apart = _window_by_mosaic(self)  # the Triton kernels then do the slots alone
         self.bounded = doc is not None and spec.window > C + 1 and not self.apart
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16

@@ -1,9 +1,10 @@
 """Long windows as Pallas Mosaic GPU kernels, for Hopper: output, dq, dk and dv.
 
 They compute the window side where it has many tiles of keys (notation in kernels.py), alone or on
-top of the slots', which Triton's kernels have left. Each of a block's two warpgroups has one tile
-of its own, of queries (for dk and dv: keys), in registers or shared memory, and both go through the
-tiles that the other side has for them, which arrive by TMA up to two tiles ahead.
+top of the slots', which Triton's kernels have left. Each of a block's two warpgroups has a tile of
+its own, of queries (for dk and dv: of keys), and both go through the tiles that the other side has
+for them, which arrive by TMA up to two tiles ahead. All that the products of several tiles share is
+in shared memory: of an operand that a loop keeps in registers, ptxas gave them to another.
 
 Which keys a query sees is an interval: from ``oldest``, the first row of its window and document,
 to itself; padding in it is left out.

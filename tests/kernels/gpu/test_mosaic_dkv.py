@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from mosaic_helpers import MARKS, relative, stub
 
 from nha_jax.models.language_model import REMAT
 from nha_jax.ops.core import Spec
@@ -19,12 +20,7 @@ C = 64  # chunk, window, lag and slots
 TOLERANCE = 4e-3  # relative RMS
 TRITON = Tiles(chunk=C, mosaic=False)
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # numpy's, from inside the interpreters
-    pytest.mark.skipif(
-        launch.mosaic_interface() is not None, reason=f"{launch.mosaic_interface()}: Triton's runs"
-    ),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -85,11 +81,6 @@ def gradients(kept, do, tiles):
     zero, state = jnp.zeros(do.shape[:3]), jnp.zeros((b, h, C, width))
     given = do, zero, zero, state, state
     return attention._backward(spec_for(width), kept, given, tiles)[1:4]
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +150,6 @@ def test_lowers_without_a_gpu(width, heads, h, packed):
         waiting, waiting, side, start,
     )  # fmt: skip
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-def stub(kernel, *args, out, aliases=None, **options):
-    """In place of a Triton kernel: arrays of its outputs' shapes."""
-    start = {o: args[i] for i, o in (aliases or {}).items()}
-    one = args[0].ravel()[0]
-    return [start.get(i, jnp.full(x.shape, one).astype(x.dtype)) for i, x in enumerate(out)]
 
 
 @pytest.mark.parametrize(("remat", "runs"), [("dots", 1), ("save_attention", 1), ("full", 2)])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_helpers import MARKS, relative
 
 from nha_jax.ops import reference
 from nha_jax.ops.core import Spec
@@ -20,12 +21,7 @@ LENGTHS = {  # of the documents of two rows; 0: a token of padding
     "padding": ([0] * 70 + [186] + [0] * 128, [250, 70] + [0] * 64),
 }
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # numpy's, from inside the interpreters
-    pytest.mark.skipif(
-        launch.mosaic_interface() is not None, reason=f"{launch.mosaic_interface()}: Triton's runs"
-    ),
-]
+pytestmark = MARKS
 
 
 def documents(lengths):
@@ -64,11 +60,6 @@ def interpreted(monkeypatch):
     for module, name in (*modules, (mosaic_dkv_groups, "dkv")):
         monkeypatch.setattr(module, name, noting(getattr(module, name)))
     return ran
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(

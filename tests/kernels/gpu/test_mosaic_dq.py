@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_helpers import MARKS, relative
 
 from nha_jax.ops.core import Spec
 from pallas_kernels.gpu import attention, launch
@@ -18,12 +19,7 @@ TOLERANCE = 4e-3  # relative RMS
 TRITON = Tiles(chunk=C, mosaic=False)
 NAMES = "dq", "dl", "p", "side", "delta", "dst"
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # numpy's, from inside the interpreters
-    pytest.mark.skipif(
-        launch.mosaic_interface() is not None, reason=f"{launch.mosaic_interface()}: Triton's runs"
-    ),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -98,11 +94,6 @@ def defined(results):
         x[name] = x[name][:, :-C, ..., :C]
     x["dst"] = x["dst"][:, :-1]
     return x
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_helpers import MARKS, relative
 
 from nha_jax.models.language_model import REMAT
 from nha_jax.ops import reference
@@ -17,12 +18,7 @@ from pallas_kernels.gpu.tiles import Tiles
 C = 64  # chunk, window, lag and slots
 OUT, LSE = 4e-3, 5e-4  # relative RMS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # numpy's, from inside Triton's interpreter
-    pytest.mark.skipif(
-        launch.mosaic_interface() is not None, reason=f"{launch.mosaic_interface()}: Triton's runs"
-    ),
-]
+pytestmark = MARKS
 
 # batch, tokens, kv heads, query heads of each, widths, gates
 CASES = {
@@ -31,13 +27,6 @@ CASES = {
     "grouped_weak": (1, 192, 1, 4, 128, 128, 0.01),
     "grouped_mixed": (1, 128, 2, 3, 64, 128, 1.0),
 }
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    finite = np.isfinite(b)
-    np.testing.assert_array_equal(np.isfinite(a), finite)
-    return np.linalg.norm((a - b)[finite]) / max(np.linalg.norm(b[finite]), 1e-30)
 
 
 def build(B, T, H, G, D, V, gate):

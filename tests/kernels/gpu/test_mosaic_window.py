@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_helpers import MARKS, relative, stub
 
 from nha_jax.models.language_model import REMAT
 from nha_jax.ops.core import Spec
@@ -17,12 +18,7 @@ C = 64
 TOLERANCE = 4e-3  # relative RMS
 TRITON = Tiles(chunk=C, mosaic=False)
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # numpy's, from inside the interpreters
-    pytest.mark.skipif(
-        launch.mosaic_interface() is not None, reason=f"{launch.mosaic_interface()}: Triton's runs"
-    ),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -77,11 +73,6 @@ def results(inputs, do, spec, tiles):
     return *found[:3], *attention._backward(spec, kept, given, tiles)[:4]
 
 
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b) if b.any() else np.linalg.norm(a)
-
-
 def documents(*lengths):
     """A row of documents of these lengths; negative: padding."""
     rows, number = [], 0
@@ -118,16 +109,6 @@ def case(name):
     return build(*sizes, **options)
 
 
-def apart(got, want):
-    """Relative RMS errors; of logs, where they are finite in both."""
-    for n in 1, 2:
-        np.testing.assert_array_equal(np.isfinite(got[n]), np.isfinite(want[n]))
-    pairs = (
-        [np.where(np.isfinite(x), x, 0.0) for x in pair] for pair in zip(got, want, strict=True)
-    )
-    return [relative(*pair) for pair in pairs]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_same_results(name, interpreted):
     """As the Triton kernels'."""
@@ -135,7 +116,8 @@ def test_same_results(name, interpreted):
     assert vars(interpreted) == {"output": 0, "dq": 0, "dkv": 0}
     got = results(*case(name), Tiles(chunk=C))
     assert vars(interpreted) == {"output": 1, "dq": 1, "dkv": 1}
-    assert max(apart(got, want)) < TOLERANCE
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b) < TOLERANCE
 
 
 def test_tolerance_rejects_wrong_results(interpreted):
@@ -194,13 +176,6 @@ def test_lowers_without_a_gpu(width, heads, h, packed, slots):
         (call,) = (x for x in text.splitlines() if "custom_call @mosaic_gpu" in x)
         written = {mosaic_window.output: 0, mosaic_window.dq: 1}.get(kernel, 2)
         assert call.count("#stablehlo.output_operand_alias<") == written * slots
-
-
-def stub(kernel, *args, out, aliases=None, **options):
-    """In place of a Triton kernel: arrays of its outputs' shapes."""
-    start = {o: args[i] for i, o in (aliases or {}).items()}
-    one = args[0].ravel()[0]
-    return [start.get(i, jnp.full(x.shape, one).astype(x.dtype)) for i, x in enumerate(out)]
 
 
 @pytest.mark.parametrize(("remat", "runs"), [("dots", 1), ("save_attention", 1), ("full", 2)])
