@@ -29,7 +29,7 @@ def on_hopper(monkeypatch):
 
 
 @pytest.fixture
-def interpreted(on_hopper, monkeypatch):
+def interpreted(interpreter, on_hopper, monkeypatch):
     """All kernels interpreted, runs cut for two processors; the calls of dkv are counted."""
     import interpret
 

@@ -35,7 +35,7 @@ def documents(lengths):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(interpreter, monkeypatch):
     """All kernels interpreted; the Mosaic ones note their arguments by name."""
     import interpret
 

@@ -23,7 +23,7 @@ pytestmark = MARKS
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(interpreter, monkeypatch):
     """All kernels interpreted, runs cut for two processors; what dq and Triton's kernel give."""
     import interpret
 

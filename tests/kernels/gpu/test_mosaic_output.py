@@ -75,7 +75,7 @@ def run(arrays, tables):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_against_the_oracle(name):
+def test_against_the_oracle(name, interpreter):
     arrays, tables = build(*CASES[name])
     want = oracle(arrays, tables)
     o, lse_s, lse_w = run(arrays, tables)
@@ -84,7 +84,7 @@ def test_against_the_oracle(name):
     assert relative(lse_w, want.lse_window) < LSE
 
 
-def test_tolerance_rejects_wrong_outputs():
+def test_tolerance_rejects_wrong_outputs(interpreter):
     arrays, tables = build(*CASES["narrow"])
     want = oracle(arrays, tables)
     assert relative(jnp.zeros_like(want.o), want.o) > OUT
@@ -133,7 +133,7 @@ def test_only_on_the_known_gpu():
     assert "sm_90" in (launch.missing_mosaic() or "")
 
 
-def test_in_the_op_with_chunks_of_strong_gates(on_hopper, monkeypatch):
+def test_in_the_op_with_chunks_of_strong_gates(interpreter, on_hopper, monkeypatch):
     """Ordinary chunks by Mosaic, a strong one by Triton, written over what Mosaic left there."""
     import interpret
 

@@ -22,7 +22,7 @@ pytestmark = MARKS
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(interpreter, monkeypatch):
     """All kernels interpreted; the calls of Mosaic's are counted."""
     import interpret
 
