@@ -110,8 +110,8 @@ class _Call:
         self.tiles = tiles or choose(device_name(), dtype, *sizes, spec.window, wide)
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
-        # documents say which tiles of a window are looked at, where it has several before a chunk's own
         self.apart = _window_by_mosaic(self)  # the Triton kernels then do the slots alone
+        # documents say which tiles of a window are looked at, where it has several before a chunk's own
         self.bounded = doc is not None and spec.window > C + 1 and not self.apart
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
@@ -569,13 +569,11 @@ def _gradients(spec, residuals, cotangents, tiles):
             NSIDE=parts, INPLACE=inplace, SHARE=share, **c.pads, **c.half,
         )  # fmt: skip
     if spec.window > 0:
-        stacked = 1 if mosaic else c.tiles.dwindow.stack
-        tiles_k = -(-S // (stacked * C))
-        programs = tiles_k * B * H
         if keys is not k and not ready:  # once the larger arrays are no more
             later, later_k, dk = jax.lax.optimization_barrier((q, k, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
-            keys = _rotated(later_k, cos_, sin_) if c.apart else keys
+            if c.apart:
+                keys = _rotated(later_k, cos_, sin_)
         if c.apart:
             dk, dv = mosaic_window.dkv(
                 queries, keys, v, do, lse, delta, *seen, (dk, dv) if c.slots else None,
@@ -583,6 +581,9 @@ def _gradients(spec, residuals, cotangents, tiles):
             )  # fmt: skip
             dla = dla.at[:, max(T - spec.slot_lag, 0) :].set(0)
         else:
+            stacked = 1 if mosaic else c.tiles.dwindow.stack
+            tiles_k = -(-S // (stacked * C))
+            programs = tiles_k * B * H
             left = strong
             if mosaic:  # after Mosaic's, only the rows that chunks of strong gates write
                 end = jnp.zeros((B,), bool) if doc is None else _padded(doc_)[:, -1]

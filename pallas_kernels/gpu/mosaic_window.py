@@ -52,7 +52,12 @@ class _Buffers(NamedTuple):
     mine: tuple  # tiles of each warpgroup
     tiles: tuple[Any, Any]  # of the stages: the other side's two
     number: Any  # and their numbers
-    operand: Any  # the interpreter's products take both operands from shared memory
+    operand: tuple  # where the interpreter's products take what is in registers
+
+    def mm(self, wg, acc, a, b) -> None:
+        """acc += a b, a in registers."""
+        stage = self.operand[0].at[wg] if self.operand else None
+        common.mm(stage is not None, acc, a, b, stage)
 
 
 class _Barriers(NamedTuple):
@@ -65,7 +70,7 @@ def _scratch(width: int, mine: int, numbers: int, interpret: bool) -> tuple[_Buf
     stages = tiled(STAGES, C, width)
     buffers = _Buffers(
         (tiled(2, C, width),) * mine, (stages, stages),
-        plgpu.SMEM((STAGES, max(numbers, 1), C), F32), tiled(2, C, C) if interpret else (),
+        plgpu.SMEM((STAGES, max(numbers, 1), C), F32), (tiled(2, C, C),) if interpret else (),
     )  # fmt: skip
     bars = _Barriers(
         plgpu.Barrier(num_arrivals=mine, num_barriers=2),
@@ -273,9 +278,6 @@ def output(
         mine = buffers.mine[0].at[wg]
         angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
 
-        def mm(acc, a, b) -> None:
-            common.mm(interpret, acc, a, b, buffers.operand.at[wg] if interpret else None)
-
         low = plgpu.layout_cast(jnp.full((C,), LOW, F32), TILE.reduce(1))
         zero = plgpu.layout_cast(jnp.zeros((C,), F32), TILE.reduce(1))
         m_s = jnp.maximum(load_row(lse_s_ref.at[x.place]) * LOG2E, LOW) if slots else low
@@ -304,7 +306,7 @@ def output(
             total = total * fade + jnp.sum(p, axis=1)
 
             def values(acc):
-                mm(acc, p.astype(BF16), buffers.tiles[1].at[at])
+                buffers.mm(wg, acc, p.astype(BF16), buffers.tiles[1].at[at])
                 return landed(acc)
 
             o = o * full(fade, width) + accumulators(values, width)
@@ -368,9 +370,6 @@ def dq(
         angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
         lse, delta = load_row(lse_ref.at[x.place]), load_row(delta_ref.at[x.place]) * scale
 
-        def mm(acc, a, b) -> None:
-            common.mm(interpret, acc, a, b, buffers.operand.at[wg] if interpret else None)
-
         plgpu.barrier_wait(bar)
         if angles is not None:
             mine[0][...] = turned(load(mine[0]), *angles)
@@ -387,7 +386,7 @@ def dq(
                 w = x.visible(w, i, at, 0.0)
                 return (w * (landed(z_acc) * scale - full(delta))).astype(BF16)
 
-            mm(acc, accumulators(weights, C, C), keys)
+            buffers.mm(wg, acc, accumulators(weights, C, C), keys)
             plgpu.wgmma_wait(0)
             x.walk.leave(at)
 
@@ -471,9 +470,6 @@ def dkv(
 
         walk = _Walk(bars, wg, count, load_queries)
 
-        def mm(acc, a, b) -> None:
-            common.mm(interpret, acc, a, b, buffers.operand.at[wg] if interpret else None)
-
         def visible(w, at, ahead) -> jax.Array:
             """w of pairs [row, query], 0 where the query, of a chunk that starts ``ahead`` rows
             later, does not see the row."""
@@ -500,16 +496,16 @@ def dkv(
                 return w.astype(BF16), ds.astype(BF16)
 
             w, ds = accumulators(weights, C, C)
-            mm(dv, w, do_s)
-            mm(dk, ds, q_s)
+            buffers.mm(wg, dv, w, do_s)
+            buffers.mm(wg, dk, ds, q_s)
             plgpu.wgmma_wait(0)
             walk.leave(at)
 
         def gradients(dk, dv) -> None:
             lax.fori_loop(first, last, lambda i, _: query(dk, dv, i), None)
             walk.skip(last, count)
+            common.sync(interpret)  # all warps have read them
             if slot_side is not None:
-                common.sync(interpret)  # all warps have read them
                 plgpu.copy_gmem_to_smem(dk_ref.at[keys], k_s, bar)
                 plgpu.copy_gmem_to_smem(dv_ref.at[keys], v_s, bar)
             x = landed(dk)
