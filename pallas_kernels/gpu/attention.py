@@ -110,11 +110,13 @@ class _Call:
         self.tiles = tiles or choose(device_name(), dtype, *sizes, spec.window, wide)
         C = self.C = self.tiles.chunk
         self.NC = -(-self.T // C)
-        self.apart = _window_by_mosaic(self)  # the Triton kernels then do the slots alone
-        # documents say which tiles of a window are looked at, where it has several before a chunk's own
-        self.bounded = doc is not None and spec.window > C + 1 and not self.apart
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
+        self.long = long = _window_by_mosaic(self)
+        self.fused = long and _slots_by_mosaic(self, log_alpha, visible0)  # and the slots with it
+        self.apart = long and not self.fused  # the Triton kernels then do the slots alone
+        # documents say which tiles of a window are looked at, where it has several before a chunk's own
+        self.bounded = doc is not None and spec.window > C + 1 and not self.apart
         rounding = "nearest" if dtype == "float16" else "tf32"
         self.precision: dict[str, Any] = {
             "PREC": "tf32x3" if dtype == "float32" else "tf32",
@@ -151,10 +153,9 @@ class _Call:
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
 
 
-def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
-    """Whether the common copies are the Mosaic GPU kernels': rows of whole chunks that see, without exception,
-    the chunk before them through the window and what is older through 64 slots. Chunks that see padding are
-    left to the copies for strong gates."""
+def _plain(call: _Call, log_alpha, visible0) -> bool:
+    """Whether the Mosaic GPU kernels can do the slots: rows of whole chunks, 64 slots that see, without exception,
+    what is older than a lag of chunks. Chunks that see padding are left to the copies for strong gates."""
     spec, tile = call.spec, call.C
     most = call.B * max(call.T * call.HQ, (call.NC + 1) * call.H * call.M) * (call.D + call.V)
     return (
@@ -163,16 +164,31 @@ def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
         and call.D in (MOSAIC, 2 * MOSAIC)
         and call.V in (MOSAIC, 2 * MOSAIC)
         and call.T % tile == 0
-        and spec.window == spec.slot_lag == tile
+        and spec.slot_lag > 0
+        and spec.slot_lag % tile == 0
         and (spec.halo, spec.feature_map, spec.empty_slots) == (0, "none", "masked")
         and spec.scale > 0
         and visible0 is None
-        and cos is not None
         and call.gate_dtype == call.dtype == jnp.bfloat16
         and log_alpha.dtype == jnp.float32
         and most < 2**31  # places in one array, more or less
         and launch.missing_mosaic() is None
     )
+
+
+def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
+    """Whether the common copies are the Mosaic GPU kernels': of a window and a lag of one chunk."""
+    spec = call.spec
+    return (
+        spec.window == spec.slot_lag == call.C
+        and cos is not None
+        and _plain(call, log_alpha, visible0)
+    )
+
+
+def _slots_by_mosaic(call: _Call, log_alpha, visible0) -> bool:
+    """Whether those of long windows do the slots, too: two heads of a block share them."""
+    return call.HQ // call.H % 2 == 0 and _plain(call, log_alpha, visible0)
 
 
 def _window_by_mosaic(call: _Call) -> bool:
@@ -255,12 +271,12 @@ def _documents(doc, front: int, rows: int):
     return jnp.where(high > 0, high, none).min(-1), newest, only
 
 
-def _doc_start(cur) -> jax.Array:
+def _doc_start(cur, lag: int) -> jax.Array:
     """Where the document of each query starts, cur [B, T] being its number: counted from the start of the query's
-    chunk, from -MOSAIC on."""
+    chunk, from -lag on."""
     place = jnp.arange(cur.shape[1], dtype=jnp.int32)
     start = _oldest(cur, cur.shape[1], launch.ENDLESS) - place // MOSAIC * MOSAIC
-    return jnp.maximum(start, -MOSAIC)
+    return jnp.maximum(start, -lag)
 
 
 def _padded(doc) -> jax.Array:
@@ -391,9 +407,10 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     (st, dec, total, strong), last = _states(c, k, v, la, slot_k0, slot_v0, doc_, cur)
     mosaic = _by_mosaic(c, log_alpha, cos, visible0)
     begin = None
-    if mosaic and doc is not None:
-        begin, padded = _doc_start(cur), _padded(doc_)
-        padded |= jnp.pad(padded[:, :-1], ((0, 0), (1, 0)))  # the rows written
+    if (mosaic or c.fused) and doc is not None:
+        begin, padded = _doc_start(cur, spec.slot_lag), _padded(doc_)
+        back = min(spec.slot_lag // MOSAIC, NC)
+        padded |= jnp.pad(padded[:, : NC - back], ((0, 0), (back, 0)))  # the rows written
         strong = jnp.where(jnp.repeat(padded, H, 0), STRONG, strong)
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
@@ -405,6 +422,14 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
         common = mosaic_output.output(
             q, k, v, la, st, cos_, sin_, begin, spec.scale, launch.processors()
         )
+    if c.fused:
+        from pallas_kernels.gpu import mosaic_window
+
+        written = mosaic_window.Written(k, la, st, begin)
+        o, lse_w, lse_s = mosaic_window.output(
+            q, keys, v, *_seen(c, cur, doc_, cos_, sin_), written, spec.scale, spec.slot_lag
+        )
+        common = [o, lse_s, lse_w]
     if c.slots or not c.apart:
         o, lse_s, lse_w = _both(
             c, forward_kernels.output_kernel, q, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis,
@@ -486,9 +511,13 @@ def _gradients(spec, residuals, cotangents, tiles):
     if ready and cos is not None:
         queries = _rotated(q, *(x[..., halo:, :] for x in (cos_, sin_)))
     mosaic = D == c.V and _by_mosaic(c, log_alpha, cos, visible0)
-    begin = _doc_start(cur) if mosaic and doc is not None else None
+    begin = None
+    if (mosaic or c.fused) and doc is not None:
+        begin = _doc_start(cur, spec.slot_lag)
     heads = c.heads(c.tiles.dq.stack)
-    if mosaic and heads == HQ // H:
+    if c.fused:
+        heads = min(heads, 2)
+    if (mosaic or c.fused) and heads == HQ // H:
         heads = 1  # of a group, Mosaic's copy leaves what the states are given to dstate_kernel
     parts = HQ // H // heads
     alone = c.slots and parts == 1
@@ -500,6 +529,7 @@ def _gradients(spec, residuals, cotangents, tiles):
     share = inplace and HQ == H and min(D, c.V) >= M and c.gate_dtype == v.dtype
     read = (B, T, HQ, M) if c.slots else (1,)
     lse, push_s, push_w = _lse(lse_s, lse_w, dls.astype(f32), dlw.astype(f32))
+    seen = _seen(c, cur, doc_, cos_, sin_) if c.long else ()
     common = None
     if mosaic:
         from pallas_kernels.gpu import mosaic_dq
@@ -508,6 +538,14 @@ def _gradients(spec, residuals, cotangents, tiles):
             q, k, v, la, st, cos_, sin_, o, do, lse, push_s, push_w, begin, spec.scale,
             launch.processors(), heads,
         )  # fmt: skip
+    if c.fused:
+        from pallas_kernels.gpu import mosaic_window
+
+        given = mosaic_window.Given(mosaic_window.Written(k, la, st, begin), o, push_s, push_w)
+        common = mosaic_window.dq(
+            q, keys, v, do, lse, *seen, given, None, spec.scale, spec.slot_lag, heads
+        )
+        common = [*common, jnp.zeros((1,), c.gate_dtype)]
     if c.slots or not c.apart:
         dq, dl, p, side, delta, dst = _both(
             c, kernels.dq_kernel, queries, k, keys, v, la, strong, st, cos_, sin_, doc_, cur, sight, vis, o, do,
@@ -526,14 +564,13 @@ def _gradients(spec, residuals, cotangents, tiles):
     if c.apart:
         from pallas_kernels.gpu import mosaic_window
 
-        seen = _seen(c, cur, doc_, cos_, sin_)
         if not c.slots:
             delta = (o.astype(f32) * do.astype(f32)).sum(-1) - push_w
-        dq = mosaic_window.dq(
-            q, keys, v, do, lse, delta, *seen, dq if c.slots else None, spec.scale
+        (dq,) = mosaic_window.dq(
+            q, keys, v, do, lse, *seen, dq if c.slots else None, delta, spec.scale
         )
-        if c.slots:  # before there are larger arrays than the rotated keys
-            dl, p, dq = jax.lax.optimization_barrier((dl, p, dq))
+    if c.long and c.slots:  # before there are larger arrays than the rotated keys
+        dl, p, dq = jax.lax.optimization_barrier((dl, p, dq))
     dfirst = None
     if c.slots and not alone:
         (dst,) = launch.call(
@@ -572,9 +609,11 @@ def _gradients(spec, residuals, cotangents, tiles):
         if keys is not k and not ready:  # once the larger arrays are no more
             later, later_k, dk = jax.lax.optimization_barrier((q, k, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
-            if c.apart:
+            if c.long:
                 keys = _rotated(later_k, cos_, sin_)
-        if c.apart:
+        if c.long:
+            from pallas_kernels.gpu import mosaic_window
+
             dk, dv = mosaic_window.dkv(
                 queries, keys, v, do, lse, delta, *seen, (dk, dv) if c.slots else None,
                 spec.slot_lag, spec.scale,

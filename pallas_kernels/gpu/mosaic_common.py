@@ -138,21 +138,27 @@ def load_row(ref) -> jax.Array:
     return plgpu.load(ref, layout=TILE.reduce(1), optimized=False)
 
 
-def written(start: jax.Array, yes: Any, no: Any) -> jax.Array:
+def written(start: jax.Array, yes: Any, no: Any, lag: int = C) -> jax.Array:
     """``yes``, else ``no``, of each row of a chunk, [C], whose document, which starts at the row
-    ``start`` [C] of the chunk, has a token C rows before: which writes to the slots, and sees some.
-    """
+    ``start`` [C] of the chunk, has a token ``lag`` rows before: which writes to the slots, and sees
+    some."""
     i = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=TILE.reduce(1))
-    return jnp.where(i - C >= start, yes, no)
+    return jnp.where(i - lag >= start, yes, no)
 
 
-def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None) -> jax.Array:
+def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None, lag: int = C) -> jax.Array:
     """Base-2 gates of the steps of chunk c, as stored for their sums; 0 where nothing is written:
-    in chunk 0 and, of packed documents, where one is younger than C rows."""
+    in the chunks of the first ``lag`` rows, a multiple of C, and, of packed documents, where one is
+    younger."""
     gate = jnp.maximum(log_alpha, -SPAN * LN2)
     if start is None:
-        return gate * jnp.where(c == 0, 0.0, LOG2E)
-    return gate * full(written(start, LOG2E, 0.0))
+        return gate * jnp.where(c < lag // C, 0.0, LOG2E)
+    return gate * full(written(start, LOG2E, 0.0, lag))
+
+
+def short(x: jax.Array) -> jax.Array:
+    """A masked tile in bfloat16, masked as float32: halves are taken apart and packed again."""
+    return lax.optimization_barrier(x).astype(BF16)
 
 
 def since(start: jax.Array, ahead: int) -> jax.Array:

@@ -24,6 +24,7 @@ from jax import lax
 from pallas_kernels.gpu import mosaic_common as common
 from pallas_kernels.gpu.mosaic_common import (
     BF16,
+    F16,
     F32,
     LN2,
     LOG2E,
@@ -31,32 +32,56 @@ from pallas_kernels.gpu.mosaic_common import (
     TILE,
     C,
     accumulators,
+    causal,
     column,
     full,
     landed,
     load,
     load_row,
     plgpu,
+    short,
     tiled,
     turned,
-)
+    weight,
+)  # fmt: skip
 
 STAGES = 4  # tiles that have room
 BEHIND = 2  # tiles that the second warpgroup may be behind the first
 LOW = -1e30  # below all logits, and finite
 
 
+class Written(NamedTuple):
+    """What the kernels take to do the slots, too."""
+
+    k: jax.Array  # [B,T,H,D] bfloat16, not rotated
+    log_alpha: jax.Array  # [B,T,H,64] float32
+    st: jax.Array  # [B*H,NC+1,64,2D] bfloat16, the slots before each chunk writes, keys first
+    # [B,T] int32, where a token's document starts, counted from the start of its chunk, from -lag
+    # on; None: one document a row
+    doc_start: jax.Array | None
+
+
+class Given(NamedTuple):
+    """And their gradients."""
+
+    written: Written
+    o: jax.Array  # [B,T,HQ,D] bfloat16
+    push_s: jax.Array  # [B,T,HQ] float32, as push_w: see attention._lse
+    push_w: jax.Array
+
+
 class _Buffers(NamedTuple):
     """Shared memory."""
 
     mine: tuple  # tiles of each warpgroup
-    tiles: tuple[Any, Any]  # of the stages: the other side's two
+    tiles: Any  # of the stages: the other side's two
     number: Any  # and their numbers
-    operand: tuple  # where the interpreter's products take what is in registers
+    gates: tuple  # of the slots: log_alpha; of each warpgroup sums' operand, in its place b0
+    operand: dict  # where the interpreter's products take what is in registers, by dtype
 
     def mm(self, wg, acc, a, b) -> None:
         """acc += a b, a in registers."""
-        stage = self.operand[0].at[wg] if self.operand else None
+        stage = self.operand[str(a.dtype)].at[wg] if self.operand else None
         common.mm(stage is not None, acc, a, b, stage)
 
 
@@ -64,18 +89,27 @@ class _Barriers(NamedTuple):
     mine: Any  # of each warpgroup
     there: Any  # of the stages
     free: Any
+    gates: Any = None  # are there
+    read: Any = None  # by the first warpgroup
+    side: Any = None  # the second's is in their place
 
 
-def _scratch(width: int, mine: int, numbers: int, interpret: bool) -> tuple[_Buffers, _Barriers]:
-    stages = tiled(STAGES, C, width)
+def _scratch(
+    width: int, mine: int, numbers: int, interpret: bool, slots: bool = False
+) -> tuple[_Buffers, _Barriers]:
+    dtypes = (BF16, F16) if interpret else ()
+    sums, b0 = (tiled(2, C, C, dtype=x) for x in (F16, BF16))
     buffers = _Buffers(
-        (tiled(2, C, width),) * mine, (stages, stages),
-        plgpu.SMEM((STAGES, max(numbers, 1), C), F32), (tiled(2, C, C),) if interpret else (),
+        (tiled(2, C, width),) * mine, tiled(2, STAGES, C, width),
+        plgpu.SMEM((STAGES, max(numbers, 1), C), F32),
+        (tiled(C, C, dtype=F32), plgpu.RefUnion(sums, b0)) if slots else (),
+        {str(jnp.dtype(x)): tiled(2, C, C, dtype=x) for x in dtypes},
     )  # fmt: skip
     bars = _Barriers(
         plgpu.Barrier(num_arrivals=mine, num_barriers=2),
         plgpu.Barrier(num_arrivals=2 + numbers, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        *(plgpu.Barrier(num_arrivals=1) for _ in range(3 * slots)),
     )
     return buffers, bars
 
@@ -87,12 +121,16 @@ class _Walk(NamedTuple):
     wg: jax.Array
     tiles: jax.Array  # how many
     load: Callable  # of a tile, to a stage
+    before: tuple = ()  # loads of the first tiles, which are others: to their stages
 
     def start(self) -> None:
         @pl.when(self.wg == 0)
         def _():
             for i in range(STAGES):
-                pl.when(i < self.tiles)(functools.partial(self.load, jnp.int32(i), i))
+                if i < len(self.before):
+                    self.before[i](i)
+                else:
+                    pl.when(i < self.tiles)(functools.partial(self.load, jnp.int32(i), i))
 
     def arrival(self, i) -> jax.Array:
         """The stage of tile i, once it is there; the first warpgroup asks for a later one."""
@@ -151,6 +189,68 @@ def _angles(cos_ref, sin_ref, b, c) -> tuple:
     return load(cos_ref.at[at]), load(sin_ref.at[at])
 
 
+class _Slots(NamedTuple):
+    """Where the slots' side is, in memory; of a block whose two tiles are heads of a group."""
+
+    k: Any
+    v: Any
+    log_alpha: Any
+    st: Any
+    doc_start: Any
+    lag: int
+    o: Any = None
+
+    def rows(self, b, c, h) -> tuple:
+        """That chunk c writes; at first any."""
+        return b, _tokens(jnp.maximum(c - self.lag // C, 0)), h
+
+    def tiles(self, b, c, h, head) -> list[tuple]:
+        """What comes before the keys, a stage each: outputs, written rows, the state."""
+        rows, line = self.rows(b, c, h), b * self.k.shape[2] + h
+        width = self.k.shape[3]
+        pairs = [
+            (self.k.at[rows], self.v.at[rows]),
+            tuple(self.st.at[line, c, :, pl.ds(n * width, width)] for n in range(2)),
+        ]
+        if self.o is not None:
+            pairs.insert(0, tuple(self.o.at[b, _tokens(c), head + n] for n in range(2)))
+        return pairs
+
+    def begin(self, x: _Queries) -> jax.Array | None:
+        """Of packed documents, where those of the chunk start."""
+        if len(self.doc_start.shape) == 1:
+            return None
+        return load_row(self.doc_start.at[x.b, _tokens(x.c)])
+
+    def seen(self, x: _Queries, begin, yes: Any, no: Any) -> Any:
+        """``yes``, else ``no``, of each query that sees slots, [C]."""
+        if begin is None:
+            return jnp.where(x.c < self.lag // C, no, yes)
+        return common.written(begin, yes, no, self.lag)
+
+    def factors(self, x: _Queries, begin, buffers: _Buffers, bars: _Barriers) -> tuple:
+        """2^g, [C, C]; in shared memory w 2^-g."""
+        log_alpha, operands = buffers.gates
+        sums, b0 = (tile.at[x.walk.wg] for tile in operands)
+        plgpu.barrier_wait(bars.gates)
+        gate = common.gates(load(log_alpha), x.c, begin, self.lag)
+        sums[...] = gate.astype(F16)
+        plgpu.commit_smem()
+
+        def total(acc):
+            ones = lax.optimization_barrier(jnp.where(causal(), 1.0, 0.0)).astype(F16)
+            buffers.mm(x.walk.wg, acc, ones, sums)
+            w = weight(gate)
+            g = landed(acc)
+            common.sync(bool(buffers.operand))  # all warps' products have read the sums
+            b0[...] = (jnp.exp2(-g) * w).astype(BF16)
+            return jnp.exp2(g)
+
+        e0 = accumulators(total, C)
+        plgpu.commit_smem()
+        return e0, b0
+
+
 class _Queries(NamedTuple):
     """A warpgroup's tile of queries: two heads of a block share keys and chunk, or one head's
     neighbouring chunks are a block's."""
@@ -175,8 +275,11 @@ class _Queries(NamedTuple):
         return batch * chunks * heads // 2
 
     @classmethod
-    def of(cls, bars, buffers, mine: tuple, k_ref, v_ref, keys_ref, oldest_ref, heads) -> _Queries:
-        """``mine``: what comes for the tile, on its way from here."""
+    def of(
+        cls, bars, buffers, mine: tuple, k_ref, v_ref, keys_ref, oldest_ref, heads,
+        slots: _Slots | None = None,
+    ) -> _Queries:  # fmt: skip
+        """``mine``: what comes for the tile, on its way from here; slots': the first tiles."""
         _, length, kv_heads, _ = k_ref.shape
         chunks, group = length // C, heads // kv_heads
         packed = len(keys_ref.shape) > 1
@@ -197,20 +300,33 @@ class _Queries(NamedTuple):
         for ref, tile in zip(mine, buffers.mine, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[place], tile.at[wg], bars.mine.at[wg])
         h = lax.div(head, group)
-        key = lax.div(oldest_ref[b, c * C], C)
+        pairs = [] if slots is None else slots.tiles(b, c, h, head - wg)
+        key = lax.div(oldest_ref[b, c * C], C) - len(pairs)
         count = end - key
 
-        def load_keys(i, at) -> None:
-            bar, keys = bars.there.at[at], (b, _tokens(key + i), h)
-            for ref, tile in zip((k_ref, v_ref), buffers.tiles, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[keys], tile.at[at], bar)
+        def load_tiles(sources, i, at) -> None:
+            bar = bars.there.at[at]
+            for n, ref in enumerate(sources):
+                plgpu.copy_gmem_to_smem(ref, buffers.tiles.at[n, at], bar)
             if packed:
                 for n in range(2):
                     to = buffers.number.at[at, n]
                     plgpu.copy_gmem_to_smem(keys_ref.at[b, key + i, n], to, bar)
 
+        def load_keys(i, at) -> None:
+            keys = b, _tokens(key + i), h
+            load_tiles((k_ref.at[keys], v_ref.at[keys]), i, at)
+
+        before = [functools.partial(load_tiles, pair, len(pairs)) for pair in pairs]
         first = jnp.where(there, lax.div(oldest_ref[b, row * C], C) - key, count)
-        walk = _Walk(bars, wg, count, load_keys)
+        walk = _Walk(bars, wg, count, load_keys, tuple(before))
+        if slots is not None:
+
+            @pl.when(wg == 0)
+            def _():
+                rows = slots.log_alpha.at[slots.rows(b, c, h)]
+                plgpu.copy_gmem_to_smem(rows, buffers.gates[0], bars.gates)
+
         walk.start()
         return cls(
             walk, key, b, h, row, there, place, first, jnp.where(there, row + 1 - key, count),
@@ -251,51 +367,108 @@ def _of_keys(doc: jax.Array | None) -> jax.Array | None:
 def output(
     q: jax.Array, k: jax.Array, v: jax.Array, oldest: jax.Array, doc: jax.Array | None,
     cos: jax.Array | None, sin: jax.Array | None,
-    slot_side: tuple[jax.Array, jax.Array] | None, scale: float, interpret: bool = False,
+    slot_side: Written | tuple[jax.Array, jax.Array] | None, scale: float, lag: int = C,
+    interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """o [B,T,HQ,D] bfloat16 of both sides, and the window's lse [B,T,HQ] float32 (natural log, -inf
-    where a query sees nothing).
+    where a query sees nothing), then the slots' if it does these, too.
 
     q [B,T,HQ,D], k, v [B,T,H,D] bfloat16, k rotated, T a multiple of 64, D 64 or 128; oldest [B,T]
     int32, in no row falling: the first row whose key a query sees, if it is no padding; doc [B,T]
     int32, 0 for padding, or None; cos, sin [T,D/2] or [B,T,D/2] float16, or None: queries have no
-    RoPE; slot_side: o and lse of the slots, or None; scale > 0. None of this is checked.
+    RoPE; slot_side: o and lse of the slots; or what it takes to do them where HQ / H is even; or
+    None; lag: theirs, a multiple of 64; scale > 0. None of this is checked. Results of chunks whose
+    slots have strong gates, or that see or write padding, are then to be written over.
 
     ``interpret`` runs Pallas' interpreter, no GPU needed.
     """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     post = scale * LOG2E
-    packed, slots = doc is not None, slot_side is not None
+    packed = doc is not None
+    fused = isinstance(slot_side, Written)
+    given_slots = slot_side is not None and not fused
+    before = tuple(slot_side) if slot_side is not None else ()
 
     def body(
-        q_ref, k_ref, v_ref, keys_ref, oldest_ref, doc_ref, cos_ref, sin_ref, o_s_ref, lse_s_ref,
-        o_ref, lse_ref, buffers, bars,
+        q_ref, k_ref, v_ref, keys_ref, oldest_ref, doc_ref, cos_ref, sin_ref, *rest,
     ) -> None:  # fmt: skip
-        given = (q_ref, o_s_ref) if slots else (q_ref,)
-        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads)
+        refs, outputs = rest[: len(before)], rest[len(before) : -2]
+        o_ref, lse_ref = outputs[:2]
+        buffers, bars = rest[-2:]
+        slots = None
+        if fused:
+            k_s_ref, *others = refs
+            slots = _Slots(k_s_ref, v_ref, *others, lag)
+        given = (q_ref, refs[0]) if given_slots else (q_ref,)
+        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads, slots)
         wg = x.walk.wg
         mine = buffers.mine[0].at[wg]
         angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
 
         low = plgpu.layout_cast(jnp.full((C,), LOW, F32), TILE.reduce(1))
         zero = plgpu.layout_cast(jnp.zeros((C,), F32), TILE.reduce(1))
-        m_s = jnp.maximum(load_row(lse_s_ref.at[x.place]) * LOG2E, LOW) if slots else low
-        plgpu.barrier_wait(bars.mine.at[wg])
+
+        def by_slots(slots: _Slots) -> tuple:
+            """o, not divided by the sum of weights; their greatest logit, of base 2; that sum."""
+            begin = slots.begin(x)
+            e0, b0 = slots.factors(x, begin, buffers, bars)
+            plgpu.barrier_wait(bars.mine.at[wg])
+            rows, state = x.walk.arrival(0), x.walk.arrival(1)
+            (k_s, v_s), (sk_s, sv_s) = (
+                [buffers.tiles.at[n, at] for n in range(2)] for at in (rows, state)
+            )
+
+            def logits(y_acc, x_acc):
+                plgpu.wgmma(x_acc, mine, k_s.T)
+                plgpu.wgmma(y_acc, mine, sk_s.T)
+                near = short(jnp.where(causal(), landed(x_acc, 1), 0.0))
+                buffers.mm(wg, y_acc, near, b0)
+                return landed(y_acc) * e0
+
+            y = accumulators(logits, C, C)
+            m = jnp.max(y, axis=1) * post
+            p = jnp.exp2(y * post - full(slots.seen(x, begin, m, jnp.inf)))
+            total = jnp.sum(p, axis=1)
+            p = (p * e0).astype(BF16)
+
+            def values(o_acc, a_acc):
+                buffers.mm(wg, a_acc, p, b0.T)
+                buffers.mm(wg, o_acc, p, sv_s)
+                near = short(jnp.where(causal(), landed(a_acc, 1), 0.0))
+                buffers.mm(wg, o_acc, near, v_s)
+                return landed(o_acc)
+
+            o = accumulators(values, width, C)
+            x.walk.leave(rows)
+            x.walk.leave(state)
+            m = slots.seen(x, begin, m, LOW)
+            lse = jnp.where(total > 0, (m + jnp.log2(total)) * LN2, NINF)
+            common.store(outputs[2].at[x.place], lse)
+            return o, m, total
+
+        if slots is not None:
+            o, m_s, total_s = by_slots(slots)
+        else:
+            plgpu.barrier_wait(bars.mine.at[wg])
+            m_s, total_s = low, zero
+            o = plgpu.layout_cast(jnp.zeros((C, width), F32), TILE)
+        if given_slots:
+            o = load(buffers.mine[1].at[wg]).astype(F32)
+            m_s = jnp.maximum(load_row(refs[1].at[x.place]) * LOG2E, LOW)
+            total_s = jnp.where(m_s > LOW, 1.0, 0.0)
         if angles is not None:
+            if slots is not None:
+                common.sync(interpret)  # all warps' products have read it
             mine[...] = turned(load(mine), *angles)
             plgpu.commit_smem()
-        if slots:
-            o = load(buffers.mine[1].at[wg]).astype(F32)
-        else:
-            o = plgpu.layout_cast(jnp.zeros((C, width), F32), TILE)
 
         def tile(i, carry) -> tuple:
             o, m, peak, total = carry
             at = x.walk.arrival(i)
 
             def logits(acc):
-                plgpu.wgmma(acc, mine, buffers.tiles[0].at[at].T)
+                plgpu.wgmma(acc, mine, buffers.tiles.at[0, at].T)
                 return x.visible(landed(acc), i, at, NINF)
 
             s = accumulators(logits, C)
@@ -306,17 +479,17 @@ def output(
             total = total * fade + jnp.sum(p, axis=1)
 
             def values(acc):
-                buffers.mm(wg, acc, p.astype(BF16), buffers.tiles[1].at[at])
+                buffers.mm(wg, acc, p.astype(BF16), buffers.tiles.at[1, at])
                 return landed(acc)
 
             o = o * full(fade, width) + accumulators(values, width)
             x.walk.leave(at)
             return o, new, jnp.maximum(peak, top), total
 
-        x.walk.skip(0, x.first)
+        x.walk.skip(len(x.walk.before), x.first)
         o, m, peak, total = lax.fori_loop(x.first, x.last, tile, (o, m_s, low, zero))
         x.walk.skip(x.last, x.walk.tiles)
-        whole = total + jnp.where(m_s > LOW, jnp.exp2(m_s - m), 0.0)
+        whole = total + total_s * jnp.exp2(m_s - m)
         share = jnp.where(whole > 0, 1.0 / whole, 0.0)
         lse = jnp.where(total > 0, m + jnp.log2(total), peak)
         lse = jnp.where(lse > LOW, lse * LN2, NINF)
@@ -333,51 +506,142 @@ def output(
             common.store(lse_ref.at[x.place], lse)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    lse_shape = jax.ShapeDtypeStruct((batch, length, heads), F32)
     kernel = _kernel(
-        body,
-        (jax.ShapeDtypeStruct(q.shape, BF16), jax.ShapeDtypeStruct((batch, length, heads), F32)),
+        body, (jax.ShapeDtypeStruct(q.shape, BF16), *[lse_shape] * (1 + fused)),
         _Queries.blocks(batch, length // C, heads, kv_heads),
-        _scratch(width, 1 + slots, 2 * packed, interpret), "nha_window_output", interpret,
+        _scratch(width, 1 + given_slots, 2 * packed, interpret, fused), "nha_window_output",
+        interpret,
     )  # fmt: skip
-    before = slot_side if slot_side is not None else (None, None)
     return _run(kernel, (q, k, v, _of_keys(doc), oldest, doc, cos, sin, *before), None)
 
 
 @common.once
 def dq(
-    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array, delta: jax.Array,
+    q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array,
     oldest: jax.Array, doc: jax.Array | None, cos: jax.Array | None, sin: jax.Array | None,
-    slot_side: jax.Array | None, scale: float, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    slot_side: Given | jax.Array | None, delta: jax.Array | None, scale: float, lag: int = C,
+    stack: int = 1, interpret: bool = False,
+) -> list[jax.Array]:  # fmt: skip
     """dq [B,T,HQ,D] bfloat16 of the window side, on top of the slots', ``slot_side``, if given.
 
     As ``output``; do [B,T,HQ,D] bfloat16; lse (base 2, of both sides, +inf for empty rows) and
-    delta [B,T,HQ] float32.
+    delta [B,T,HQ] float32. With ``Given`` it does the slots, too, and delta, and returns after dq
+
+    - dl, p [B,T,HQ,64] bfloat16: gradients of the slots' logits, and their weights, times 2^g,
+    - side [B,T,HQ/stack,64] float32: the share of the gates' gradient, summed over ``stack`` heads,
+      one or two,
+    - delta [B,T,HQ] float32: the window's.
     """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     post = scale * LOG2E
-    packed, slots = doc is not None, slot_side is not None
+    packed = doc is not None
+    fused = isinstance(slot_side, Given)
+    given_slots = slot_side is not None and not fused
+    if isinstance(slot_side, Given):
+        before = *slot_side.written, slot_side.o, slot_side.push_s, slot_side.push_w
+    else:
+        before = (delta,)
 
     def body(
-        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, keys_ref, oldest_ref, cos_ref, sin_ref,
-        dq_ref, buffers, bars,
+        q_ref, k_ref, v_ref, do_ref, lse_ref, keys_ref, oldest_ref, cos_ref, sin_ref, *rest,
     ) -> None:  # fmt: skip
-        given = (q_ref, do_ref, dq_ref) if slots else (q_ref, do_ref)
-        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads)
+        refs, (dq_ref, *outputs, buffers, bars) = rest[: len(before)], rest[len(before) :]
+        slots = None
+        if fused:
+            k_s_ref, log_alpha_ref, st_ref, begin_ref, o_ref, push_s_ref, push_w_ref = refs
+            slots = _Slots(k_s_ref, v_ref, log_alpha_ref, st_ref, begin_ref, lag, o_ref)
+        given = (q_ref, do_ref, dq_ref) if given_slots else (q_ref, do_ref)
+        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads, slots)
         wg = x.walk.wg
         mine, bar = [tile.at[wg] for tile in buffers.mine], bars.mine.at[wg]
-        angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
-        lse, delta = load_row(lse_ref.at[x.place]), load_row(delta_ref.at[x.place]) * scale
+        lse = load_row(lse_ref.at[x.place])
 
-        plgpu.barrier_wait(bar)
-        if angles is not None:
+        def by_slots(slots: _Slots) -> tuple:
+            """dq of the slots' side, and the window's delta."""
+            dl_ref, p_ref, side_ref, delta_ref = outputs
+            begin = slots.begin(x)
+            e0, b0 = slots.factors(x, begin, buffers, bars)
+            pl.when(wg == 0)(lambda: plgpu.barrier_arrive(bars.read))
+            push_s, push_w = (load_row(ref.at[x.place]) for ref in (push_s_ref, push_w_ref))
+            plgpu.barrier_wait(bar)
+            at = x.walk.arrival(0)
+            o, do = load(buffers.tiles.at[wg, at]).astype(F32), load(mine[1]).astype(F32)
+            delta = jnp.sum(o * do, axis=1)
+            x.walk.leave(at)
+            common.store(delta_ref.at[x.place], delta - push_w)
+            rows, state = x.walk.arrival(1), x.walk.arrival(2)
+            (k_s, v_s), (sk_s, sv_s) = (
+                [buffers.tiles.at[n, at] for n in range(2)] for at in (rows, state)
+            )
+
+            def logits(y_acc, z_acc, xk, xv):
+                plgpu.wgmma(xk, mine[0], k_s.T)
+                plgpu.wgmma(xv, mine[1], v_s.T)
+                plgpu.wgmma(y_acc, mine[0], sk_s.T)
+                plgpu.wgmma(z_acc, mine[1], sv_s.T)
+                for acc, near in ((y_acc, xk), (z_acc, xv)):
+                    near = short(jnp.where(causal(), landed(near, 3), 0.0))
+                    buffers.mm(wg, acc, near, b0)
+                return landed(y_acc, 1), landed(z_acc)
+
+            y, z = accumulators(logits, *[C] * 4)
+            p = jnp.exp2(y * (e0 * post) - full(slots.seen(x, begin, lse, jnp.inf))) * e0
+            dl = p * (z * e0 - full(delta - push_s)) * scale
+            p, dl = lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
+            common.store(dl_ref.at[x.place], dl)
+            common.store(p_ref.at[x.place], p)
+            store_side(side_ref, dl.astype(F32) * y + p.astype(F32) * z)
+
+            def gradient(acc, a_acc):
+                buffers.mm(wg, a_acc, dl, b0.T)
+                buffers.mm(wg, acc, dl, sk_s)
+                buffers.mm(wg, acc, short(jnp.where(causal(), landed(a_acc, 1), 0.0)), k_s)
+                return landed(acc)
+
+            dq = accumulators(gradient, width, C)
+            x.walk.leave(rows)
+            x.walk.leave(state)
+            return dq, delta - push_w
+
+        def store_side(ref, side) -> None:
+            b, tokens, head = x.place
+            at = b, tokens, lax.div(head, stack)
+            if stack == 1:
+                common.store(ref.at[at], side)
+                return
+            other = buffers.gates[0]  # the gates have been read
+
+            @pl.when(wg == 1)
+            def _():
+                plgpu.barrier_wait(bars.read)
+                other[...] = side
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(bars.side)
+
+            @pl.when(wg == 0)
+            def _():
+                plgpu.barrier_wait(bars.side)
+                common.store(ref.at[at], side + load(other))
+
+        if slots is not None:
+            near, delta = by_slots(slots)
+            common.sync(interpret)  # all warps' products have read q
+        else:
+            near, delta = None, load_row(refs[0].at[x.place])
+            plgpu.barrier_wait(bar)
+        delta *= scale
+        if cos is not None:
+            angles = _angles(cos_ref, sin_ref, x.b, x.c)
             mine[0][...] = turned(load(mine[0]), *angles)
             plgpu.commit_smem()
+            if near is not None:  # turned back with the window's
+                near = turned(near, *angles)
 
         def tile(acc, i) -> None:
             at = x.walk.arrival(i)
-            keys, values = (tile.at[at] for tile in buffers.tiles)
+            keys, values = (buffers.tiles.at[n, at] for n in range(2))
 
             def weights(s_acc, z_acc):
                 plgpu.wgmma(s_acc, mine[0], keys.T)
@@ -391,14 +655,18 @@ def dq(
             x.walk.leave(at)
 
         def gradient(acc) -> None:
-            x.walk.skip(0, x.first)
+            if near is not None and not interpret:  # the interpreter's accumulators start at 0
+                acc[...] = near
+            x.walk.skip(len(x.walk.before), x.first)
             lax.fori_loop(x.first, x.last, lambda i, _: tile(acc, i), None)
             x.walk.skip(x.last, x.walk.tiles)
             dq = landed(acc)
+            if near is not None and interpret:
+                dq += near
             if cos is not None:
                 cos_, sin_ = _angles(cos_ref, sin_ref, x.b, x.c)
                 dq = turned(dq, cos_, -sin_)
-            if slots:
+            if given_slots:
                 dq += load(mine[2]).astype(F32)
             common.sync(interpret)  # all warps have read it
             mine[0][...] = dq.astype(BF16)
@@ -411,13 +679,19 @@ def dq(
 
         accumulators(gradient, width)
 
+    of_slots = [
+        *[jax.ShapeDtypeStruct((batch, length, heads, C), BF16)] * 2,
+        jax.ShapeDtypeStruct((batch, length, heads // stack, C), F32),
+        jax.ShapeDtypeStruct((batch, length, heads), F32),
+    ]
+    out = [jax.ShapeDtypeStruct(q.shape, BF16), *(of_slots if fused else [])]
     kernel = _kernel(
-        body, () if slots else (jax.ShapeDtypeStruct(q.shape, BF16),),
+        body, () if given_slots else tuple(out),
         _Queries.blocks(batch, length // C, heads, kv_heads),
-        _scratch(width, 2 + slots, 2 * packed, interpret), "nha_window_dq", interpret,
+        _scratch(width, 2 + given_slots, 2 * packed, interpret, fused), "nha_window_dq", interpret,
     )  # fmt: skip
-    inputs = q, k, v, do, lse, delta, _of_keys(doc), oldest, cos, sin
-    return _run(kernel, inputs, None if slot_side is None else (slot_side,))[0]
+    inputs = q, k, v, do, lse, _of_keys(doc), oldest, cos, sin, *before
+    return _run(kernel, inputs, (slot_side,) if given_slots else None)
 
 
 @common.once
@@ -462,8 +736,8 @@ def dkv(
         def load_queries(i, at) -> None:
             there = bars.there.at[at]
             rows, head = _tokens(chunk + lax.div(i, group)), h * group + lax.rem(i, group)
-            for ref, tile in zip((q_ref, do_ref), buffers.tiles, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows, head], tile.at[at], there)
+            for n, ref in enumerate((q_ref, do_ref)):
+                plgpu.copy_gmem_to_smem(ref.at[b, rows, head], buffers.tiles.at[n, at], there)
             for n, ref in enumerate((lse_ref, delta_ref)):
                 plgpu.copy_gmem_to_smem(ref.at[b, head, rows], buffers.number.at[at, n], there)
             plgpu.copy_gmem_to_smem(oldest_ref.at[b, rows], buffers.number.at[at, 2], there)
@@ -485,7 +759,7 @@ def dkv(
         def query(dk, dv, i) -> None:
             at = walk.arrival(i)
             ahead = (lax.div(i, group) - wg) * C
-            q_s, do_s = (tile.at[at] for tile in buffers.tiles)
+            q_s, do_s = (buffers.tiles.at[n, at] for n in range(2))
 
             def weights(s_acc, z_acc):
                 plgpu.wgmma(s_acc, k_s, q_s.T)

@@ -93,6 +93,18 @@ CASES = {
     "no lag": (64, 320, 1, 256, 0),
     "no rotation": (64, 320, 1, 256, 256, {"rope": False}),
     "no slots": (64, 448, 1, 256, 256, {"slots": 0, "group": 2}),
+    "and slots": (64, 448, 1, 256, 256, {"group": 2, "slots": 64}),
+    "and slots, of 128, four heads": (128, 384, 1, 300, 128, {"group": 4, "slots": 64}),
+    "and slots, documents": (
+        64, 448, 1, 256, 128, {"group": 4, "slots": 64, "doc": [documents(100, 3, 345)]},
+    ),
+    "and slots, padding, no rotation": (
+        64, 448, 1, 256, 64,
+        {
+            "group": 2, "slots": 64, "batch": 2, "rope": False,
+            "doc": [documents(-70, 200, -10, 168), documents(250, 100, -98)],
+        },
+    ),
     "documents": (64, 448, 1, 256, 256, {"doc": [documents(100, 3, 345)]}),
     "padding": (
         64, 448, 1, 256, 256,
