@@ -94,11 +94,16 @@ def nha_attention(
     if rope is not None and initial_state is not None:
         cos, sin = rows.cos, rows.sin
     plain = segment_ids is None and initial_state is None
+    gates = rows.log_alpha
+    # no token leaves the window: a backend need not look at slots
+    fresh = initial_state is None and spec.slot_lag >= t and empty_slots == "masked"
+    if window and fresh and impl != "reference":
+        gates = gates[..., :0]
     call = (
         q,
         rows.k,
         rows.v,
-        rows.log_alpha,
+        gates,
         None if initial_state is None else initial_state.slot_k,
         None if initial_state is None else initial_state.slot_v,
         cos,
@@ -116,6 +121,10 @@ def nha_attention(
     else:
         o, *sides, slot_k, slot_v = backends.attention(impl, window, call)
         lse = sides[0], sides[1]
+        never = log_alpha.shape[3] - gates.shape[3]
+        slot_k, slot_v = (
+            jnp.pad(x, ((0, 0), (0, 0), (0, never), (0, 0))) for x in (slot_k, slot_v)
+        )
     if lead is not None:
         o, lse = jax.tree.map(lambda x: _roll(x, -lead), (o, lse))
 

@@ -21,8 +21,9 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs of forward and backward (twice the forward) per token, nothing recomputed.
 
     A weight costs 2 per token, embeddings nothing, the output projection included, gates where
-    a layer has slots. Attention costs 4 * head_dim per query head and visible token or slot, and
-    writing a slot 6 * head_dim per kv head: decay, gate and addition for its key and its value.
+    a layer has slots and a token reaches them. Attention costs 4 * head_dim per query head and
+    visible token or slot, and writing a slot 6 * head_dim per kv head: decay, gate and addition
+    for its key and its value.
     """
     width, heads, kv_heads = config.head_width, config.heads, config.num_kv_heads
     projections = 2 * config.hidden * width * (heads + kv_heads)  # q, o, k, v
@@ -34,6 +35,9 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     for window in pattern:
         seen = length if window is None else min(window, length)
         visible = (seen * (seen + 1) / 2 + (length - seen) * seen) / length  # mean over positions
-        attention = 4 * heads * width * visible + (0 if window is None else slots)
+        attention = 4 * heads * width * visible
+        lag = window if config.slot_lag is None else config.slot_lag
+        if window is not None and lag is not None and lag < length:
+            attention += slots
         forward += attention * config.layers / len(pattern)
     return 3 * forward

@@ -62,6 +62,23 @@ def test_auto_falls_back_and_says_why_once(kernel, caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "slots"),
+    [({}, 0), ({"slot_lag": 8}, 4), ({"empty_slots": "zero"}, 4), ({"impl": "reference"}, 4)],
+)
+def test_slots_that_no_token_reaches_are_left_out(options, slots, monkeypatch):
+    seen, attention = [], backends.attention
+
+    def noted(impl, window, call):
+        seen.append(call[3].shape[-1])
+        return attention(impl, window, call)
+
+    monkeypatch.setattr(backends, "attention", noted)
+    _, state = call(9, **{"impl": "xla", "return_state": True} | options)
+    assert seen == [slots]
+    assert state.slot_k.shape[2] == 4
+
+
 def test_a_named_backend_never_falls_back(kernel):
     with pytest.raises(UserError, match="impl 'fake' does not take this call: the window exceeds"):
         call(5, "fake")

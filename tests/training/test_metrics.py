@@ -94,3 +94,7 @@ def test_flops_of_a_model_worked_out_by_hand():
     full = 4 * 2 * 2 * (1 + 2 + 3) / 3
     forward = 2 * 4 * 10 + 2 * 2 * weights + window + full
     assert train_flops_per_token(config, 3) == pytest.approx(3 * forward)
+    forward -= 4 * 2 * 2 * (1 + 2 + 2) / 3 - 4 * 2 * 2 * (1 + 2) / 2
+    forward -= 4 * 2 * 2 * (1 + 2 + 3) / 3 - 4 * 2 * 2 * (1 + 2) / 2
+    forward -= 5 * 2 * (4 * 2 + 6 * 2) + gates  # no token is 2 back
+    assert train_flops_per_token(config, 2) == pytest.approx(3 * forward)

@@ -166,9 +166,9 @@ def test_calls_left_to_triton(change, interpreted):
     assert vars(interpreted) == {"output": 0, "dq": 0, "dkv": 0}
 
 
-@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("slots", ["none", "given", "own"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("width", "heads", "h"), [(64, 16, 16), (128, 32, 8)])
+@pytest.mark.parametrize(("width", "heads", "h"), [(64, 16, 8), (128, 32, 8)])
 def test_lowers_without_a_gpu(width, heads, h, packed, slots):
     from pallas_kernels.gpu import mosaic_window
 
@@ -177,18 +177,25 @@ def test_lowers_without_a_gpu(width, heads, h, packed, slots):
     query, row = (s((b, t, n, width), jnp.bfloat16) for n in (heads, h))
     number, place = s((b, t, heads), jnp.float32), s((b, t), jnp.int32)
     seen = place, place if packed else None, *[s((b, t, width // 2), jnp.float16)] * 2
-    given = query, row, row, query, number, number, *seen
+    given = query, row, row, query, number
+    side = [None, None, None, number]
+    if slots == "given":
+        side = [(query, number), query, (row, row), number]
+    elif slots == "own":
+        gates, st = s((b, t, h, 64), jnp.float32), s((b * h, t // 64 + 1, 64, 2 * width), row.dtype)
+        written = mosaic_window.Written(row, gates, st, place if packed else None)
+        side = [written, mosaic_window.Given(written, query, number, number), None, None]
     calls = {
-        mosaic_window.output: (query, row, row, *seen, (query, number) if slots else None),
-        mosaic_window.dq: (*given, query if slots else None),
-        functools.partial(mosaic_window.dkv, lag=512): (*given, (row, row) if slots else None),
+        mosaic_window.output: (query, row, row, *seen, side[0]),
+        mosaic_window.dq: (*given, *seen, side[1], side[3]),
+        functools.partial(mosaic_window.dkv, lag=512): (*given, number, *seen, side[2]),
     }
     for kernel, args in calls.items():
         run = functools.partial(kernel, scale=0.1)
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         (call,) = (x for x in text.splitlines() if "custom_call @mosaic_gpu" in x)
         written = {mosaic_window.output: 0, mosaic_window.dq: 1}.get(kernel, 2)
-        assert call.count("#stablehlo.output_operand_alias<") == written * slots
+        assert call.count("#stablehlo.output_operand_alias<") == written * (slots == "given")
 
 
 @pytest.mark.parametrize(("remat", "runs"), [("dots", 1), ("save_attention", 1), ("full", 2)])
