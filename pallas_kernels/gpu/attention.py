@@ -427,8 +427,9 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
 
         written = mosaic_window.Written(k, la, st, begin)
         o, lse_w, lse_s = mosaic_window.output(
-            q, keys, v, *_seen(c, cur, doc_, cos_, sin_), written, spec.scale, spec.slot_lag
-        )
+            q, keys, v, *_seen(c, cur, doc_, cos_, sin_), written, spec.scale,
+            launch.processors(), spec.slot_lag,
+        )  # fmt: skip
         common = [o, lse_s, lse_w]
     if c.slots or not c.apart:
         o, lse_s, lse_w = _both(
@@ -443,7 +444,7 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
 
         slots = (o, lse_s) if c.slots else None
         o, lse_w = mosaic_window.output(
-            q, keys, v, *_seen(c, cur, doc_, cos_, sin_), slots, spec.scale
+            q, keys, v, *_seen(c, cur, doc_, cos_, sin_), slots, spec.scale, launch.processors()
         )
         lse_s = lse_s if c.slots else jnp.full_like(lse_w, -jnp.inf)
     results = o, lse_s, lse_w, last[..., : c.D], last[..., c.D :]
@@ -543,8 +544,9 @@ def _gradients(spec, residuals, cotangents, tiles):
 
         given = mosaic_window.Given(mosaic_window.Written(k, la, st, begin), o, push_s, push_w)
         common = mosaic_window.dq(
-            q, keys, v, do, lse, *seen, given, None, spec.scale, spec.slot_lag, heads
-        )
+            q, keys, v, do, lse, *seen, given, None, spec.scale, launch.processors(),
+            spec.slot_lag, heads,
+        )  # fmt: skip
         common = [*common, jnp.zeros((1,), c.gate_dtype)]
     if c.slots or not c.apart:
         dq, dl, p, side, delta, dst = _both(
@@ -567,8 +569,9 @@ def _gradients(spec, residuals, cotangents, tiles):
         if not c.slots:
             delta = (o.astype(f32) * do.astype(f32)).sum(-1) - push_w
         (dq,) = mosaic_window.dq(
-            q, keys, v, do, lse, *seen, dq if c.slots else None, delta, spec.scale
-        )
+            q, keys, v, do, lse, *seen, dq if c.slots else None, delta, spec.scale,
+            launch.processors(),
+        )  # fmt: skip
     if c.long and c.slots:  # before there are larger arrays than the rotated keys
         dl, p, dq = jax.lax.optimization_barrier((dl, p, dq))
     dfirst = None

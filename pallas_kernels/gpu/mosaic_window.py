@@ -46,7 +46,7 @@ from pallas_kernels.gpu.mosaic_common import (
 )  # fmt: skip
 
 STAGES = 4  # tiles that have room
-BEHIND = 2  # tiles that the second warpgroup may be behind the first
+AHEAD = 2  # tiles that are on their way
 LOW = -1e30  # below all logits, and finite
 
 
@@ -90,8 +90,8 @@ class _Barriers(NamedTuple):
     there: Any  # of the stages
     free: Any
     gates: Any = None  # are there
-    read: Any = None  # by the first warpgroup
-    side: Any = None  # the second's is in their place
+    read: Any = None
+    side: Any = None  # the second warpgroup's is in their place
 
 
 def _scratch(
@@ -109,40 +109,37 @@ def _scratch(
         plgpu.Barrier(num_arrivals=mine, num_barriers=2),
         plgpu.Barrier(num_arrivals=2 + numbers, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        *(plgpu.Barrier(num_arrivals=1) for _ in range(3 * slots)),
+        *(plgpu.Barrier(num_arrivals=n) for n in (1, 2, 1) if slots),
     )
     return buffers, bars
 
 
 class _Walk(NamedTuple):
-    """The tiles that a block goes through."""
+    """The tiles that both warpgroups go through."""
 
     bars: _Barriers
     wg: jax.Array
-    tiles: jax.Array  # how many
-    load: Callable  # of a tile, to a stage
-    before: tuple = ()  # loads of the first tiles, which are others: to their stages
+    base: Any  # tiles of the block before
+    load: Callable  # of a tile, if there is one, to a stage
 
     def start(self) -> None:
         @pl.when(self.wg == 0)
         def _():
-            for i in range(STAGES):
-                if i < len(self.before):
-                    self.before[i](i)
-                else:
-                    pl.when(i < self.tiles)(functools.partial(self.load, jnp.int32(i), i))
+            for i in range(AHEAD):
+                self.load(i, i)
 
     def arrival(self, i) -> jax.Array:
         """The stage of tile i, once it is there; the first warpgroup asks for a later one."""
-        before = i - BEHIND
+        number = self.base + i
 
-        @pl.when((self.wg == 0) & (before >= 0) & (before + STAGES < self.tiles))
+        @pl.when(self.wg == 0)
         def _():
-            at = lax.rem(before, STAGES)
-            plgpu.barrier_wait(self.bars.free.at[at])
-            self.load(before + STAGES, at)
+            at = lax.rem(number + AHEAD, STAGES)
+            used = number >= STAGES - AHEAD
+            pl.when(used)(lambda: plgpu.barrier_wait(self.bars.free.at[at]))
+            self.load(i + AHEAD, at)
 
-        at = lax.rem(i, STAGES)
+        at = lax.rem(number, STAGES)
         plgpu.barrier_wait(self.bars.there.at[at])
         return at
 
@@ -200,6 +197,11 @@ class _Slots(NamedTuple):
     lag: int
     o: Any = None
 
+    @property
+    def number(self) -> int:
+        """Of tiles before the keys."""
+        return 2 if self.o is None else 3
+
     def rows(self, b, c, h) -> tuple:
         """That chunk c writes; at first any."""
         return b, _tokens(jnp.maximum(c - self.lag // C, 0)), h
@@ -235,7 +237,8 @@ class _Slots(NamedTuple):
         plgpu.barrier_wait(bars.gates)
         gate = common.gates(load(log_alpha), x.c, begin, self.lag)
         sums[...] = gate.astype(F16)
-        plgpu.commit_smem()
+        plgpu.commit_smem()  # all warps have read the gates
+        plgpu.barrier_arrive(bars.read)
 
         def total(acc):
             ones = lax.optimization_barrier(jnp.where(causal(), 1.0, 0.0)).astype(F16)
@@ -256,7 +259,8 @@ class _Queries(NamedTuple):
     neighbouring chunks are a block's."""
 
     walk: _Walk
-    key: jax.Array  # tile of keys with which the block's walk begins
+    tiles: jax.Array  # of the walk
+    key: jax.Array  # tile of keys that would be its first
     b: jax.Array
     h: jax.Array  # kv head
     c: jax.Array  # chunk
@@ -267,72 +271,8 @@ class _Queries(NamedTuple):
     oldest: jax.Array  # of each query
     newest: jax.Array  # the last query's oldest
     number: Any  # of packed documents, of the keys
-
-    @staticmethod
-    def blocks(batch: int, chunks: int, heads: int, kv_heads: int) -> int:
-        if heads // kv_heads % 2:
-            return batch * heads * -(-chunks // 2)
-        return batch * chunks * heads // 2
-
-    @classmethod
-    def of(
-        cls, bars, buffers, mine: tuple, k_ref, v_ref, keys_ref, oldest_ref, heads,
-        slots: _Slots | None = None,
-    ) -> _Queries:  # fmt: skip
-        """``mine``: what comes for the tile, on its way from here; slots': the first tiles."""
-        _, length, kv_heads, _ = k_ref.shape
-        chunks, group = length // C, heads // kv_heads
-        packed = len(keys_ref.shape) > 1
-        wg, block = lax.axis_index("wg"), lax.axis_index("block")
-        stack = 1 if group % 2 else 2
-        units = heads // stack
-        head, rest = lax.rem(block, units) * stack, lax.div(block, units)
-        if stack == 2:
-            b, c = lax.div(rest, chunks), lax.rem(rest, chunks)
-            chunk, end, head = c, c + 1, head + wg
-        else:
-            pairs = -(-chunks // 2)
-            b, c = lax.div(rest, pairs), 2 * lax.rem(rest, pairs)
-            chunk, end = c + wg, jnp.minimum(c + 2, chunks)
-        there = chunk < end
-        row = jnp.minimum(chunk, chunks - 1)
-        place = b, _tokens(row), head
-        for ref, tile in zip(mine, buffers.mine, strict=True):
-            plgpu.copy_gmem_to_smem(ref.at[place], tile.at[wg], bars.mine.at[wg])
-        h = lax.div(head, group)
-        pairs = [] if slots is None else slots.tiles(b, c, h, head - wg)
-        key = lax.div(oldest_ref[b, c * C], C) - len(pairs)
-        count = end - key
-
-        def load_tiles(sources, i, at) -> None:
-            bar = bars.there.at[at]
-            for n, ref in enumerate(sources):
-                plgpu.copy_gmem_to_smem(ref, buffers.tiles.at[n, at], bar)
-            if packed:
-                for n in range(2):
-                    to = buffers.number.at[at, n]
-                    plgpu.copy_gmem_to_smem(keys_ref.at[b, key + i, n], to, bar)
-
-        def load_keys(i, at) -> None:
-            keys = b, _tokens(key + i), h
-            load_tiles((k_ref.at[keys], v_ref.at[keys]), i, at)
-
-        before = [functools.partial(load_tiles, pair, len(pairs)) for pair in pairs]
-        first = jnp.where(there, lax.div(oldest_ref[b, row * C], C) - key, count)
-        walk = _Walk(bars, wg, count, load_keys, tuple(before))
-        if slots is not None:
-
-            @pl.when(wg == 0)
-            def _():
-                rows = slots.log_alpha.at[slots.rows(b, c, h)]
-                plgpu.copy_gmem_to_smem(rows, buffers.gates[0], bars.gates)
-
-        walk.start()
-        return cls(
-            walk, key, b, h, row, there, place, first, jnp.where(there, row + 1 - key, count),
-            load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
-            buffers.number if packed else None,
-        )  # fmt: skip
+    ask: Callable  # for the next one's n-th tile, in the place of this one's
+    ask_gates: Callable  # and, by the first warpgroup, for its gates
 
     def visible(self, x, i, at, no: float) -> jax.Array:
         """x of pairs [query, key of tile i, at a stage], ``no`` where the query does not see it."""
@@ -354,6 +294,146 @@ class _Queries(NamedTuple):
         return lax.cond(some, masked, lambda: x)
 
 
+class _Work(NamedTuple):
+    """What the blocks have to do: each takes every ``blocks``-th of the units, which are two tiles
+    of queries, one of each warpgroup."""
+
+    batch: int
+    chunks: int
+    heads: int
+    kv_heads: int
+    processors: int
+
+    @property
+    def stack(self) -> int:
+        """Query heads of a unit."""
+        return 1 if self.heads // self.kv_heads % 2 else 2
+
+    @property
+    def units(self) -> int:
+        return self.batch * self.heads * -(-self.chunks // (3 - self.stack)) // self.stack
+
+    @property
+    def blocks(self) -> int:
+        return min(self.units, self.processors)
+
+    def place(self, unit) -> tuple:
+        """A unit's row, first chunk, the chunk after it, and first query head."""
+        stacks, size = self.heads // self.stack, 3 - self.stack
+        runs = -(-self.chunks // size)
+        head, rest = lax.rem(unit, stacks) * self.stack, lax.div(unit, stacks)
+        c = lax.rem(rest, runs) * size
+        return lax.div(rest, runs), c, jnp.minimum(c + size, self.chunks), head
+
+    def each(
+        self, f: Callable, bars, buffers, mine: tuple, k_ref, v_ref, keys_ref, oldest_ref,
+        slots: _Slots | None = None,
+    ) -> None:  # fmt: skip
+        """f of the block's units, one after the other. ``mine``: where a warpgroup's tiles come
+        from; slots' come before the keys."""
+        packed = len(keys_ref.shape) > 1
+        wg, block = lax.axis_index("wg"), lax.axis_index("block")
+        group = self.heads // self.kv_heads
+        others = 0 if slots is None else slots.number
+
+        def rows(unit) -> tuple:
+            """Of this warpgroup: chunk; whether it exists; place."""
+            b, c, end, head = self.place(unit)
+            if self.stack == 2:
+                return c, c < end, (b, _tokens(c), head + wg)
+            chunk = c + wg
+            row = jnp.minimum(chunk, self.chunks - 1)
+            return row, chunk < end, (b, _tokens(row), head)
+
+        def first_key(unit) -> jax.Array:
+            """Of the keys' tiles; a walk has two tiles at least."""
+            b, c, end, _ = self.place(unit)
+            key = lax.div(oldest_ref[b, c * C], C)
+            return key if slots is not None else jnp.minimum(key, end - AHEAD)
+
+        def load_mine(unit, n) -> None:
+            place = rows(unit)[2]
+            plgpu.copy_gmem_to_smem(mine[n].at[place], buffers.mine[n].at[wg], bars.mine.at[wg])
+
+        def load_gates(unit) -> None:
+            b, c, _, head = self.place(unit)
+            source = slots.log_alpha.at[slots.rows(b, c, lax.div(head, group))]
+            plgpu.copy_gmem_to_smem(source, buffers.gates[0], bars.gates)
+
+        def load_pair(unit, sources: Callable, row, at) -> None:
+            b, c, _, head = self.place(unit)
+            bar, h = bars.there.at[at], lax.div(head, group)
+            for n, ref in enumerate(sources(b, c, h, head)):
+                plgpu.copy_gmem_to_smem(ref, buffers.tiles.at[n, at], bar)
+            if packed:
+                for n in range(2):
+                    to = buffers.number.at[at, n]
+                    plgpu.copy_gmem_to_smem(keys_ref.at[b, row, n], to, bar)
+
+        def load_other(unit, i: int, at) -> None:
+            load_pair(unit, lambda *place: slots.tiles(*place)[i], 0, at)
+
+        def load_keys(unit, row, at) -> None:
+            row = jnp.maximum(row, 0)
+
+            def keys(b, c, h, head) -> tuple:
+                return tuple(ref.at[b, _tokens(row), h] for ref in (k_ref, v_ref))
+
+            load_pair(unit, keys, row, at)
+
+        def load_first(unit, key, i, at) -> None:
+            """One of the first tiles of a unit's walk."""
+            if slots is None:
+                load_keys(unit, key + i, at)
+                return
+            for n in range(AHEAD):
+                pl.when(i == n)(functools.partial(load_other, unit, n, at))
+
+        def step(n, carry) -> tuple:
+            base, key = carry
+            unit = block + n * self.blocks
+            more = unit + self.blocks < self.units
+            after = jnp.where(more, unit + self.blocks, unit)
+            key_after = first_key(after)
+            b, _, end, head = self.place(unit)
+            start = key - others  # where keys would start without the other tiles
+            count = end - start
+
+            def load(i, at) -> None:
+                if isinstance(i, int) and i < others:
+                    load_other(unit, i, at)
+                    return
+                own = i < count
+                pl.when(own)(lambda: load_keys(unit, start + i, at))
+                pl.when(jnp.logical_not(own) & more)(
+                    lambda: load_first(after, key_after, i - count, at)
+                )
+
+            row, there, place = rows(unit)
+            oldest = lax.div(oldest_ref[b, row * C], C)
+            f(
+                _Queries(
+                    _Walk(bars, wg, base, load), count, start, b, lax.div(head, group), row, there,
+                    place, jnp.where(there, oldest - start, count),
+                    jnp.where(there, row + 1 - start, count),
+                    load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
+                    buffers.number if packed else None,
+                    lambda n: pl.when(more)(lambda: load_mine(after, n)),
+                    lambda: pl.when((wg == 0) & more)(lambda: load_gates(after)),
+                )
+            )  # fmt: skip
+            return base + count, key_after
+
+        for n in range(len(mine)):
+            load_mine(block, n)
+        if slots is not None:
+            pl.when(wg == 0)(lambda: load_gates(block))
+        key = first_key(block)
+        _Walk(bars, wg, 0, functools.partial(load_first, block, key)).start()
+        steps = lax.div(self.units - 1 - block, self.blocks) + 1
+        lax.fori_loop(0, steps, step, (jnp.int32(0), key))
+
+
 def _of_keys(doc: jax.Array | None) -> jax.Array | None:
     """Of each tile of keys: the documents; whether there is padding [B,NC,2,C] float32."""
     if doc is None:
@@ -367,8 +447,8 @@ def _of_keys(doc: jax.Array | None) -> jax.Array | None:
 def output(
     q: jax.Array, k: jax.Array, v: jax.Array, oldest: jax.Array, doc: jax.Array | None,
     cos: jax.Array | None, sin: jax.Array | None,
-    slot_side: Written | tuple[jax.Array, jax.Array] | None, scale: float, lag: int = C,
-    interpret: bool = False,
+    slot_side: Written | tuple[jax.Array, jax.Array] | None, scale: float,
+    processors: int, lag: int = C, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """o [B,T,HQ,D] bfloat16 of both sides, and the window's lse [B,T,HQ] float32 (natural log, -inf
     where a query sees nothing), then the slots' if it does these, too.
@@ -380,11 +460,13 @@ def output(
     None; lag: theirs, a multiple of 64; scale > 0. None of this is checked. Results of chunks whose
     slots have strong gates, or that see or write padding, are then to be written over.
 
-    ``interpret`` runs Pallas' interpreter, no GPU needed.
+    Each of ``processors`` gets a block, where there is work for so many. ``interpret`` runs Pallas'
+    interpreter, no GPU needed.
     """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     post = scale * LOG2E
+    work = _Work(batch, length // C, heads, kv_heads, processors)
     packed = doc is not None
     fused = isinstance(slot_side, Written)
     given_slots = slot_side is not None and not fused
@@ -393,15 +475,22 @@ def output(
     def body(
         q_ref, k_ref, v_ref, keys_ref, oldest_ref, doc_ref, cos_ref, sin_ref, *rest,
     ) -> None:  # fmt: skip
-        refs, outputs = rest[: len(before)], rest[len(before) : -2]
-        o_ref, lse_ref = outputs[:2]
-        buffers, bars = rest[-2:]
+        refs, (*outputs, buffers, bars) = rest[: len(before)], rest[len(before) :]
         slots = None
         if fused:
             k_s_ref, *others = refs
             slots = _Slots(k_s_ref, v_ref, *others, lag)
         given = (q_ref, refs[0]) if given_slots else (q_ref,)
-        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads, slots)
+
+        def unit(x: _Queries) -> None:
+            attend(x, slots, refs, outputs, doc_ref, cos_ref, sin_ref, buffers, bars)
+
+        work.each(unit, bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, slots)
+
+    def attend(
+        x: _Queries, slots: _Slots | None, refs, outputs, doc_ref, cos_ref, sin_ref, buffers, bars
+    ) -> None:
+        o_ref, lse_ref = outputs[:2]
         wg = x.walk.wg
         mine = buffers.mine[0].at[wg]
         angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
@@ -442,6 +531,12 @@ def output(
             o = accumulators(values, width, C)
             x.walk.leave(rows)
             x.walk.leave(state)
+
+            @pl.when(wg == 0)
+            def _():
+                plgpu.barrier_wait(bars.read)
+                x.ask_gates()
+
             m = slots.seen(x, begin, m, LOW)
             lse = jnp.where(total > 0, (m + jnp.log2(total)) * LN2, NINF)
             common.store(outputs[2].at[x.place], lse)
@@ -486,9 +581,9 @@ def output(
             x.walk.leave(at)
             return o, new, jnp.maximum(peak, top), total
 
-        x.walk.skip(len(x.walk.before), x.first)
+        x.walk.skip(0 if slots is None else slots.number, x.first)
         o, m, peak, total = lax.fori_loop(x.first, x.last, tile, (o, m_s, low, zero))
-        x.walk.skip(x.last, x.walk.tiles)
+        x.walk.skip(x.last, x.tiles)
         whole = total + total_s * jnp.exp2(m_s - m)
         share = jnp.where(whole > 0, 1.0 / whole, 0.0)
         lse = jnp.where(total > 0, m + jnp.log2(total), peak)
@@ -506,10 +601,13 @@ def output(
             common.store(lse_ref.at[x.place], lse)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+        for n in range(1 + given_slots):
+            x.ask(n)
+
     lse_shape = jax.ShapeDtypeStruct((batch, length, heads), F32)
     kernel = _kernel(
         body, (jax.ShapeDtypeStruct(q.shape, BF16), *[lse_shape] * (1 + fused)),
-        _Queries.blocks(batch, length // C, heads, kv_heads),
+        work.blocks,
         _scratch(width, 1 + given_slots, 2 * packed, interpret, fused), "nha_window_output",
         interpret,
     )  # fmt: skip
@@ -520,8 +618,8 @@ def output(
 def dq(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array,
     oldest: jax.Array, doc: jax.Array | None, cos: jax.Array | None, sin: jax.Array | None,
-    slot_side: Given | jax.Array | None, delta: jax.Array | None, scale: float, lag: int = C,
-    stack: int = 1, interpret: bool = False,
+    slot_side: Given | jax.Array | None, delta: jax.Array | None, scale: float,
+    processors: int, lag: int = C, stack: int = 1, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """dq [B,T,HQ,D] bfloat16 of the window side, on top of the slots', ``slot_side``, if given.
 
@@ -536,6 +634,7 @@ def dq(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     post = scale * LOG2E
+    work = _Work(batch, length // C, heads, kv_heads, processors)
     packed = doc is not None
     fused = isinstance(slot_side, Given)
     given_slots = slot_side is not None and not fused
@@ -550,10 +649,19 @@ def dq(
         refs, (dq_ref, *outputs, buffers, bars) = rest[: len(before)], rest[len(before) :]
         slots = None
         if fused:
-            k_s_ref, log_alpha_ref, st_ref, begin_ref, o_ref, push_s_ref, push_w_ref = refs
-            slots = _Slots(k_s_ref, v_ref, log_alpha_ref, st_ref, begin_ref, lag, o_ref)
+            k_s_ref, *others, o_ref = refs[:5]
+            slots = _Slots(k_s_ref, v_ref, *others, lag, o_ref)
         given = (q_ref, do_ref, dq_ref) if given_slots else (q_ref, do_ref)
-        x = _Queries.of(bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, heads, slots)
+
+        def unit(x: _Queries) -> None:
+            gradient_of(x, slots, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs, buffers, bars)
+
+        work.each(unit, bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, slots)
+
+    def gradient_of(
+        x: _Queries, slots: _Slots | None, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs,
+        buffers, bars,
+    ) -> None:  # fmt: skip
         wg = x.walk.wg
         mine, bar = [tile.at[wg] for tile in buffers.mine], bars.mine.at[wg]
         lse = load_row(lse_ref.at[x.place])
@@ -561,9 +669,9 @@ def dq(
         def by_slots(slots: _Slots) -> tuple:
             """dq of the slots' side, and the window's delta."""
             dl_ref, p_ref, side_ref, delta_ref = outputs
+            push_s_ref, push_w_ref = refs[-2:]
             begin = slots.begin(x)
             e0, b0 = slots.factors(x, begin, buffers, bars)
-            pl.when(wg == 0)(lambda: plgpu.barrier_arrive(bars.read))
             push_s, push_w = (load_row(ref.at[x.place]) for ref in (push_s_ref, push_w_ref))
             plgpu.barrier_wait(bar)
             at = x.walk.arrival(0)
@@ -608,14 +716,15 @@ def dq(
         def store_side(ref, side) -> None:
             b, tokens, head = x.place
             at = b, tokens, lax.div(head, stack)
+            plgpu.barrier_wait(bars.read)
             if stack == 1:
                 common.store(ref.at[at], side)
+                x.ask_gates()
                 return
-            other = buffers.gates[0]  # the gates have been read
+            other = buffers.gates[0]
 
             @pl.when(wg == 1)
             def _():
-                plgpu.barrier_wait(bars.read)
                 other[...] = side
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(bars.side)
@@ -624,6 +733,8 @@ def dq(
             def _():
                 plgpu.barrier_wait(bars.side)
                 common.store(ref.at[at], side + load(other))
+                common.sync(interpret)
+                x.ask_gates()
 
         if slots is not None:
             near, delta = by_slots(slots)
@@ -657,9 +768,9 @@ def dq(
         def gradient(acc) -> None:
             if near is not None and not interpret:  # the interpreter's accumulators start at 0
                 acc[...] = near
-            x.walk.skip(len(x.walk.before), x.first)
+            x.walk.skip(0 if slots is None else slots.number, x.first)
             lax.fori_loop(x.first, x.last, lambda i, _: tile(acc, i), None)
-            x.walk.skip(x.last, x.walk.tiles)
+            x.walk.skip(x.last, x.tiles)
             dq = landed(acc)
             if near is not None and interpret:
                 dq += near
@@ -668,7 +779,9 @@ def dq(
                 dq = turned(dq, cos_, -sin_)
             if given_slots:
                 dq += load(mine[2]).astype(F32)
-            common.sync(interpret)  # all warps have read it
+            common.sync(interpret)  # all warps have read them
+            for n in range(1, len(mine)):
+                x.ask(n)
             mine[0][...] = dq.astype(BF16)
             plgpu.commit_smem()
 
@@ -676,6 +789,8 @@ def dq(
             def _():
                 plgpu.copy_smem_to_gmem(mine[0], dq_ref.at[x.place])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            x.ask(0)
 
         accumulators(gradient, width)
 
@@ -687,7 +802,7 @@ def dq(
     out = [jax.ShapeDtypeStruct(q.shape, BF16), *(of_slots if fused else [])]
     kernel = _kernel(
         body, () if given_slots else tuple(out),
-        _Queries.blocks(batch, length // C, heads, kv_heads),
+        work.blocks,
         _scratch(width, 2 + given_slots, 2 * packed, interpret, fused), "nha_window_dq", interpret,
     )  # fmt: skip
     inputs = q, k, v, do, lse, _of_keys(doc), oldest, cos, sin, *before
@@ -734,6 +849,9 @@ def dkv(
         keys, bar = (b, _tokens(row), h), bars.mine.at[wg]
 
         def load_queries(i, at) -> None:
+            pl.when(i < count)(lambda: load_there(i, at))
+
+        def load_there(i, at) -> None:
             there = bars.there.at[at]
             rows, head = _tokens(chunk + lax.div(i, group)), h * group + lax.rem(i, group)
             for n, ref in enumerate((q_ref, do_ref)):
@@ -742,7 +860,7 @@ def dkv(
                 plgpu.copy_gmem_to_smem(ref.at[b, head, rows], buffers.number.at[at, n], there)
             plgpu.copy_gmem_to_smem(oldest_ref.at[b, rows], buffers.number.at[at, 2], there)
 
-        walk = _Walk(bars, wg, count, load_queries)
+        walk = _Walk(bars, wg, 0, load_queries)
 
         def visible(w, at, ahead) -> jax.Array:
             """w of pairs [row, query], 0 where the query, of a chunk that starts ``ahead`` rows
