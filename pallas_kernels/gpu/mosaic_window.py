@@ -38,6 +38,7 @@ from pallas_kernels.gpu.mosaic_common import (
     landed,
     load,
     load_row,
+    opaque_zero,
     plgpu,
     short,
     tiled,
@@ -76,8 +77,21 @@ class _Buffers(NamedTuple):
     mine: tuple  # tiles of each warpgroup
     tiles: Any  # of the stages: the other side's two
     number: Any  # and their numbers
-    gates: tuple  # of the slots: log_alpha; of each warpgroup sums' operand, in its place b0
+    gates: Any  # of the slots
+    sums: Any  # of each warpgroup, an operand; in its place b0
+    b0: Any
     operand: dict  # where the interpreter's products take what is in registers, by dtype
+
+    def apart(self) -> _Buffers:
+        """With the two of the union."""
+        return self if self.b0 is not None else self._replace(sums=self.sums[0], b0=self.sums[1])
+
+    def afresh(self) -> _Buffers:
+        """By addresses that are worked out here rather than held in registers."""
+        zero = opaque_zero(bool(self.operand))
+        held = {name: getattr(self, name) for name in ("tiles", "gates", "sums", "b0")}
+        found = {name: None if x is None else x.at[zero] for name, x in held.items()}
+        return self._replace(mine=tuple(x.at[zero] for x in self.mine), **found)
 
     def mm(self, wg, acc, a, b) -> None:
         """acc += a b, a in registers."""
@@ -98,11 +112,12 @@ def _scratch(
     width: int, mine: int, numbers: int, interpret: bool, slots: bool = False
 ) -> tuple[_Buffers, _Barriers]:
     dtypes = (BF16, F16) if interpret else ()
-    sums, b0 = (tiled(2, C, C, dtype=x) for x in (F16, BF16))
+    gates = tiled(1, C, C, dtype=F32)
+    union = plgpu.RefUnion(*(tiled(1, 2, C, C, dtype=x) for x in (F16, BF16)))
     buffers = _Buffers(
-        (tiled(2, C, width),) * mine, tiled(2, STAGES, C, width),
+        (tiled(1, 2, C, width),) * mine, tiled(1, 2, STAGES, C, width),
         plgpu.SMEM((STAGES, max(numbers, 1), C), F32),
-        (tiled(C, C, dtype=F32), plgpu.RefUnion(sums, b0)) if slots else (),
+        *((gates, union, None) if slots else (None,) * 3),
         {str(jnp.dtype(x)): tiled(2, C, C, dtype=x) for x in dtypes},
     )  # fmt: skip
     bars = _Barriers(
@@ -232,10 +247,9 @@ class _Slots(NamedTuple):
 
     def factors(self, x: _Queries, begin, buffers: _Buffers, bars: _Barriers) -> tuple:
         """2^g, [C, C]; in shared memory w 2^-g."""
-        log_alpha, operands = buffers.gates
-        sums, b0 = (tile.at[x.walk.wg] for tile in operands)
+        sums, b0 = (tile.at[x.walk.wg] for tile in (buffers.sums, buffers.b0))
         plgpu.barrier_wait(bars.gates)
-        gate = common.gates(load(log_alpha), x.c, begin, self.lag)
+        gate = common.gates(load(buffers.gates), x.c, begin, self.lag)
         sums[...] = gate.astype(F16)
         plgpu.commit_smem()  # all warps have read the gates
         plgpu.barrier_arrive(bars.read)
@@ -271,6 +285,7 @@ class _Queries(NamedTuple):
     oldest: jax.Array  # of each query
     newest: jax.Array  # the last query's oldest
     number: Any  # of packed documents, of the keys
+    buffers: _Buffers
     ask: Callable  # for the next one's n-th tile, in the place of this one's
     ask_gates: Callable  # and, by the first warpgroup, for its gates
 
@@ -332,6 +347,7 @@ class _Work(NamedTuple):
         """f of the block's units, one after the other. ``mine``: where a warpgroup's tiles come
         from; slots' come before the keys."""
         packed = len(keys_ref.shape) > 1
+        held = buffers.apart() if slots is not None else buffers
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
         group = self.heads // self.kv_heads
         others = 0 if slots is None else slots.number
@@ -353,18 +369,19 @@ class _Work(NamedTuple):
 
         def load_mine(unit, n) -> None:
             place = rows(unit)[2]
-            plgpu.copy_gmem_to_smem(mine[n].at[place], buffers.mine[n].at[wg], bars.mine.at[wg])
+            to = held.afresh().mine[n].at[wg]
+            plgpu.copy_gmem_to_smem(mine[n].at[place], to, bars.mine.at[wg])
 
         def load_gates(unit) -> None:
             b, c, _, head = self.place(unit)
             source = slots.log_alpha.at[slots.rows(b, c, lax.div(head, group))]
-            plgpu.copy_gmem_to_smem(source, buffers.gates[0], bars.gates)
+            plgpu.copy_gmem_to_smem(source, held.afresh().gates, bars.gates)
 
         def load_pair(unit, sources: Callable, row, at) -> None:
             b, c, _, head = self.place(unit)
-            bar, h = bars.there.at[at], lax.div(head, group)
+            bar, h, tiles = bars.there.at[at], lax.div(head, group), held.afresh().tiles
             for n, ref in enumerate(sources(b, c, h, head)):
-                plgpu.copy_gmem_to_smem(ref, buffers.tiles.at[n, at], bar)
+                plgpu.copy_gmem_to_smem(ref, tiles.at[n, at], bar)
             if packed:
                 for n in range(2):
                     to = buffers.number.at[at, n]
@@ -417,7 +434,7 @@ class _Work(NamedTuple):
                     place, jnp.where(there, oldest - start, count),
                     jnp.where(there, row + 1 - start, count),
                     load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
-                    buffers.number if packed else None,
+                    buffers.number if packed else None, held,
                     lambda n: pl.when(more)(lambda: load_mine(after, n)),
                     lambda: pl.when((wg == 0) & more)(lambda: load_gates(after)),
                 )
@@ -483,15 +500,15 @@ def output(
         given = (q_ref, refs[0]) if given_slots else (q_ref,)
 
         def unit(x: _Queries) -> None:
-            attend(x, slots, refs, outputs, doc_ref, cos_ref, sin_ref, buffers, bars)
+            attend(x, slots, refs, outputs, doc_ref, cos_ref, sin_ref, bars)
 
         work.each(unit, bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, slots)
 
     def attend(
-        x: _Queries, slots: _Slots | None, refs, outputs, doc_ref, cos_ref, sin_ref, buffers, bars
+        x: _Queries, slots: _Slots | None, refs, outputs, doc_ref, cos_ref, sin_ref, bars
     ) -> None:
         o_ref, lse_ref = outputs[:2]
-        wg = x.walk.wg
+        wg, buffers = x.walk.wg, x.buffers.afresh()
         mine = buffers.mine[0].at[wg]
         angles = None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
 
@@ -659,10 +676,9 @@ def dq(
         work.each(unit, bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, slots)
 
     def gradient_of(
-        x: _Queries, slots: _Slots | None, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs,
-        buffers, bars,
+        x: _Queries, slots: _Slots | None, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs, bars,
     ) -> None:  # fmt: skip
-        wg = x.walk.wg
+        wg, buffers = x.walk.wg, x.buffers.afresh()
         mine, bar = [tile.at[wg] for tile in buffers.mine], bars.mine.at[wg]
         lse = load_row(lse_ref.at[x.place])
 
@@ -721,7 +737,7 @@ def dq(
                 common.store(ref.at[at], side)
                 x.ask_gates()
                 return
-            other = buffers.gates[0]
+            other = buffers.gates
 
             @pl.when(wg == 1)
             def _():
@@ -845,7 +861,7 @@ def dkv(
         count = (ends_ref[b, jnp.minimum(chunk + 1, chunks - 1)] - chunk) * group
         first = jnp.where(there, wg * group, count)
         last = jnp.where(there, (ends_ref[b, row] - chunk) * group, count)
-        k_s, v_s = (tile.at[wg] for tile in buffers.mine)
+        k_s, v_s = (tile.at[0, wg] for tile in buffers.mine)
         keys, bar = (b, _tokens(row), h), bars.mine.at[wg]
 
         def load_queries(i, at) -> None:
@@ -855,7 +871,7 @@ def dkv(
             there = bars.there.at[at]
             rows, head = _tokens(chunk + lax.div(i, group)), h * group + lax.rem(i, group)
             for n, ref in enumerate((q_ref, do_ref)):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows, head], buffers.tiles.at[n, at], there)
+                plgpu.copy_gmem_to_smem(ref.at[b, rows, head], buffers.tiles.at[0, n, at], there)
             for n, ref in enumerate((lse_ref, delta_ref)):
                 plgpu.copy_gmem_to_smem(ref.at[b, head, rows], buffers.number.at[at, n], there)
             plgpu.copy_gmem_to_smem(oldest_ref.at[b, rows], buffers.number.at[at, 2], there)
@@ -877,7 +893,7 @@ def dkv(
         def query(dk, dv, i) -> None:
             at = walk.arrival(i)
             ahead = (lax.div(i, group) - wg) * C
-            q_s, do_s = (buffers.tiles.at[n, at] for n in range(2))
+            q_s, do_s = (buffers.tiles.at[0, n, at] for n in range(2))
 
             def weights(s_acc, z_acc):
                 plgpu.wgmma(s_acc, k_s, q_s.T)
