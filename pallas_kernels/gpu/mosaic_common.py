@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -138,12 +139,12 @@ def load_row(ref) -> jax.Array:
     return plgpu.load(ref, layout=TILE.reduce(1), optimized=False)
 
 
-def written(start: jax.Array, yes: Any, no: Any) -> jax.Array:
+def written(start: jax.Array, yes: Any, no: Any, lag: int = C) -> jax.Array:
     """``yes``, else ``no``, of each row of a chunk, [C], whose document, which starts at the row
-    ``start`` [C] of the chunk, has a token C rows before: which writes to the slots, and sees some.
-    """
+    ``start`` [C] of the chunk, has a token ``lag`` rows before: which writes to the slots, and sees
+    some."""
     i = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=TILE.reduce(1))
-    return jnp.where(i - C >= start, yes, no)
+    return jnp.where(i - lag >= start, yes, no)
 
 
 def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None) -> jax.Array:
@@ -178,6 +179,52 @@ def masks() -> jax.Array:
     j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
     on = lax.optimization_barrier(jnp.where(i <= j, 1.0, 0.0)).astype(BF16)
     return lax.optimization_barrier(-(bits(on) >> 7 & 1))
+
+
+def upper(interpret: bool) -> jax.Array:
+    """As ``masks``, made where it is used, of one register."""
+    if interpret:
+        return masks()
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((C, C), jnp.int16, layout=plgpu.Layout.WGMMA)
+    )
+    def make(_):
+        import numpy as np
+        from jax.experimental.mosaic.gpu import FragmentedArray, utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, vector
+
+        i32 = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
+
+        def c(x):
+            return utils.c(x, i32)
+
+        # a thread has columns 8 n + column, + 1, of rows 8 h + row; gap = row - column:
+        # on where gap <= 8 (n - h), of the second column gap - 1
+        tid: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+        row = arith.andi(arith.shrui(tid, c(1)), c(0x30))
+        row = arith.addi(row, arith.andi(arith.shrui(tid, c(2)), c(7)))
+        gap = arith.subi(row, arith.andi(arith.shli(tid, c(1)), c(6)))
+        ends = [arith.shrui(arith.addi(gap, c(n)), c(3)) for n in (7, 6)]
+        low, high = (arith.shrui(c(0x7FFF), n) for n in ends)
+        word = arith.ori(low, arith.shli(high, c(16)))  # bits 14 - n + h, 30 - n + h
+        masks = {}
+        for n in range(-1, 8):
+            bits = arith.shli(word, c(n + 1))
+            # each half the sign of the half
+            full: Any = llvm.inline_asm(i32, [bits], "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r")
+            masks[n] = vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), i32), full))
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        strides = layout.tiling.tile_strides((C, 1))
+        registers = np.empty(layout.registers_shape((C, C)), object)
+        for at in np.ndindex(registers.shape):
+            rows, columns = divmod(sum(i * s for i, s in zip(at, strides, strict=False)), C)
+            registers[at] = masks[columns // 8 - rows // 8]
+        return FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return make()
 
 
 def in_two(x: jax.Array, high_s, low_s) -> None:
@@ -246,3 +293,49 @@ def copy_out(interpret: bool, src: Any, dst: Any, when: Any = None, last: bool =
         pl.when(when)(lambda: plgpu.copy_smem_to_gmem(src, dst, commit_group=last))
     else:
         plgpu.copy_smem_to_gmem(src, dst, predicate=when, commit_group=last)
+
+
+class Walk(NamedTuple):
+    """The tiles that a block's two warpgroups go through: the first asks for them by TMA, ahead of
+    use, and finds room where both are done with one."""
+
+    there: Any  # barriers of the stages, by copies
+    free: Any  # by both warpgroups
+    wg: jax.Array
+    tiles: jax.Array  # how many
+    load: Callable  # of a tile, to a stage
+    stages: int  # tiles that have room
+    behind: int = 2  # tiles that the second warpgroup may be behind the first
+
+    def start(self) -> None:
+        @pl.when(self.wg == 0)
+        def _():
+            for i in range(self.stages):
+                pl.when(i < self.tiles)(functools.partial(self.load, jnp.int32(i), i))
+
+    def ask(self, i) -> None:
+        """Once it is at tile i, the first warpgroup asks for a later one."""
+        before = i - self.behind
+
+        @pl.when((self.wg == 0) & (before >= 0) & (before + self.stages < self.tiles))
+        def _():
+            at = lax.rem(before, self.stages)
+            plgpu.barrier_wait(self.free.at[at])
+            self.load(before + self.stages, at)
+
+    def wait(self, i) -> jax.Array:
+        """The stage of tile i, once it is there."""
+        at = lax.rem(i, self.stages)
+        plgpu.barrier_wait(self.there.at[at])
+        return at
+
+    def arrival(self, i) -> jax.Array:
+        self.ask(i)
+        return self.wait(i)
+
+    def leave(self, at) -> None:
+        """This warpgroup is done with a stage."""
+        plgpu.barrier_arrive(self.free.at[at])
+
+    def skip(self, first, last) -> None:
+        lax.fori_loop(first, last, lambda i, _: self.leave(self.arrival(i)), None)

@@ -12,7 +12,6 @@ to itself; padding in it is left out.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from pallas_kernels.gpu.mosaic_common import (
     NINF,
     TILE,
     C,
+    Walk,
     accumulators,
     column,
     full,
@@ -42,7 +42,6 @@ from pallas_kernels.gpu.mosaic_common import (
 )
 
 STAGES = 4  # tiles that have room
-BEHIND = 2  # tiles that the second warpgroup may be behind the first
 LOW = -1e30  # below all logits, and finite
 
 
@@ -78,42 +77,6 @@ def _scratch(width: int, mine: int, numbers: int, interpret: bool) -> tuple[_Buf
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     )
     return buffers, bars
-
-
-class _Walk(NamedTuple):
-    """The tiles that a block goes through."""
-
-    bars: _Barriers
-    wg: jax.Array
-    tiles: jax.Array  # how many
-    load: Callable  # of a tile, to a stage
-
-    def start(self) -> None:
-        @pl.when(self.wg == 0)
-        def _():
-            for i in range(STAGES):
-                pl.when(i < self.tiles)(functools.partial(self.load, jnp.int32(i), i))
-
-    def arrival(self, i) -> jax.Array:
-        """The stage of tile i, once it is there; the first warpgroup asks for a later one."""
-        before = i - BEHIND
-
-        @pl.when((self.wg == 0) & (before >= 0) & (before + STAGES < self.tiles))
-        def _():
-            at = lax.rem(before, STAGES)
-            plgpu.barrier_wait(self.bars.free.at[at])
-            self.load(before + STAGES, at)
-
-        at = lax.rem(i, STAGES)
-        plgpu.barrier_wait(self.bars.there.at[at])
-        return at
-
-    def leave(self, at) -> None:
-        """This warpgroup is done with a stage."""
-        plgpu.barrier_arrive(self.bars.free.at[at])
-
-    def skip(self, first, last) -> None:
-        lax.fori_loop(first, last, lambda i, _: self.leave(self.arrival(i)), None)
 
 
 def _tokens(c):
@@ -155,7 +118,7 @@ class _Queries(NamedTuple):
     """A warpgroup's tile of queries: two heads of a block share keys and chunk, or one head's
     neighbouring chunks are a block's."""
 
-    walk: _Walk
+    walk: Walk
     key: jax.Array  # tile of keys with which the block's walk begins
     b: jax.Array
     h: jax.Array  # kv head
@@ -210,7 +173,7 @@ class _Queries(NamedTuple):
                     plgpu.copy_gmem_to_smem(keys_ref.at[b, key + i, n], to, bar)
 
         first = jnp.where(there, lax.div(oldest_ref[b, row * C], C) - key, count)
-        walk = _Walk(bars, wg, count, load_keys)
+        walk = Walk(bars.there, bars.free, wg, count, load_keys, STAGES)
         walk.start()
         return cls(
             walk, key, b, h, row, there, place, first, jnp.where(there, row + 1 - key, count),
@@ -468,7 +431,7 @@ def dkv(
                 plgpu.copy_gmem_to_smem(ref.at[b, head, rows], buffers.number.at[at, n], there)
             plgpu.copy_gmem_to_smem(oldest_ref.at[b, rows], buffers.number.at[at, 2], there)
 
-        walk = _Walk(bars, wg, count, load_queries)
+        walk = Walk(bars.there, bars.free, wg, count, load_queries, STAGES)
 
         def visible(w, at, ahead) -> jax.Array:
             """w of pairs [row, query], 0 where the query, of a chunk that starts ``ahead`` rows
