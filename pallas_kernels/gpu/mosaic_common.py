@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,6 +19,7 @@ C = 64  # tokens of a chunk, and slots
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 NINF = float("-inf")
+AHEAD = 2  # tiles that a walk has on their way
 SPAN = 96.0  # no gate matters below -SPAN (base 2)
 TILE = plgpu.Layout.WGMMA
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -156,11 +157,6 @@ def gates(log_alpha: jax.Array, c: Any, start: jax.Array | None, lag: int = C) -
     return gate * full(written(start, LOG2E, 0.0, lag))
 
 
-def short(x: jax.Array) -> jax.Array:
-    """A masked tile in bfloat16, masked as float32: halves are taken apart and packed again."""
-    return lax.optimization_barrier(x).astype(BF16)
-
-
 def since(start: jax.Array, ahead: int) -> jax.Array:
     """Columns at or after ``start`` [C] int32 of each row, counted from column ``ahead``."""
     j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
@@ -178,12 +174,58 @@ def apart(w: jax.Array, starts: Any, ahead: int) -> jax.Array:
     return lax.cond(starts[C - 1] > -ahead, masked, lambda: w)
 
 
-def masks() -> jax.Array:
-    """-1 where row j <= query tok, elsewhere 0."""
+def masks(ahead: int = 0) -> jax.Array:
+    """-1 where row + ahead <= column, elsewhere 0 [C, C]."""
     i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
     j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-    on = lax.optimization_barrier(jnp.where(i <= j, 1.0, 0.0)).astype(BF16)
+    on = lax.optimization_barrier(jnp.where(i + ahead <= j, 1.0, 0.0)).astype(BF16)
     return lax.optimization_barrier(-(bits(on) >> 7 & 1))
+
+
+def upper(interpret: bool, ahead: int = 0) -> jax.Array:
+    """As ``masks``, made where it is used, of one register."""
+    if interpret:
+        return masks(ahead)
+
+    @plgpu.inline_mgpu(
+        return_type=plgpu.ShapeDtypeStruct((C, C), jnp.int16, layout=plgpu.Layout.WGMMA)
+    )
+    def make(_):
+        import numpy as np
+        from jax.experimental.mosaic.gpu import FragmentedArray, utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, vector
+
+        i32 = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
+
+        def c(x):
+            return utils.c(x, i32)
+
+        # a thread has columns 8 n + column, + 1, of rows 8 h + row; gap = row + ahead - column:
+        # on where gap <= 8 (n - h), of the second column gap - 1
+        tid: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+        row = arith.andi(arith.shrui(tid, c(1)), c(0x30))
+        row = arith.addi(row, arith.andi(arith.shrui(tid, c(2)), c(7)))
+        gap = arith.subi(arith.addi(row, c(ahead)), arith.andi(arith.shli(tid, c(1)), c(6)))
+        ends = [arith.shrui(arith.addi(gap, c(n)), c(3)) for n in (7, 6)]
+        low, high = (arith.shrui(c(0x7FFF), n) for n in ends)
+        word = arith.ori(low, arith.shli(high, c(16)))  # bits 14 - n + h, 30 - n + h
+        masks = {}
+        for n in range(-1, 8):
+            bits = arith.shli(word, c(n + 1))
+            # each half the sign of the half
+            full: Any = llvm.inline_asm(i32, [bits], "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r")
+            masks[n] = vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), i32), full))
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        strides = layout.tiling.tile_strides((C, 1))
+        registers = np.empty(layout.registers_shape((C, C)), object)
+        for at in np.ndindex(registers.shape):
+            rows, columns = divmod(sum(i * s for i, s in zip(at, strides, strict=False)), C)
+            registers[at] = masks[columns // 8 - rows // 8]
+        return FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return make()
 
 
 def in_two(x: jax.Array, high_s, low_s) -> None:
@@ -252,3 +294,59 @@ def copy_out(interpret: bool, src: Any, dst: Any, when: Any = None, last: bool =
         pl.when(when)(lambda: plgpu.copy_smem_to_gmem(src, dst, commit_group=last))
     else:
         plgpu.copy_smem_to_gmem(src, dst, predicate=when, commit_group=last)
+
+
+class Walk(NamedTuple):
+    """The tiles that a block's two warpgroups go through: the first asks for them by TMA, ahead of
+    use, and finds room where both are done with one."""
+
+    there: Any  # barriers of the stages, by copies
+    free: Any  # by both warpgroups
+    wg: jax.Array
+    load: Callable  # of a tile, if there is one, to a stage
+    stages: int  # tiles that have room
+    base: Any = 0  # tiles that the block has gone through before
+
+    def start(self) -> None:
+        @pl.when(self.wg == 0)
+        def _():
+            for i in range(AHEAD):
+                self.load(i, i)
+
+    def ask(self, i) -> None:
+        """Once it is at tile i, the first warpgroup asks for a later one."""
+        number = self.base + i
+
+        @pl.when(self.wg == 0)
+        def _():
+            at = lax.rem(number + AHEAD, self.stages)
+            used = number >= self.stages - AHEAD
+            pl.when(used)(lambda: plgpu.barrier_wait(self.free.at[at]))
+            self.load(i + AHEAD, at)
+
+    def wait(self, i) -> jax.Array:
+        """The stage of tile i, once it is there."""
+        at = lax.rem(self.base + i, self.stages)
+        plgpu.barrier_wait(self.there.at[at])
+        return at
+
+    def arrival(self, i) -> jax.Array:
+        self.ask(i)
+        return self.wait(i)
+
+    def leave(self, at) -> None:
+        """This warpgroup is done with a stage."""
+        plgpu.barrier_arrive(self.free.at[at])
+
+    def skip(self, first, last) -> None:
+        lax.fori_loop(first, last, lambda i, _: self.leave(self.arrival(i)), None)
+
+
+def lower(interpret: bool) -> jax.Array:
+    """-1 where row >= column, elsewhere 0 [C, C]."""
+    return ~upper(interpret, 1)
+
+
+def masked(x: jax.Array, on: jax.Array) -> jax.Array:
+    """x in bfloat16, 0 where a mask is."""
+    return number(bits(x) & on)

@@ -39,13 +39,13 @@ from pallas_kernels.gpu.mosaic_common import (
     landed,
     load,
     load_row,
-    masks,
     number,
     opaque_zero,
     plgpu,
     split,
     tiled,
     turned,
+    upper,
     weight,
     written,
 )
@@ -109,52 +109,6 @@ def _fence(interpret: bool) -> None:
         llvm.inline_asm(void, [], "fence.proxy.async.global;", "", has_side_effects=True)
 
     fence()
-
-
-def _mask(interpret: bool) -> jax.Array:
-    """-1 where row j <= query tok, elsewhere 0: made where it is used, of one register."""
-    if interpret:
-        return masks()
-
-    @plgpu.inline_mgpu(
-        return_type=plgpu.ShapeDtypeStruct((C, C), jnp.int16, layout=plgpu.Layout.WGMMA)
-    )
-    def make(_):
-        import numpy as np
-        from jax.experimental.mosaic.gpu import FragmentedArray, utils
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm, vector
-
-        i32 = ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
-
-        def c(x):
-            return utils.c(x, i32)
-
-        # a thread has columns 8 n + column, + 1, of rows 8 h + row; gap = row - column:
-        # on where gap <= 8 (n - h), of the second column gap - 1
-        tid: Any = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
-        row = arith.andi(arith.shrui(tid, c(1)), c(0x30))
-        row = arith.addi(row, arith.andi(arith.shrui(tid, c(2)), c(7)))
-        gap = arith.subi(row, arith.andi(arith.shli(tid, c(1)), c(6)))
-        ends = [arith.shrui(arith.addi(gap, c(n)), c(3)) for n in (7, 6)]
-        low, high = (arith.shrui(c(0x7FFF), n) for n in ends)
-        word = arith.ori(low, arith.shli(high, c(16)))  # bits 14 - n + h, 30 - n + h
-        masks = {}
-        for n in range(-1, 8):
-            bits = arith.shli(word, c(n + 1))
-            # each half the sign of the half
-            full: Any = llvm.inline_asm(i32, [bits], "prmt.b32 $0, $1, 0, 0xbb99;", "=r,r")
-            masks[n] = vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), i32), full))
-        layout = plgpu.Layout.WGMMA.to_mgpu()
-        strides = layout.tiling.tile_strides((C, 1))
-        registers = np.empty(layout.registers_shape((C, C)), object)
-        for at in np.ndindex(registers.shape):
-            rows, columns = divmod(sum(i * s for i, s in zip(at, strides, strict=False)), C)
-            registers[at] = masks[columns // 8 - rows // 8]
-        return FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
-
-    return make()
 
 
 @common.once
@@ -315,7 +269,7 @@ def dkv(
                 plgpu.wgmma(xk, s.k, s.q.T)
                 plgpu.wgmma(xv, s.v, s.do.at[at].T)
                 wait(bars.waiting)
-                on = _mask(interpret)
+                on = upper(interpret)
                 mm(dw, number(bits(landed(xk, 1)) & on), s.dl)
                 mm(dw, number(bits(landed(xv, 1)) & on), s.p)
 
@@ -324,7 +278,7 @@ def dkv(
             def rows(ak, av):
                 mm(ak, bw, s.dl.T)
                 mm(av, bw, s.p.T)
-                on = _mask(interpret)
+                on = upper(interpret)
                 mm(dk, number(bits(landed(ak, 1)) & on), s.q)
                 wait(bars.done)
                 s.av[...] = number(bits(landed(av, 1)) & on)
@@ -347,7 +301,7 @@ def dkv(
             plgpu.commit_smem()
 
             def factors(g):
-                ones = ~_mask(interpret) & 0x3C00  # 1.0 for rows before
+                ones = ~upper(interpret) & 0x3C00  # 1.0 for rows before
                 start(g, short.astype(F32))
                 mm(g, lax.bitcast_convert_type(ones, F16), s.sums)
                 w = weight(gate)
@@ -399,7 +353,7 @@ def dkv(
                 common.sync(interpret)
                 in_two(x, s.dl, s.p)
                 plgpu.commit_smem()
-                triu = number(_mask(interpret) & 0x3F80)  # 1.0
+                triu = number(upper(interpret) & 0x3F80)  # 1.0
                 mm(t, triu, s.dl)
                 mm(t, triu, s.p)
                 own = column(cross_ref.at[row, r + 1]) - dw * load(after_ref.at[run])
@@ -430,7 +384,7 @@ def dkv(
             """What a turn's queries of chunk r, the rows' own, give them."""
             wait(bars.old)
             w, ds = window(s, s.old_q, s.old_do, OLD, r, 0)
-            on = _mask(interpret)
+            on = upper(interpret)
             mm(dv, number(bits(w) & on), s.old_do)
             mm(dk, number(bits(ds) & on), s.old_q)
 
@@ -459,7 +413,7 @@ def dkv(
                 load_angles(r, s.kr, bars.back)
 
             s = afresh()
-            on = _mask(interpret)
+            on = upper(interpret)
             here = number(bits(w) & ~on | lax.bitcast_convert_type(load(s.av), jnp.int16))
             mm(dv, here, s.do.at[at])
             mm(dk, number(bits(ds) & ~on), s.qr)

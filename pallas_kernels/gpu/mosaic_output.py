@@ -39,7 +39,6 @@ from pallas_kernels.gpu.mosaic_common import (
     load,
     load_row,
     plgpu,
-    short,
     since,
     split,
     tiled,
@@ -47,6 +46,11 @@ from pallas_kernels.gpu.mosaic_common import (
     weight,
     written,
 )  # fmt: skip
+
+
+def _short(x: jax.Array) -> jax.Array:
+    """A masked tile in bfloat16, masked as float32: halves are taken apart and packed again."""
+    return lax.optimization_barrier(x).astype(BF16)
 
 
 @common.once
@@ -205,7 +209,7 @@ def output(
                             s_acc[...] = plgpu.layout_cast(hidden, TILE)
                         mm(s_acc, q_r, kr_s.at[old].T)
                         mm(d_acc, q_r, kr_s.at[own].T)
-                        x = short(jnp.where(causal(), landed(x_acc, 3), 0.0))
+                        x = _short(jnp.where(causal(), landed(x_acc, 3), 0.0))
                         mm(y_acc, x, b0_s)
                         far = landed(s_acc, 2)
                         if interpret and not packed:
@@ -246,9 +250,9 @@ def output(
                     mm(a_acc, p, b0_s.T)
                     mm(o_acc, p, sv_s)
                     w = jnp.exp2(near * post - shift)
-                    here = short(jnp.where(causal(), w, 0.0))
+                    here = _short(jnp.where(causal(), w, 0.0))
                     a = landed(a_acc, 1)
-                    return short(jnp.where(causal(), a, w)), here, jnp.sum(w, axis=1)
+                    return _short(jnp.where(causal(), a, w)), here, jnp.sum(w, axis=1)
 
                 before, here, l_w = accumulators(pairs, C)
                 mm(o_acc, before, v_s.at[old])

@@ -23,6 +23,7 @@ from jax import lax
 
 from pallas_kernels.gpu import mosaic_common as common
 from pallas_kernels.gpu.mosaic_common import (
+    AHEAD,
     BF16,
     F16,
     F32,
@@ -31,23 +32,23 @@ from pallas_kernels.gpu.mosaic_common import (
     NINF,
     TILE,
     C,
+    Walk,
     accumulators,
-    causal,
     column,
     full,
     landed,
     load,
     load_row,
+    lower,
+    masked,
     opaque_zero,
     plgpu,
-    short,
     tiled,
     turned,
     weight,
 )  # fmt: skip
 
 STAGES = 4  # tiles that have room
-AHEAD = 2  # tiles that are on their way
 LOW = -1e30  # below all logits, and finite
 
 
@@ -127,43 +128,6 @@ def _scratch(
         *(plgpu.Barrier(num_arrivals=n) for n in (1, 2, 1) if slots),
     )
     return buffers, bars
-
-
-class _Walk(NamedTuple):
-    """The tiles that both warpgroups go through."""
-
-    bars: _Barriers
-    wg: jax.Array
-    base: Any  # tiles of the block before
-    load: Callable  # of a tile, if there is one, to a stage
-
-    def start(self) -> None:
-        @pl.when(self.wg == 0)
-        def _():
-            for i in range(AHEAD):
-                self.load(i, i)
-
-    def arrival(self, i) -> jax.Array:
-        """The stage of tile i, once it is there; the first warpgroup asks for a later one."""
-        number = self.base + i
-
-        @pl.when(self.wg == 0)
-        def _():
-            at = lax.rem(number + AHEAD, STAGES)
-            used = number >= STAGES - AHEAD
-            pl.when(used)(lambda: plgpu.barrier_wait(self.bars.free.at[at]))
-            self.load(i + AHEAD, at)
-
-        at = lax.rem(number, STAGES)
-        plgpu.barrier_wait(self.bars.there.at[at])
-        return at
-
-    def leave(self, at) -> None:
-        """This warpgroup is done with a stage."""
-        plgpu.barrier_arrive(self.bars.free.at[at])
-
-    def skip(self, first, last) -> None:
-        lax.fori_loop(first, last, lambda i, _: self.leave(self.arrival(i)), None)
 
 
 def _tokens(c):
@@ -247,6 +211,7 @@ class _Slots(NamedTuple):
 
     def factors(self, x: _Queries, begin, buffers: _Buffers, bars: _Barriers) -> tuple:
         """2^g, [C, C]; in shared memory w 2^-g."""
+        interpret = bool(buffers.operand)
         sums, b0 = (tile.at[x.walk.wg] for tile in (buffers.sums, buffers.b0))
         plgpu.barrier_wait(bars.gates)
         gate = common.gates(load(buffers.gates), x.c, begin, self.lag)
@@ -255,11 +220,11 @@ class _Slots(NamedTuple):
         plgpu.barrier_arrive(bars.read)
 
         def total(acc):
-            ones = lax.optimization_barrier(jnp.where(causal(), 1.0, 0.0)).astype(F16)
-            buffers.mm(x.walk.wg, acc, ones, sums)
+            ones = common.lower(interpret) & 0x3C00  # 1.0
+            buffers.mm(x.walk.wg, acc, lax.bitcast_convert_type(ones, F16), sums)
             w = weight(gate)
             g = landed(acc)
-            common.sync(bool(buffers.operand))  # all warps' products have read the sums
+            common.sync(interpret)  # all warps' products have read the sums
             b0[...] = (jnp.exp2(-g) * w).astype(BF16)
             return jnp.exp2(g)
 
@@ -272,7 +237,7 @@ class _Queries(NamedTuple):
     """A warpgroup's tile of queries: two heads of a block share keys and chunk, or one head's
     neighbouring chunks are a block's."""
 
-    walk: _Walk
+    walk: Walk
     tiles: jax.Array  # of the walk
     key: jax.Array  # tile of keys that would be its first
     b: jax.Array
@@ -297,16 +262,18 @@ class _Queries(NamedTuple):
         if packed:
             some |= self.number[at, 1, 0] > 0  # padding
 
-        def masked() -> jax.Array:
+        def hidden() -> jax.Array:
             row = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE)
             key = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
-            ahead = (tile - self.c) * C  # not positive
-            seen = (key + ahead <= row) & (key + tile * C >= full(self.oldest))
+            # what is constant of a thread's columns on the left, for the compiler to see
+            few, place = key & ~6, key & 6
+            seen = few <= row - place - (tile - self.c) * C
+            seen &= few >= full(self.oldest - tile * C) - place
             if packed:
                 seen &= column(self.number.at[at, 0]) > 0
             return jnp.where(seen, x, no)
 
-        return lax.cond(some, masked, lambda: x)
+        return lax.cond(some, hidden, lambda: x)
 
 
 class _Work(NamedTuple):
@@ -430,8 +397,8 @@ class _Work(NamedTuple):
             oldest = lax.div(oldest_ref[b, row * C], C)
             f(
                 _Queries(
-                    _Walk(bars, wg, base, load), count, start, b, lax.div(head, group), row, there,
-                    place, jnp.where(there, oldest - start, count),
+                    Walk(bars.there, bars.free, wg, load, STAGES, base), count, start, b,
+                    lax.div(head, group), row, there, place, jnp.where(there, oldest - start, count),
                     jnp.where(there, row + 1 - start, count),
                     load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
                     buffers.number if packed else None, held,
@@ -446,7 +413,7 @@ class _Work(NamedTuple):
         if slots is not None:
             pl.when(wg == 0)(lambda: load_gates(block))
         key = first_key(block)
-        _Walk(bars, wg, 0, functools.partial(load_first, block, key)).start()
+        Walk(bars.there, bars.free, wg, functools.partial(load_first, block, key), STAGES).start()
         steps = lax.div(self.units - 1 - block, self.blocks) + 1
         lax.fori_loop(0, steps, step, (jnp.int32(0), key))
 
@@ -528,7 +495,7 @@ def output(
             def logits(y_acc, x_acc):
                 plgpu.wgmma(x_acc, mine, k_s.T)
                 plgpu.wgmma(y_acc, mine, sk_s.T)
-                near = short(jnp.where(causal(), landed(x_acc, 1), 0.0))
+                near = masked(landed(x_acc, 1), lower(interpret))
                 buffers.mm(wg, y_acc, near, b0)
                 return landed(y_acc) * e0
 
@@ -541,7 +508,7 @@ def output(
             def values(o_acc, a_acc):
                 buffers.mm(wg, a_acc, p, b0.T)
                 buffers.mm(wg, o_acc, p, sv_s)
-                near = short(jnp.where(causal(), landed(a_acc, 1), 0.0))
+                near = masked(landed(a_acc, 1), lower(interpret))
                 buffers.mm(wg, o_acc, near, v_s)
                 return landed(o_acc)
 
@@ -671,13 +638,13 @@ def dq(
         given = (q_ref, do_ref, dq_ref) if given_slots else (q_ref, do_ref)
 
         def unit(x: _Queries) -> None:
-            gradient_of(x, slots, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs, buffers, bars)
+            gradient_of(x, slots, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs, bars)
 
         work.each(unit, bars, buffers, given, k_ref, v_ref, keys_ref, oldest_ref, slots)
 
     def gradient_of(
-        x: _Queries, slots: _Slots | None, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs, bars,
-    ) -> None:  # fmt: skip
+        x: _Queries, slots: _Slots | None, refs, lse_ref, cos_ref, sin_ref, dq_ref, outputs, bars
+    ) -> None:
         wg, buffers = x.walk.wg, x.buffers.afresh()
         mine, bar = [tile.at[wg] for tile in buffers.mine], bars.mine.at[wg]
         lse = load_row(lse_ref.at[x.place])
@@ -706,7 +673,7 @@ def dq(
                 plgpu.wgmma(y_acc, mine[0], sk_s.T)
                 plgpu.wgmma(z_acc, mine[1], sv_s.T)
                 for acc, near in ((y_acc, xk), (z_acc, xv)):
-                    near = short(jnp.where(causal(), landed(near, 3), 0.0))
+                    near = masked(landed(near, 3), lower(interpret))
                     buffers.mm(wg, acc, near, b0)
                 return landed(y_acc, 1), landed(z_acc)
 
@@ -721,7 +688,7 @@ def dq(
             def gradient(acc, a_acc):
                 buffers.mm(wg, a_acc, dl, b0.T)
                 buffers.mm(wg, acc, dl, sk_s)
-                buffers.mm(wg, acc, short(jnp.where(causal(), landed(a_acc, 1), 0.0)), k_s)
+                buffers.mm(wg, acc, masked(landed(a_acc, 1), lower(interpret)), k_s)
                 return landed(acc)
 
             dq = accumulators(gradient, width, C)
@@ -876,19 +843,19 @@ def dkv(
                 plgpu.copy_gmem_to_smem(ref.at[b, head, rows], buffers.number.at[at, n], there)
             plgpu.copy_gmem_to_smem(oldest_ref.at[b, rows], buffers.number.at[at, 2], there)
 
-        walk = _Walk(bars, wg, 0, load_queries)
+        walk = Walk(bars.there, bars.free, wg, load_queries, STAGES)
 
         def visible(w, at, ahead) -> jax.Array:
             """w of pairs [row, query], 0 where the query, of a chunk that starts ``ahead`` rows
             later, does not see the row."""
             oldest_s = buffers.number.at[at, 2]
 
-            def masked() -> jax.Array:
+            def hidden() -> jax.Array:
                 i = plgpu.broadcasted_iota(jnp.int32, (C, C), 0, layout=TILE) - ahead
                 j = plgpu.broadcasted_iota(jnp.int32, (C, C), 1, layout=TILE)
                 return jnp.where((i <= j) & (i.astype(F32) >= column(oldest_s)), w, 0.0)
 
-            return lax.cond((ahead == 0) | (oldest_s[C - 1] > -ahead), masked, lambda: w)
+            return lax.cond((ahead == 0) | (oldest_s[C - 1] > -ahead), hidden, lambda: w)
 
         def query(dk, dv, i) -> None:
             at = walk.arrival(i)
