@@ -596,6 +596,12 @@ def _gradients(spec, residuals, cotangents, tiles):
             q, k, v, do, lse, delta, la, dec, cross, dst, strong, cos_, sin_, dl, p, side, begin,
             spec.scale, launch.processors(),
         )  # fmt: skip
+    if c.fused:
+        from pallas_kernels.gpu import mosaic_dslot
+
+        common = mosaic_dslot.dslot(
+            q, k, v, do, la, dec, cross, dst, dl, p, side, begin, spec.slot_lag, launch.processors()
+        )
     if c.slots:
         none = jnp.zeros((1,), v.dtype)
         into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {})

@@ -82,8 +82,8 @@ class _Barriers(NamedTuple):
 def dslot(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, log_alpha: jax.Array,
     keep: jax.Array, cross: jax.Array, dst: jax.Array, dl: jax.Array, p: jax.Array,
-    side: jax.Array, doc_start: jax.Array | None, lag: int, interpret: bool = False,
-    processors: int = 132,
+    side: jax.Array, doc_start: jax.Array | None, lag: int, processors: int,
+    interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """The slots' side of dk, dv and dlog_alpha, summed over the query heads of each kv head.
 

@@ -398,7 +398,8 @@ class _Work(NamedTuple):
             f(
                 _Queries(
                     Walk(bars.there, bars.free, wg, load, STAGES, base), count, start, b,
-                    lax.div(head, group), row, there, place, jnp.where(there, oldest - start, count),
+                    lax.div(head, group), row, there, place,
+                    jnp.where(there, oldest - start, count),
                     jnp.where(there, row + 1 - start, count),
                     load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
                     buffers.number if packed else None, held,

@@ -143,7 +143,7 @@ def test_nothing_is_written(interpreter):
     from pallas_kernels.gpu import mosaic_dslot
 
     case = build(64, 128, 128)
-    found = mosaic_dslot.dslot(*case, interpret=True)
+    found = mosaic_dslot.dslot(*case, processors=2, interpret=True)
     assert [x.shape for x in found] == [case[1].shape, case[2].shape, case[4].shape]
 
 
@@ -158,7 +158,7 @@ def test_lowers_without_a_gpu(width, heads, h, packed):
     sums, slots = s((b * h, t // C, C), f32), s((b, t, heads, C), jnp.bfloat16)
     dst = s((b * h, t // C + 1, C, 2 * width), jnp.bfloat16)
     start = s((b, t), jnp.int32) if packed else None
-    run = functools.partial(mosaic_dslot.dslot, lag=512)
+    run = functools.partial(mosaic_dslot.dslot, lag=512, processors=132)
     traced = jax.jit(run).trace(
         query, row, row, query, s((b, t, h, C), f32), sums, sums, dst, slots, slots,
         s((b, t, h * 2, C), f32), start,
