@@ -72,27 +72,36 @@ class Given(NamedTuple):
     push_w: jax.Array
 
 
+class _Factors(NamedTuple):
+    """Shared memory of the slots' gates."""
+
+    gates: Any
+    sums: Any  # of each warpgroup, an operand; in its place
+    b0: Any
+
+
 class _Buffers(NamedTuple):
     """Shared memory."""
 
     mine: tuple  # tiles of each warpgroup
     tiles: Any  # of the stages: the other side's two
     number: Any  # and their numbers
-    gates: Any  # of the slots
-    sums: Any  # of each warpgroup, an operand; in its place b0
-    b0: Any
+    slots: Any  # _Factors, if there are slots
     operand: dict  # where the interpreter's products take what is in registers, by dtype
 
     def apart(self) -> _Buffers:
-        """With the two of the union."""
-        return self if self.b0 is not None else self._replace(sums=self.sums[0], b0=self.sums[1])
+        """With what the memory is used for in turns."""
+        if self.slots is None:
+            return self
+        gates, union = self.slots
+        return self._replace(slots=_Factors(gates, *union))
 
     def afresh(self) -> _Buffers:
         """By addresses that are worked out here rather than held in registers."""
         zero = opaque_zero(bool(self.operand))
-        held = {name: getattr(self, name) for name in ("tiles", "gates", "sums", "b0")}
-        found = {name: None if x is None else x.at[zero] for name, x in held.items()}
-        return self._replace(mine=tuple(x.at[zero] for x in self.mine), **found)
+        mine = tuple(x.at[zero] for x in self.mine)
+        slots = None if self.slots is None else _Factors(*(x.at[zero] for x in self.slots))
+        return self._replace(mine=mine, tiles=self.tiles.at[zero], slots=slots)
 
     def mm(self, wg, acc, a, b) -> None:
         """acc += a b, a in registers."""
@@ -117,8 +126,7 @@ def _scratch(
     union = plgpu.RefUnion(*(tiled(1, 2, C, C, dtype=x) for x in (F16, BF16)))
     buffers = _Buffers(
         (tiled(1, 2, C, width),) * mine, tiled(1, 2, STAGES, C, width),
-        plgpu.SMEM((STAGES, max(numbers, 1), C), F32),
-        *((gates, union, None) if slots else (None,) * 3),
+        plgpu.SMEM((STAGES, max(numbers, 1), C), F32), (gates, union) if slots else None,
         {str(jnp.dtype(x)): tiled(2, C, C, dtype=x) for x in dtypes},
     )  # fmt: skip
     bars = _Barriers(
@@ -212,9 +220,9 @@ class _Slots(NamedTuple):
     def factors(self, x: _Queries, begin, buffers: _Buffers, bars: _Barriers) -> tuple:
         """2^g, [C, C]; in shared memory w 2^-g."""
         interpret = bool(buffers.operand)
-        sums, b0 = (tile.at[x.walk.wg] for tile in (buffers.sums, buffers.b0))
+        sums, b0 = (tile.at[x.walk.wg] for tile in buffers.slots[1:])
         plgpu.barrier_wait(bars.gates)
-        gate = common.gates(load(buffers.gates), x.c, begin, self.lag)
+        gate = common.gates(load(buffers.slots.gates), x.c, begin, self.lag)
         sums[...] = gate.astype(F16)
         plgpu.commit_smem()  # all warps have read the gates
         plgpu.barrier_arrive(bars.read)
@@ -309,12 +317,12 @@ class _Work(NamedTuple):
 
     def each(
         self, f: Callable, bars, buffers, mine: tuple, k_ref, v_ref, keys_ref, oldest_ref,
-        slots: _Slots | None = None,
+        slots: Any = None,
     ) -> None:  # fmt: skip
         """f of the block's units, one after the other. ``mine``: where a warpgroup's tiles come
-        from; slots' come before the keys."""
+        from; those of ``slots`` (_Slots, or None) come before the keys."""
         packed = len(keys_ref.shape) > 1
-        held = buffers.apart() if slots is not None else buffers
+        held = buffers.apart()
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
         group = self.heads // self.kv_heads
         others = 0 if slots is None else slots.number
@@ -342,7 +350,7 @@ class _Work(NamedTuple):
         def load_gates(unit) -> None:
             b, c, _, head = self.place(unit)
             source = slots.log_alpha.at[slots.rows(b, c, lax.div(head, group))]
-            plgpu.copy_gmem_to_smem(source, held.afresh().gates, bars.gates)
+            plgpu.copy_gmem_to_smem(source, held.afresh().slots.gates, bars.gates)
 
         def load_pair(unit, sources: Callable, row, at) -> None:
             b, c, _, head = self.place(unit)
@@ -463,8 +471,8 @@ def output(
         refs, (*outputs, buffers, bars) = rest[: len(before)], rest[len(before) :]
         slots = None
         if fused:
-            k_s_ref, *others = refs
-            slots = _Slots(k_s_ref, v_ref, *others, lag)
+            k_s_ref, log_alpha_ref, st_ref, doc_start_ref = refs
+            slots = _Slots(k_s_ref, v_ref, log_alpha_ref, st_ref, doc_start_ref, lag)
         given = (q_ref, refs[0]) if given_slots else (q_ref,)
 
         def unit(x: _Queries) -> None:
@@ -623,10 +631,9 @@ def dq(
     packed = doc is not None
     fused = isinstance(slot_side, Given)
     given_slots = slot_side is not None and not fused
+    before: tuple = (delta,)
     if isinstance(slot_side, Given):
         before = *slot_side.written, slot_side.o, slot_side.push_s, slot_side.push_w
-    else:
-        before = (delta,)
 
     def body(
         q_ref, k_ref, v_ref, do_ref, lse_ref, keys_ref, oldest_ref, cos_ref, sin_ref, *rest,
@@ -634,8 +641,8 @@ def dq(
         refs, (dq_ref, *outputs, buffers, bars) = rest[: len(before)], rest[len(before) :]
         slots = None
         if fused:
-            k_s_ref, *others, o_ref = refs[:5]
-            slots = _Slots(k_s_ref, v_ref, *others, lag, o_ref)
+            k_s_ref, log_alpha_ref, st_ref, doc_start_ref, o_ref, *_ = refs
+            slots = _Slots(k_s_ref, v_ref, log_alpha_ref, st_ref, doc_start_ref, lag, o_ref)
         given = (q_ref, do_ref, dq_ref) if given_slots else (q_ref, do_ref)
 
         def unit(x: _Queries) -> None:
@@ -705,7 +712,7 @@ def dq(
                 common.store(ref.at[at], side)
                 x.ask_gates()
                 return
-            other = buffers.gates
+            other = buffers.slots.gates
 
             @pl.when(wg == 1)
             def _():
