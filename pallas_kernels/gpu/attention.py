@@ -544,9 +544,8 @@ def _gradients(spec, residuals, cotangents, tiles):
 
         given = mosaic_window.Given(mosaic_window.Written(k, la, st, begin), o, push_s, push_w)
         common = mosaic_window.dq(
-            q, keys, v, do, lse, *seen, given, None, spec.scale, launch.processors(),
-            spec.slot_lag, heads,
-        )  # fmt: skip
+            q, keys, v, do, lse, *seen, given, None, spec.scale, spec.slot_lag, heads
+        )
         common = [*common, jnp.zeros((1,), c.gate_dtype)]
     if c.slots or not c.apart:
         dq, dl, p, side, delta, dst = _both(
@@ -569,9 +568,8 @@ def _gradients(spec, residuals, cotangents, tiles):
         if not c.slots:
             delta = (o.astype(f32) * do.astype(f32)).sum(-1) - push_w
         (dq,) = mosaic_window.dq(
-            q, keys, v, do, lse, *seen, dq if c.slots else None, delta, spec.scale,
-            launch.processors(),
-        )  # fmt: skip
+            q, keys, v, do, lse, *seen, dq if c.slots else None, delta, spec.scale
+        )
     if c.long and c.slots:  # before there are larger arrays than the rotated keys
         dl, p, dq = jax.lax.optimization_barrier((dl, p, dq))
     dfirst = None

@@ -76,6 +76,7 @@ class _Factors(NamedTuple):
     """Shared memory of the slots' gates."""
 
     gates: Any
+    out: Any  # of each warpgroup, dl and p on their way; heads of 128: in the stages' place
     sums: Any  # of each warpgroup, an operand; in its place
     b0: Any
 
@@ -93,14 +94,17 @@ class _Buffers(NamedTuple):
         """With what the memory is used for in turns."""
         if self.slots is None:
             return self
-        gates, union = self.slots
-        return self._replace(slots=_Factors(gates, *union))
+        gates, out, union = self.slots
+        if out is None:
+            tiles, out = self.tiles
+            self = self._replace(tiles=tiles)
+        return self._replace(slots=_Factors(gates, out, *union))
 
     def afresh(self) -> _Buffers:
         """By addresses that are worked out here rather than held in registers."""
         zero = opaque_zero(bool(self.operand))
         mine = tuple(x.at[zero] for x in self.mine)
-        slots = None if self.slots is None else _Factors(*(x.at[zero] for x in self.slots))
+        slots = self.slots and _Factors(*(x.at[zero] for x in self.slots))
         return self._replace(mine=mine, tiles=self.tiles.at[zero], slots=slots)
 
     def mm(self, wg, acc, a, b) -> None:
@@ -122,11 +126,15 @@ def _scratch(
     width: int, mine: int, numbers: int, interpret: bool, slots: bool = False
 ) -> tuple[_Buffers, _Barriers]:
     dtypes = (BF16, F16) if interpret else ()
-    gates = tiled(1, C, C, dtype=F32)
+    tiles, gates, out = tiled(1, 2, STAGES, C, width), tiled(1, C, C, dtype=F32), None
     union = plgpu.RefUnion(*(tiled(1, 2, C, C, dtype=x) for x in (F16, BF16)))
+    if slots and width == C:
+        out = tiled(1, 2, 2, C, C)
+    elif slots:  # the first stage
+        tiles = plgpu.RefUnion(tiles, tiled(1, 2, STAGES * 2, C, C))
     buffers = _Buffers(
-        (tiled(1, 2, C, width),) * mine, tiled(1, 2, STAGES, C, width),
-        plgpu.SMEM((STAGES, max(numbers, 1), C), F32), (gates, union) if slots else None,
+        (tiled(1, 2, C, width),) * mine, tiles, plgpu.SMEM((STAGES, max(numbers, 1), C), F32),
+        (gates, out, union) if slots else None,
         {str(jnp.dtype(x)): tiled(2, C, C, dtype=x) for x in dtypes},
     )  # fmt: skip
     bars = _Barriers(
@@ -220,7 +228,7 @@ class _Slots(NamedTuple):
     def factors(self, x: _Queries, begin, buffers: _Buffers, bars: _Barriers) -> tuple:
         """2^g, [C, C]; in shared memory w 2^-g."""
         interpret = bool(buffers.operand)
-        sums, b0 = (tile.at[x.walk.wg] for tile in buffers.slots[1:])
+        sums, b0 = (tile.at[x.walk.wg] for tile in buffers.slots[2:])
         plgpu.barrier_wait(bars.gates)
         gate = common.gates(load(buffers.slots.gates), x.c, begin, self.lag)
         sums[...] = gate.astype(F16)
@@ -262,6 +270,19 @@ class _Queries(NamedTuple):
     ask: Callable  # for the next one's n-th tile, in the place of this one's
     ask_gates: Callable  # and, by the first warpgroup, for its gates
 
+    def hold(self, number: int) -> list:
+        """The stages of the first tiles, all of them there."""
+        for i in range(AHEAD):
+            self.walk.ask(i)
+        return [self.walk.wait(i) for i in range(number)]
+
+    def release(self, stages: list) -> None:
+        """And what could not be asked for."""
+        for at in stages:
+            self.walk.leave(at)
+        for i in range(AHEAD, len(stages)):
+            self.walk.ask(i)
+
     def visible(self, x, i, at, no: float) -> jax.Array:
         """x of pairs [query, key of tile i, at a stage], ``no`` where the query does not see it."""
         tile = self.key + i
@@ -285,14 +306,14 @@ class _Queries(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What the blocks have to do: each takes every ``blocks``-th of the units, which are two tiles
-    of queries, one of each warpgroup."""
+    """What the blocks have to do: units of two tiles of queries, one of each warpgroup. Each block
+    has one, or, given processors, every ``blocks``-th."""
 
     batch: int
     chunks: int
     heads: int
     kv_heads: int
-    processors: int
+    processors: int | None = None
 
     @property
     def stack(self) -> int:
@@ -305,7 +326,7 @@ class _Work(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return min(self.units, self.processors)
+        return min(self.units, self.processors or self.units)
 
     def place(self, unit) -> tuple:
         """A unit's row, first chunk, the chunk after it, and first query head."""
@@ -352,6 +373,9 @@ class _Work(NamedTuple):
             source = slots.log_alpha.at[slots.rows(b, c, lax.div(head, group))]
             plgpu.copy_gmem_to_smem(source, held.afresh().slots.gates, bars.gates)
 
+        def ask_gates(unit) -> None:
+            pl.when(wg == 0)(lambda: load_gates(unit))
+
         def load_pair(unit, sources: Callable, row, at) -> None:
             b, c, _, head = self.place(unit)
             bar, h, tiles = bars.there.at[at], lax.div(head, group), held.afresh().tiles
@@ -381,25 +405,32 @@ class _Work(NamedTuple):
             for n in range(AHEAD):
                 pl.when(i == n)(functools.partial(load_other, unit, n, at))
 
+        single = self.blocks == self.units
+
         def step(n, carry) -> tuple:
             base, key = carry
             unit = block + n * self.blocks
             more = unit + self.blocks < self.units
             after = jnp.where(more, unit + self.blocks, unit)
-            key_after = first_key(after)
+            key_after = key if single else first_key(after)
             b, _, end, head = self.place(unit)
             start = key - others  # where keys would start without the other tiles
             count = end - start
+
+            def then(f: Callable) -> None:
+                """f() if there is another unit."""
+                None if single else pl.when(more)(f)
 
             def load(i, at) -> None:
                 if isinstance(i, int) and i < others:
                     load_other(unit, i, at)
                     return
-                own = i < count
-                pl.when(own)(lambda: load_keys(unit, start + i, at))
-                pl.when(jnp.logical_not(own) & more)(
-                    lambda: load_first(after, key_after, i - count, at)
-                )
+                pl.when(i < count)(lambda: load_keys(unit, start + i, at))
+
+                def of_next() -> None:
+                    pl.when(i >= count)(lambda: load_first(after, key_after, i - count, at))
+
+                then(of_next)
 
             row, there, place = rows(unit)
             oldest = lax.div(oldest_ref[b, row * C], C)
@@ -411,8 +442,8 @@ class _Work(NamedTuple):
                     jnp.where(there, row + 1 - start, count),
                     load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
                     buffers.number if packed else None, held,
-                    lambda n: pl.when(more)(lambda: load_mine(after, n)),
-                    lambda: pl.when((wg == 0) & more)(lambda: load_gates(after)),
+                    lambda n: then(lambda: load_mine(after, n)),
+                    lambda: then(lambda: ask_gates(after)),
                 )
             )  # fmt: skip
             return base + count, key_after
@@ -420,11 +451,14 @@ class _Work(NamedTuple):
         for n in range(len(mine)):
             load_mine(block, n)
         if slots is not None:
-            pl.when(wg == 0)(lambda: load_gates(block))
+            ask_gates(block)
         key = first_key(block)
         Walk(bars.there, bars.free, wg, functools.partial(load_first, block, key), STAGES).start()
-        steps = lax.div(self.units - 1 - block, self.blocks) + 1
-        lax.fori_loop(0, steps, step, (jnp.int32(0), key))
+        start = jnp.int32(0), key
+        if single:
+            step(0, start)
+            return
+        lax.fori_loop(0, lax.div(self.units - 1 - block, self.blocks) + 1, step, start)
 
 
 def _of_keys(doc: jax.Array | None) -> jax.Array | None:
@@ -496,9 +530,9 @@ def output(
             begin = slots.begin(x)
             e0, b0 = slots.factors(x, begin, buffers, bars)
             plgpu.barrier_wait(bars.mine.at[wg])
-            rows, state = x.walk.arrival(0), x.walk.arrival(1)
+            stages = x.hold(slots.number)
             (k_s, v_s), (sk_s, sv_s) = (
-                [buffers.tiles.at[n, at] for n in range(2)] for at in (rows, state)
+                [buffers.tiles.at[n, at] for n in range(2)] for at in stages
             )
 
             def logits(y_acc, x_acc):
@@ -522,8 +556,7 @@ def output(
                 return landed(o_acc)
 
             o = accumulators(values, width, C)
-            x.walk.leave(rows)
-            x.walk.leave(state)
+            x.release(stages)
 
             @pl.when(wg == 0)
             def _():
@@ -611,8 +644,8 @@ def output(
 def dq(
     q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, lse: jax.Array,
     oldest: jax.Array, doc: jax.Array | None, cos: jax.Array | None, sin: jax.Array | None,
-    slot_side: Given | jax.Array | None, delta: jax.Array | None, scale: float,
-    processors: int, lag: int = C, stack: int = 1, interpret: bool = False,
+    slot_side: Given | jax.Array | None, delta: jax.Array | None, scale: float, lag: int = C,
+    stack: int = 1, interpret: bool = False,
 ) -> list[jax.Array]:  # fmt: skip
     """dq [B,T,HQ,D] bfloat16 of the window side, on top of the slots', ``slot_side``, if given.
 
@@ -627,7 +660,7 @@ def dq(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     post = scale * LOG2E
-    work = _Work(batch, length // C, heads, kv_heads, processors)
+    work = _Work(batch, length // C, heads, kv_heads)
     packed = doc is not None
     fused = isinstance(slot_side, Given)
     given_slots = slot_side is not None and not fused
@@ -665,15 +698,13 @@ def dq(
             e0, b0 = slots.factors(x, begin, buffers, bars)
             push_s, push_w = (load_row(ref.at[x.place]) for ref in (push_s_ref, push_w_ref))
             plgpu.barrier_wait(bar)
-            at = x.walk.arrival(0)
-            o, do = load(buffers.tiles.at[wg, at]).astype(F32), load(mine[1]).astype(F32)
-            delta = jnp.sum(o * do, axis=1)
-            x.walk.leave(at)
-            common.store(delta_ref.at[x.place], delta - push_w)
-            rows, state = x.walk.arrival(1), x.walk.arrival(2)
+            stages = x.hold(slots.number)
+            own = buffers.tiles.at[wg, stages[0]]
             (k_s, v_s), (sk_s, sv_s) = (
-                [buffers.tiles.at[n, at] for n in range(2)] for at in (rows, state)
+                [buffers.tiles.at[n, at] for n in range(2)] for at in stages[1:]
             )
+            delta = jnp.sum(load(own).astype(F32) * load(mine[1]).astype(F32), axis=1)
+            common.store(delta_ref.at[x.place], delta - push_w)
 
             def logits(y_acc, z_acc, xk, xv):
                 plgpu.wgmma(xk, mine[0], k_s.T)
@@ -689,8 +720,13 @@ def dq(
             p = jnp.exp2(y * (e0 * post) - full(slots.seen(x, begin, lse, jnp.inf))) * e0
             dl = p * (z * e0 - full(delta - push_s)) * scale
             p, dl = lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
-            common.store(dl_ref.at[x.place], dl)
-            common.store(p_ref.at[x.place], p)
+            # a barrier of the warpgroup was since o was read
+            places = [buffers.slots.out.at[wg, n] for n in range(2)]
+            for tile, value in zip(places, (dl, p), strict=True):
+                tile[...] = value
+            plgpu.commit_smem()
+            for tile, ref in zip(places, (dl_ref, p_ref), strict=True):
+                plgpu.copy_smem_to_gmem(tile, ref.at[x.place])
             store_side(side_ref, dl.astype(F32) * y + p.astype(F32) * z)
 
             def gradient(acc, a_acc):
@@ -700,8 +736,8 @@ def dq(
                 return landed(acc)
 
             dq = accumulators(gradient, width, C)
-            x.walk.leave(rows)
-            x.walk.leave(state)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            x.release(stages)
             return dq, delta - push_w
 
         def store_side(ref, side) -> None:
@@ -710,7 +746,6 @@ def dq(
             plgpu.barrier_wait(bars.read)
             if stack == 1:
                 common.store(ref.at[at], side)
-                x.ask_gates()
                 return
             other = buffers.slots.gates
 
@@ -724,8 +759,6 @@ def dq(
             def _():
                 plgpu.barrier_wait(bars.side)
                 common.store(ref.at[at], side + load(other))
-                common.sync(interpret)
-                x.ask_gates()
 
         if slots is not None:
             near, delta = by_slots(slots)
@@ -771,8 +804,6 @@ def dq(
             if given_slots:
                 dq += load(mine[2]).astype(F32)
             common.sync(interpret)  # all warps have read them
-            for n in range(1, len(mine)):
-                x.ask(n)
             mine[0][...] = dq.astype(BF16)
             plgpu.commit_smem()
 
@@ -780,8 +811,6 @@ def dq(
             def _():
                 plgpu.copy_smem_to_gmem(mine[0], dq_ref.at[x.place])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            x.ask(0)
 
         accumulators(gradient, width)
 

@@ -194,9 +194,7 @@ def test_lowers_without_a_gpu(width, heads, h, packed, slots):
         functools.partial(mosaic_window.dkv, lag=512): (*given, number, *seen, side[2]),
     }
     for kernel, args in calls.items():
-        options = (
-            {} if kernel not in (mosaic_window.output, mosaic_window.dq) else {"processors": 132}
-        )
+        options = {"processors": 132} if kernel == mosaic_window.output else {}
         run = functools.partial(kernel, scale=0.1, **options)
         text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         (call,) = (x for x in text.splitlines() if "custom_call @mosaic_gpu" in x)
