@@ -448,10 +448,10 @@ class _Work(NamedTuple):
             )  # fmt: skip
             return base + count, key_after
 
-        for n in range(len(mine)):
-            load_mine(block, n)
         if slots is not None:
             ask_gates(block)
+        for n in range(len(mine)):
+            load_mine(block, n)
         key = first_key(block)
         Walk(bars.there, bars.free, wg, functools.partial(load_first, block, key), STAGES).start()
         start = jnp.int32(0), key
@@ -690,8 +690,11 @@ def dq(
         mine, bar = [tile.at[wg] for tile in buffers.mine], bars.mine.at[wg]
         lse = load_row(lse_ref.at[x.place])
 
+        def load_angles() -> tuple | None:
+            return None if cos is None else _angles(cos_ref, sin_ref, x.b, x.c)
+
         def by_slots(slots: _Slots) -> tuple:
-            """dq of the slots' side, and the window's delta."""
+            """dq of the slots' side; the window's delta; the angles."""
             dl_ref, p_ref, side_ref, delta_ref = outputs
             push_s_ref, push_w_ref = refs[-2:]
             begin = slots.begin(x)
@@ -727,18 +730,20 @@ def dq(
             plgpu.commit_smem()
             for tile, ref in zip(places, (dl_ref, p_ref), strict=True):
                 plgpu.copy_smem_to_gmem(tile, ref.at[x.place])
-            store_side(side_ref, dl.astype(F32) * y + p.astype(F32) * z)
+            side = lax.optimization_barrier(dl.astype(F32) * y + p.astype(F32) * z)
 
             def gradient(acc, a_acc):
                 buffers.mm(wg, a_acc, dl, b0.T)
                 buffers.mm(wg, acc, dl, sk_s)
+                store_side(side_ref, side)  # meanwhile
+                angles = load_angles()
                 buffers.mm(wg, acc, masked(landed(a_acc, 1), lower(interpret)), k_s)
-                return landed(acc)
+                return landed(acc), angles
 
-            dq = accumulators(gradient, width, C)
+            dq, angles = accumulators(gradient, width, C)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             x.release(stages)
-            return dq, delta - push_w
+            return dq, delta - push_w, angles
 
         def store_side(ref, side) -> None:
             b, tokens, head = x.place
@@ -761,14 +766,13 @@ def dq(
                 common.store(ref.at[at], side + load(other))
 
         if slots is not None:
-            near, delta = by_slots(slots)
+            near, delta, angles = by_slots(slots)
             common.sync(interpret)  # all warps' products have read q
         else:
-            near, delta = None, load_row(refs[0].at[x.place])
+            near, delta, angles = None, load_row(refs[0].at[x.place]), load_angles()
             plgpu.barrier_wait(bar)
         delta *= scale
-        if cos is not None:
-            angles = _angles(cos_ref, sin_ref, x.b, x.c)
+        if angles is not None:
             mine[0][...] = turned(load(mine[0]), *angles)
             plgpu.commit_smem()
             if near is not None:  # turned back with the window's
@@ -798,9 +802,8 @@ def dq(
             dq = landed(acc)
             if near is not None and interpret:
                 dq += near
-            if cos is not None:
-                cos_, sin_ = _angles(cos_ref, sin_ref, x.b, x.c)
-                dq = turned(dq, cos_, -sin_)
+            if angles is not None:
+                dq = turned(dq, angles[0], -angles[1])
             if given_slots:
                 dq += load(mine[2]).astype(F32)
             common.sync(interpret)  # all warps have read them
