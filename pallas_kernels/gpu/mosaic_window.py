@@ -1,13 +1,15 @@
 """Long windows as Pallas Mosaic GPU kernels, for Hopper: output, dq, dk and dv.
 
-They compute the window side where it has many tiles of keys (notation in kernels.py), alone or on
-top of the slots', which Triton's kernels have left. Each of a block's two warpgroups has a tile of
-its own, of queries (for dk and dv: of keys), and both go through the tiles that the other side has
-for them, which arrive by TMA up to two tiles ahead. All that the products of several tiles share is
-in shared memory: of an operand that a loop keeps in registers, ptxas gave them to another.
+They compute the window side where it has many tiles of keys (notation in kernels.py): alone, on top
+of the slots', which other kernels have left, or (output, dq) with the slots'. Each of a block's two
+warpgroups has a tile of its own, of queries (for dk and dv: of keys), and both go through the tiles
+that the other side has for them, which arrive by TMA up to two tiles ahead. All that the products
+of several tiles share is in shared memory: of an operand that a loop keeps in registers, ptxas gave
+them to another.
 
 Which keys a query sees is an interval: from ``oldest``, the first row of its window and document,
-to itself; padding in it is left out.
+to itself; padding in it is left out. The slots' side (see mosaic_output.py and mosaic_dq.py) comes
+before the keys: two heads share written rows, state and gates, and the softmax goes on from it.
 """
 
 from __future__ import annotations
