@@ -324,9 +324,12 @@ class Walk(NamedTuple):
             pl.when(used)(lambda: plgpu.barrier_wait(self.free.at[at]))
             self.load(i + AHEAD, at)
 
+    def stage(self, i) -> jax.Array:
+        return lax.rem(self.base + i, self.stages)
+
     def wait(self, i) -> jax.Array:
         """The stage of tile i, once it is there."""
-        at = lax.rem(self.base + i, self.stages)
+        at = self.stage(i)
         plgpu.barrier_wait(self.there.at[at])
         return at
 

@@ -261,7 +261,7 @@ class _Queries(NamedTuple):
     b: jax.Array
     h: jax.Array  # kv head
     c: jax.Array  # chunk
-    there: jax.Array  # whether it exists
+    there: jax.Array  # whether it exists; or else it is the other warpgroup's
     place: tuple  # of its rows
     first: jax.Array  # of the walk, what it sees
     last: jax.Array
@@ -440,8 +440,7 @@ class _Work(NamedTuple):
                 _Queries(
                     Walk(bars.there, bars.free, wg, load, STAGES, base), count, start, b,
                     lax.div(head, group), row, there, place,
-                    jnp.where(there, oldest - start, count),
-                    jnp.where(there, row + 1 - start, count),
+                    oldest - start, row + 1 - start,
                     load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
                     buffers.number if packed else None, held,
                     lambda n: then(lambda: load_mine(after, n)),
@@ -586,31 +585,43 @@ def output(
             mine[...] = turned(load(mine), *angles)
             plgpu.commit_smem()
 
+        keys, values = (buffers.tiles.at[n] for n in range(2))
+
         def tile(i, carry) -> tuple:
-            o, m, peak, total = carry
-            at = x.walk.arrival(i)
+            """The next tile's logits are formed during this one's softmax."""
+            s, o, m, peak, total = carry
+            at = x.walk.stage(i)
+            s = x.visible(s, i, at, NINF)
 
-            def logits(acc):
-                plgpu.wgmma(acc, mine, buffers.tiles.at[0, at].T)
-                return x.visible(landed(acc), i, at, NINF)
+            def both(s_acc, o_acc):
+                @pl.when(i + 1 < x.last)
+                def _():
+                    plgpu.wgmma(s_acc, mine, keys.at[x.walk.arrival(i + 1)].T)
 
-            s = accumulators(logits, C)
-            top = jnp.max(s, axis=1) * post
-            new = jnp.maximum(m, top)
-            fade = jnp.exp2(m - new)
-            p = jnp.exp2(s * post - full(new))
-            total = total * fade + jnp.sum(p, axis=1)
+                top = jnp.max(s, axis=1) * post
+                new = jnp.maximum(m, top)
+                fade = jnp.exp2(m - new)
+                p = jnp.exp2(s * post - full(new))
+                sums = total * fade + jnp.sum(p, axis=1)
+                held = o * full(fade, width)
+                if not interpret:  # whose accumulators start as zeros
+                    o_acc[...] = held
+                buffers.mm(wg, o_acc, p.astype(BF16), values.at[at])
+                after = landed(s_acc, 1)
+                found = landed(o_acc) + held if interpret else landed(o_acc)
+                return after, found, new, jnp.maximum(peak, top), sums
 
-            def values(acc):
-                buffers.mm(wg, acc, p.astype(BF16), buffers.tiles.at[1, at])
-                return landed(acc)
-
-            o = o * full(fade, width) + accumulators(values, width)
+            carry = accumulators(both, C, width)
             x.walk.leave(at)
-            return o, new, jnp.maximum(peak, top), total
+            return carry
+
+        def logits(acc):
+            plgpu.wgmma(acc, mine, keys.at[x.walk.arrival(x.first)].T)
+            return landed(acc)
 
         x.walk.skip(0 if slots is None else slots.number, x.first)
-        o, m, peak, total = lax.fori_loop(x.first, x.last, tile, (o, m_s, low, zero))
+        start = accumulators(logits, C), o, m_s, low, zero
+        _, o, m, peak, total = lax.fori_loop(x.first, x.last, tile, start)
         x.walk.skip(x.last, x.tiles)
         whole = total + total_s * jnp.exp2(m_s - m)
         share = jnp.where(whole > 0, 1.0 / whole, 0.0)
