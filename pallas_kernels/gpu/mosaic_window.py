@@ -621,7 +621,7 @@ def output(
 
         x.walk.skip(0 if slots is None else slots.number, x.first)
         start = accumulators(logits, C), o, m_s, low, zero
-        _, o, m, peak, total = lax.fori_loop(x.first, x.last, tile, start)
+        o, m, peak, total = lax.fori_loop(x.first, x.last, tile, start)[1:]
         x.walk.skip(x.last, x.tiles)
         whole = total + total_s * jnp.exp2(m_s - m)
         share = jnp.where(whole > 0, 1.0 / whole, 0.0)
