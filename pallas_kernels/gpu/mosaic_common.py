@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -303,21 +304,25 @@ class Walk(NamedTuple):
     there: Any  # barriers of the stages, by copies
     free: Any  # by both warpgroups
     wg: jax.Array
-    load: Callable  # of a tile, if there is one, to a stage
+    tiles: Any  # how many, or None: as many as ``load`` finds
+    load: Callable  # of a tile, to a stage
     stages: int  # tiles that have room
     base: Any = 0  # tiles that the block has gone through before
 
+    def _first(self, i) -> jax.Array:
+        """Whether this is the warpgroup that asks for tile i, if there is one."""
+        first = self.wg == 0
+        return first if self.tiles is None else first & (i < self.tiles)
+
     def start(self) -> None:
-        @pl.when(self.wg == 0)
-        def _():
-            for i in range(AHEAD):
-                self.load(i, i)
+        for i in range(AHEAD):
+            pl.when(self._first(i))(functools.partial(self.load, i, i))
 
     def ask(self, i) -> None:
         """Once it is at tile i, the first warpgroup asks for a later one."""
         number = self.base + i
 
-        @pl.when(self.wg == 0)
+        @pl.when(self._first(i + AHEAD))
         def _():
             at = lax.rem(number + AHEAD, self.stages)
             used = number >= self.stages - AHEAD

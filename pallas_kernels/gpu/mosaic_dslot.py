@@ -145,9 +145,6 @@ def dslot(
             return first + i, first + i + ahead
 
         def load_turn(n, at) -> None:
-            pl.when(n < count * group)(lambda: load_there(n, at))
-
-        def load_there(n, at) -> None:
             c, head = chunks(lax.div(n, group))[1], h * group + lax.rem(n, group)
             for ref, tile in ((q_ref, s.q), (dl_ref, s.dl), (do_ref, s.do), (p_ref, s.p)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens(c), head], tile.at[at], bars.there.at[at])
@@ -171,7 +168,7 @@ def dslot(
             begin = load_row(doc_start_ref.at[b, tokens(c)]) if packed else None
             return load(la_ref.at[b, tokens(r), h]), begin
 
-        walk = Walk(bars.there, bars.free, wg, load_turn, STAGES)
+        walk = Walk(bars.there, bars.free, wg, count * group, load_turn, STAGES)
 
         def factors(me: int, gate, begin) -> tuple:
             """What a write at each row adds to the slots, seen from before the chunk (b0); and what

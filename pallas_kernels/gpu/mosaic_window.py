@@ -427,18 +427,19 @@ class _Work(NamedTuple):
                 if isinstance(i, int) and i < others:
                     load_other(unit, i, at)
                     return
+                if single:
+                    load_keys(unit, start + i, at)
+                    return
                 pl.when(i < count)(lambda: load_keys(unit, start + i, at))
+                pl.when((i >= count) & more)(lambda: load_first(after, key_after, i - count, at))
 
-                def of_next() -> None:
-                    pl.when(i >= count)(lambda: load_first(after, key_after, i - count, at))
-
-                then(of_next)
+            tiles = count if single else None
 
             row, there, place = rows(unit)
             oldest = lax.div(oldest_ref[b, row * C], C)
             f(
                 _Queries(
-                    Walk(bars.there, bars.free, wg, load, STAGES, base), count, start, b,
+                    Walk(bars.there, bars.free, wg, tiles, load, STAGES, base), count, start, b,
                     lax.div(head, group), row, there, place,
                     oldest - start, row + 1 - start,
                     load_row(oldest_ref.at[b, _tokens(row)]), oldest_ref[b, row * C + C - 1],
@@ -454,7 +455,8 @@ class _Work(NamedTuple):
         for n in range(len(mine)):
             load_mine(block, n)
         key = first_key(block)
-        Walk(bars.there, bars.free, wg, functools.partial(load_first, block, key), STAGES).start()
+        first = functools.partial(load_first, block, key)
+        Walk(bars.there, bars.free, wg, None, first, STAGES).start()
         start = jnp.int32(0), key
         if single:
             step(0, start)
@@ -885,9 +887,6 @@ def dkv(
         keys, bar = (b, _tokens(row), h), bars.mine.at[wg]
 
         def load_queries(i, at) -> None:
-            pl.when(i < count)(lambda: load_there(i, at))
-
-        def load_there(i, at) -> None:
             there = bars.there.at[at]
             rows, head = _tokens(chunk + lax.div(i, group)), h * group + lax.rem(i, group)
             for n, ref in enumerate((q_ref, do_ref)):
@@ -896,7 +895,7 @@ def dkv(
                 plgpu.copy_gmem_to_smem(ref.at[b, head, rows], buffers.number.at[at, n], there)
             plgpu.copy_gmem_to_smem(oldest_ref.at[b, rows], buffers.number.at[at, 2], there)
 
-        walk = Walk(bars.there, bars.free, wg, load_queries, STAGES)
+        walk = Walk(bars.there, bars.free, wg, count, load_queries, STAGES)
 
         def visible(w, at, ahead) -> jax.Array:
             """w of pairs [row, query], 0 where the query, of a chunk that starts ``ahead`` rows
