@@ -113,8 +113,8 @@ class Barriers(NamedTuple):
 def scratch(
     width: int, mine: int, numbers: int, interpret: bool, slots: bool = False
 ) -> tuple[Buffers, Barriers]:
-    """Shared memory and barriers of heads of ``width``: ``mine`` tiles of each warpgroup, ``numbers``
-    for each row of a stage."""
+    """Shared memory and barriers for heads of ``width``: ``mine`` tiles of each warpgroup, and
+    ``numbers`` of each row of a stage."""
     dtypes = (BF16, F16) if interpret else ()
     tiles, gates, out = tiled(1, 2, STAGES, C, width), tiled(1, C, C, dtype=F32), None
     union = plgpu.RefUnion(*(tiled(1, 2, C, C, dtype=x) for x in (F16, BF16)))
