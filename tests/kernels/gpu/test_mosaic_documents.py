@@ -102,9 +102,13 @@ def test_against_the_oracle(name, group, width, interpreted):
 
 def test_where_documents_start():
     cur = jnp.asarray([[1] * 70 + [2] * 57 + [3] + [4] * 128], jnp.int32)
-    start = np.asarray(attention._doc_start(cur))[0]
-    assert start[:64].tolist() == [0] * 64
-    assert start[64:128].tolist() == [-64] * 6 + [6] * 57 + [63]
-    assert start[128:].tolist() == [0] * 64 + [-64] * 64
+    for lag in 64, 128:
+        start = np.asarray(attention._doc_start(cur, lag))[0]
+        assert start[:64].tolist() == [0] * 64
+        assert start[64:128].tolist() == [-64] * 6 + [6] * 57 + [63]
+        assert start[128:].tolist() == [0] * 64 + [-64] * 64
+    assert attention._doc_start(jnp.ones((1, 256), jnp.int32), 128)[0, ::64].tolist() == [
+        0, -64, -128, -128,
+    ]  # fmt: skip
     doc = jnp.asarray([[1] * 100 + [0] * 28 + [2] * 64], jnp.int32)
     assert attention._padded(doc).tolist() == [[False, True, False]]
