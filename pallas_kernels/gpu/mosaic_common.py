@@ -229,6 +229,16 @@ def upper(interpret: bool, ahead: int = 0) -> jax.Array:
     return make()
 
 
+def lower(interpret: bool) -> jax.Array:
+    """-1 where row >= column, elsewhere 0 [C, C]."""
+    return ~upper(interpret, 1)
+
+
+def masked(x: jax.Array, on: jax.Array) -> jax.Array:
+    """x in bfloat16, 0 where a mask is 0."""
+    return number(bits(x) & on)
+
+
 def in_two(x: jax.Array, high_s, low_s) -> None:
     """x in two bfloat16 parts."""
     high = lax.optimization_barrier(x.astype(BF16))
@@ -348,13 +358,3 @@ class Walk(NamedTuple):
 
     def skip(self, first, last) -> None:
         lax.fori_loop(first, last, lambda i, _: self.leave(self.arrival(i)), None)
-
-
-def lower(interpret: bool) -> jax.Array:
-    """-1 where row >= column, elsewhere 0 [C, C]."""
-    return ~upper(interpret, 1)
-
-
-def masked(x: jax.Array, on: jax.Array) -> jax.Array:
-    """x in bfloat16, 0 where a mask is."""
-    return number(bits(x) & on)

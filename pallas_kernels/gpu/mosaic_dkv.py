@@ -41,6 +41,7 @@ from pallas_kernels.gpu.mosaic_common import (
     landed,
     load,
     load_row,
+    masked,
     masks,
     number,
     plgpu,
@@ -296,7 +297,7 @@ def dkv(
                 products(xk_acc, s.k, s.q)
                 in_two(lax.optimization_barrier(bw).astype(F32) * dw, s.ak, s.av)
                 plgpu.commit_smem()
-                return number(bits(landed(xk_acc)) & on)
+                return masked(landed(xk_acc), on)
 
             xk = accumulators(keys, C)
 
@@ -309,18 +310,18 @@ def dkv(
                     plgpu.barrier_wait(waiting_bar)
                     start(dw_acc, dw)
                     mm(dw_acc, xk, s.dl)
-                    xv = number(bits(landed(xv_acc, 3)) & on)
+                    xv = masked(landed(xv_acc, 3), on)
                     mm(dw_acc, xv, s.p)
                     return ended(dw_acc, dw)
 
                 grad = accumulators(pairs, C, C)
 
                 def tile(src, dst):
-                    def masked(a_acc):
+                    def pairs(a_acc):
                         mm(a_acc, bw, src.T)
-                        dst[...] = number(bits(landed(a_acc)) & on)
+                        dst[...] = masked(landed(a_acc), on)
 
-                    accumulators(masked, C)
+                    accumulators(pairs, C)
 
                 common.sync(interpret)  # the sums of ak and av are done
                 tile(s.dl, s.ak)
@@ -360,7 +361,7 @@ def dkv(
             plgpu.barrier_wait(kv_bar)
             keys = rotated(s.k, cos, sin)
             w, ds = window(s, keys, old, 0)
-            w_own, ds_own = number(bits(w) & on), number(bits(ds) & on)
+            w_own, ds_own = masked(w, on), masked(ds, on)
             plgpu.barrier_wait(q_bar)
             plgpu.barrier_wait(cs_bar)
             # the last dk has left; a barrier, too
@@ -374,7 +375,7 @@ def dkv(
             if packed:
                 plgpu.barrier_wait(begin_bar)
             w, ds = window(s, keys, new, C)
-            w_new, ds_new = bits(w) & ~on, number(bits(ds) & ~on)
+            w_new, ds_new = bits(w) & ~on, masked(ds, ~on)
             plgpu.barrier_wait(ready_bar)
             load_rows(k_ref, r + 1, s.k, kv_bar, here)
             # every warp has its z: behind commit_smem's barrier for the last one
@@ -462,7 +463,7 @@ def dkv(
                 old = lax.rem(count, 2)
                 plgpu.barrier_wait(kv_bar)
                 w, ds = window(s, rotated(s.k, cos, sin), old, 0)
-                w, ds = number(bits(w) & on), number(bits(ds) & on)
+                w, ds = masked(w, on), masked(ds, on)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 def values(*dv):

@@ -39,6 +39,7 @@ from pallas_kernels.gpu.mosaic_common import (
     landed,
     load,
     load_row,
+    masked,
     number,
     opaque_zero,
     plgpu,
@@ -270,8 +271,8 @@ def dkv(
                 plgpu.wgmma(xv, s.v, s.do.at[at].T)
                 wait(bars.waiting)
                 on = upper(interpret)
-                mm(dw, number(bits(landed(xk, 1)) & on), s.dl)
-                mm(dw, number(bits(landed(xv, 1)) & on), s.p)
+                mm(dw, masked(landed(xk, 1), on), s.dl)
+                mm(dw, masked(landed(xv, 1), on), s.p)
 
             accumulators(grad, C, C)
 
@@ -279,9 +280,9 @@ def dkv(
                 mm(ak, bw, s.dl.T)
                 mm(av, bw, s.p.T)
                 on = upper(interpret)
-                mm(dk, number(bits(landed(ak, 1)) & on), s.q)
+                mm(dk, masked(landed(ak, 1), on), s.q)
                 wait(bars.done)
-                s.av[...] = number(bits(landed(av, 1)) & on)
+                s.av[...] = masked(landed(av, 1), on)
 
             accumulators(rows, C, C)
             pl.when(turn == 0)(lambda: wait(bars.angles))
@@ -385,8 +386,8 @@ def dkv(
             wait(bars.old)
             w, ds = window(s, s.old_q, s.old_do, OLD, r, 0)
             on = upper(interpret)
-            mm(dv, number(bits(w) & on), s.old_do)
-            mm(dk, number(bits(ds) & on), s.old_q)
+            mm(dv, masked(w, on), s.old_do)
+            mm(dk, masked(ds, on), s.old_q)
 
         def put_aside(s, turn) -> None:
             common.copy_out(interpret, s.qr, turned_ref.at[run, turn])
@@ -416,7 +417,7 @@ def dkv(
             on = upper(interpret)
             here = number(bits(w) & ~on | lax.bitcast_convert_type(load(s.av), jnp.int16))
             mm(dv, here, s.do.at[at])
-            mm(dk, number(bits(ds) & ~on), s.qr)
+            mm(dk, masked(ds, ~on), s.qr)
             plgpu.wgmma_wait(0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier, too
 

@@ -31,13 +31,13 @@ from pallas_kernels.gpu.mosaic_common import (
     C,
     Walk,
     accumulators,
-    bits,
     column,
     full,
     in_two,
     landed,
     load,
     load_row,
+    masked,
     number,
     opaque_zero,
     plgpu,
@@ -210,8 +210,8 @@ def dslot(
                     plgpu.wgmma(xv, s.v, s.do.at[at].T)
                     walk.ask(n)
                     on = upper(interpret)
-                    mm(dw, number(bits(landed(xk, 1)) & on), s.dl.at[at])
-                    mm(dw, number(bits(landed(xv, 1)) & on), s.p.at[at])
+                    mm(dw, masked(landed(xk, 1), on), s.dl.at[at])
+                    mm(dw, masked(landed(xv, 1), on), s.p.at[at])
                     plgpu.wgmma_wait(0)
 
                 accumulators(grad, C, C)
@@ -283,8 +283,8 @@ def dslot(
                     plgpu.wgmma(ak, s.part, s.dl.at[at].T)
                     plgpu.wgmma(av, s.part, s.p.at[at].T)
                     on = upper(interpret)
-                    mm(dk, number(bits(landed(ak, 1)) & on), s.q.at[at])
-                    mm(dv, number(bits(landed(av, 1)) & on), s.do.at[at])
+                    mm(dk, masked(landed(ak, 1), on), s.q.at[at])
+                    mm(dv, masked(landed(av, 1), on), s.do.at[at])
                     plgpu.wgmma_wait(0)
 
                 accumulators(rows, C, C)

@@ -106,7 +106,7 @@ class Barriers(NamedTuple):
     there: Any  # of the stages
     free: Any
     gates: Any = None  # are there
-    read: Any = None
+    read: Any = None  # have been read, by both
     side: Any = None  # the second warpgroup's is in their place
 
 
@@ -409,7 +409,8 @@ class Work(NamedTuple):
 
             def then(f: Callable) -> None:
                 """f() if there is another unit."""
-                None if single else pl.when(more)(f)
+                if not single:
+                    pl.when(more)(f)
 
             def load(i, at) -> None:
                 if isinstance(i, int) and i < others:

@@ -323,7 +323,7 @@ def dq(
             p = jnp.exp2(y * (e0 * post) - full(slots.seen(x, begin, lse, jnp.inf))) * e0
             dl = p * (z * e0 - full(delta - push_s)) * scale
             p, dl = lax.optimization_barrier((p.astype(BF16), dl.astype(BF16)))
-            # a barrier of the warpgroup was since o was read
+            common.sync(interpret)  # all warps have read o
             places = [buffers.slots.out.at[wg, n] for n in range(2)]
             for tile, value in zip(places, (dl, p), strict=True):
                 tile[...] = value
