@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
+from nha_jax import parallel
 from nha_jax.errors import UserError
 from nha_jax.ops import backends, init_state, nha_attention, nha_decode_step
 from pallas_kernels.gpu import launch, pieces
@@ -134,6 +136,20 @@ def test_long_windows_of_whole_chunks(
         text = jax.jit(jax.grad(loss)).lower(x).as_text()
         assert all(f"nha_window_{name}" in text for name in ("output", "dq", "dkv"))
     assert compared(case, "bfloat16") == []
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="ONE DEVICE HERE: nothing to split a call over")
+@pytest.mark.parametrize("split", [(2, 1, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)])
+@pytest.mark.parametrize("documents", [None, ((100, 412), (-30, 226, 256))])
+@pytest.mark.parametrize("window", [64, 256, None])
+def test_split_over_two_gpus(window, documents, split):
+    """Over the batch, the sequence and the heads."""
+    sizes = dict(head_dim=64, value_dim=64, slots=64 if window else 0, heads=4, kv_heads=2)
+    case = suite.Case(f"split_{window}", 512, window, **sizes, documents=documents)
+    axes, devices = (AxisType.Auto,) * 4, jax.devices()[:2]
+    with jax.set_mesh(jax.make_mesh(split, parallel.AXES, axis_types=axes, devices=devices)):
+        results = suite.run(case, "triton", jnp.bfloat16)
+    assert suite.compare(results, reference(case), "bfloat16", suite.KERNEL_TOLERANCE) == []
 
 
 @pytest.mark.parametrize("name", ["packed", "no_lag", "long_lag"])
