@@ -502,7 +502,7 @@ def main() -> None:
         jobs += [Job(shape, "cudnn", w, lengths) for w in (None, *filter(None, a.windows))]
         jobs += [Job(shape, "documents", w, PACKED[:1]) for w in (None, 64)]
         jobs += [Job(shape, "masked", None, PACKED[:1])]
-        jobs += [Job(shape, peer, None, (8192,)) for peer in peers if peer != "chunk_gsa"]
+        jobs += [Job(shape, peer, None, lengths) for peer in peers if peer != "chunk_gsa"]
         jobs += [Job(shape, "decode", 64, (8192, 32768, 131072))]
     if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each
         jobs.insert(0, Job(a.shapes[0], "chunk_gsa", None, (8192,)))
