@@ -7,6 +7,7 @@ mosaic_*.py those that take their place on Hopper.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -113,7 +114,7 @@ class _Call:
         # states and the operands of gate products: float16 lacks the range
         self.gate_dtype = jnp.float32 if wide else jnp.bfloat16
         self.long = long = _window_by_mosaic(self)
-        self.fused = long and _slots_by_mosaic(self, log_alpha, visible0)  # and the slots with it
+        self.fused = long and _slots_by_mosaic(self, log_alpha)  # and the slots with it
         self.apart = long and not self.fused  # the Triton kernels then do the slots alone
         # documents say which tiles of a window are looked at, where it has several before a chunk's own
         self.bounded = doc is not None and spec.window > C + 1 and not self.apart
@@ -153,9 +154,9 @@ class _Call:
         return wanted if (self.HQ // self.H) % wanted == 0 else 1
 
 
-def _plain(call: _Call, log_alpha, visible0) -> bool:
-    """Whether the Mosaic GPU kernels can do the slots: rows of whole chunks, 64 slots that see, without exception,
-    what is older than a lag of chunks. Chunks that see padding are left to the copies for strong gates."""
+def _plain(call: _Call, log_alpha) -> bool:
+    """Whether the Mosaic GPU kernels can do the slots: rows of whole chunks, 64 slots that see what is older than a lag
+    of chunks. Those that ``_with_exceptions`` marks are left to the copies for strong gates."""
     spec, tile = call.spec, call.C
     most = call.B * max(call.T * call.HQ, (call.NC + 1) * call.H * call.M) * (call.D + call.V)
     return (
@@ -168,7 +169,6 @@ def _plain(call: _Call, log_alpha, visible0) -> bool:
         and spec.slot_lag % tile == 0
         and (spec.halo, spec.feature_map, spec.empty_slots) == (0, "none", "masked")
         and spec.scale > 0
-        and visible0 is None
         and call.gate_dtype == call.dtype == jnp.bfloat16
         and log_alpha.dtype == jnp.float32
         and most < 2**31  # places in one array, more or less
@@ -176,19 +176,15 @@ def _plain(call: _Call, log_alpha, visible0) -> bool:
     )
 
 
-def _by_mosaic(call: _Call, log_alpha, cos, visible0) -> bool:
+def _by_mosaic(call: _Call, log_alpha, cos) -> bool:
     """Whether the common copies are the Mosaic GPU kernels': of a window and a lag of one chunk."""
     spec = call.spec
-    return (
-        spec.window == spec.slot_lag == call.C
-        and cos is not None
-        and _plain(call, log_alpha, visible0)
-    )
+    return spec.window == spec.slot_lag == call.C and cos is not None and _plain(call, log_alpha)
 
 
-def _slots_by_mosaic(call: _Call, log_alpha, visible0) -> bool:
+def _slots_by_mosaic(call: _Call, log_alpha) -> bool:
     """Whether those of long windows do the slots, too: two heads of a block share them."""
-    return call.HQ // call.H % 2 == 0 and _plain(call, log_alpha, visible0)
+    return call.HQ // call.H % 2 == 0 and _plain(call, log_alpha)
 
 
 def _window_by_mosaic(call: _Call) -> bool:
@@ -282,6 +278,17 @@ def _doc_start(cur, lag: int) -> jax.Array:
 def _padded(doc) -> jax.Array:
     """Whether each chunk of doc [B, T] has padding, [B, NC]."""
     return (doc.reshape(doc.shape[0], -1, MOSAIC) == 0).any(-1)
+
+
+def _with_exceptions(call: _Call, strong, doc, visible0):
+    """Marks strong [B*H, NC] with STRONG the chunks that see padding, among the rows written too, or slots of before
+    the call while no row of it is written."""
+    back = min(call.spec.slot_lag // MOSAIC, call.NC)
+    if doc is not None:
+        padded = _padded(doc)
+        padded |= jnp.pad(padded[:, : call.NC - back], ((0, 0), (back, 0)))
+        strong = jnp.where(jnp.repeat(padded, call.H, 0), STRONG, strong)
+    return strong if visible0 is None else strong.at[:, :back].set(STRONG)
 
 
 def _sight(doc, halo: int, C: int):
@@ -399,19 +406,18 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     from pallas_kernels.gpu import forward_kernels
 
     c = _Call(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, tiles)
-    B, T, S, H, HQ, NC = c.B, c.T, c.S, c.H, c.HQ, c.NC
+    B, T, S, HQ, NC = c.B, c.T, c.S, c.HQ, c.NC
     cos_, sin_, doc_, cur, sight, vis = _optional(c, cos, sin, doc, visible0)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
     heads = c.heads(c.tiles.output.stack)
     (st, dec, total, strong), last = _states(c, k, v, la, slot_k0, slot_v0, doc_, cur)
-    mosaic = _by_mosaic(c, log_alpha, cos, visible0)
+    mosaic = _by_mosaic(c, log_alpha, cos)
     begin = None
-    if (mosaic or c.fused) and doc is not None:
-        begin, padded = _doc_start(cur, spec.slot_lag), _padded(doc_)
-        back = min(spec.slot_lag // MOSAIC, NC)
-        padded |= jnp.pad(padded[:, : NC - back], ((0, 0), (back, 0)))  # the rows written
-        strong = jnp.where(jnp.repeat(padded, H, 0), STRONG, strong)
+    if mosaic or c.fused:
+        if doc is not None:
+            begin = _doc_start(cur, spec.slot_lag)
+        strong = _with_exceptions(c, strong, doc, visible0)
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
     keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
@@ -511,7 +517,7 @@ def _gradients(spec, residuals, cotangents, tiles):
     queries = q
     if ready and cos is not None:
         queries = _rotated(q, *(x[..., halo:, :] for x in (cos_, sin_)))
-    mosaic = D == c.V and _by_mosaic(c, log_alpha, cos, visible0)
+    mosaic = D == c.V and _by_mosaic(c, log_alpha, cos)
     begin = None
     if (mosaic or c.fused) and doc is not None:
         begin = _doc_start(cur, spec.slot_lag)
@@ -658,7 +664,17 @@ def _gradients(spec, residuals, cotangents, tiles):
     return dq, dk, dv, dla, dk0, dv0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(10,))
+def _asked_before(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec) -> bool:
+    """Whether the rows before the call had better be queries, too, whose results nobody wants: for the Mosaic GPU
+    kernels, which know no rows before a call. Those rows write nothing, as slots lag behind by as much."""
+    if not 0 < spec.halo <= min(spec.slot_lag, q.shape[1]) or log_alpha.shape[-1] == 0:
+        return False
+    queries = _sds((q.shape[0], k.shape[1], *q.shape[2:]), q.dtype)
+    spec = dataclasses.replace(spec, halo=0)
+    c = _Call(queries, k, v, log_alpha, slot_k0, cos, doc, visible0, spec, None)
+    return c.long or _by_mosaic(c, log_alpha, cos)
+
+
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, log_alpha: jax.Array,
     slot_k0: jax.Array | None, slot_v0: jax.Array | None,
@@ -675,6 +691,17 @@ def forward(
     Returns o [B,T,HQ,V] in v's dtype, lse_slot and lse_window [B,T,HQ] float32 (natural log, -inf
     where that side is empty), and the final slots [B,H,M,D], [B,H,M,V] float32.
     """
+    arrays = slot_k0, slot_v0, cos, sin, doc, visible0
+    if not _asked_before(q, k, v, log_alpha, slot_k0, cos, doc, visible0, spec):
+        return _attention(q, k, v, log_alpha, *arrays, spec)
+    halo, spec = spec.halo, dataclasses.replace(spec, halo=0)
+    q = jnp.pad(q, ((0, 0), (halo, 0), (0, 0), (0, 0)))
+    o, lse_s, lse_w, *last = _attention(q, k, v, log_alpha, *arrays, spec)
+    return o[:, halo:], lse_s[:, halo:], lse_w[:, halo:], *last
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(10,))
+def _attention(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec):
     return _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec)[0]
 
 
@@ -686,4 +713,4 @@ def _backward_rule(spec, residuals, cotangents):
     return (*_backward(spec, residuals, cotangents), None, None, None, None)
 
 
-forward.defvjp(_forward_rule, _backward_rule)
+_attention.defvjp(_forward_rule, _backward_rule)

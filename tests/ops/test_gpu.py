@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from nha_jax import parallel
 from nha_jax.errors import UserError
 from nha_jax.ops import backends, init_state, nha_attention, nha_decode_step
-from pallas_kernels.gpu import launch, pieces
+from pallas_kernels.gpu import attention, launch, pieces
 from tests.ops import suite
 
 pytestmark = pytest.mark.skipif(
@@ -136,6 +136,50 @@ def test_long_windows_of_whole_chunks(
         text = jax.jit(jax.grad(loss)).lower(x).as_text()
         assert all(f"nha_window_{name}" in text for name in ("output", "dq", "dkv"))
     assert compared(case, "bfloat16") == []
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize(("window", "cut"), [(64, 128), (64, 384), (256, 192)])
+def test_a_row_in_two_calls(window, cut, documents, monkeypatch):
+    """The second goes on from the first one's state; Mosaic GPU kernels do both on sm_90."""
+    asked, found = attention._asked_before, []
+
+    def noted(*call):
+        found.append(asked(*call))
+        return found[-1]
+
+    monkeypatch.setattr(attention, "_asked_before", noted)
+    sizes = dict(head_dim=64, value_dim=64, slots=64, heads=4, kv_heads=2)
+    case = suite.Case(f"calls_{window}", 448, window, **sizes, documents=documents)
+    inputs = {n: np.asarray(jnp.asarray(y, jnp.bfloat16)) for n, y in suite.inputs(case).items()}
+    ids, rope = suite.segment_ids(case), suite.tables(case)
+    weights = np.random.default_rng(0).standard_normal((case.batch, case.t, 4, 64))
+
+    def results(cuts, impl, dtype):
+        x = {n: jnp.asarray(y, dtype) for n, y in inputs.items()}
+        x["log_alpha"] = x["log_alpha"].astype(jnp.promote_types(dtype, jnp.float32))
+
+        def loss(x):
+            o, state = [], None
+            for part in cuts:
+                call = {n: y[:, part] for n, y in x.items()}
+                now, state = nha_attention(
+                    **call, **case.options(), rope=tuple(y[part] for y in rope),
+                    segment_ids=None if ids is None else ids[:, part], initial_state=state,
+                    return_state=True, impl=impl,
+                )  # fmt: skip
+                o.append(now)
+            o = jnp.concatenate(o, 1)
+            return (o * weights.astype(o.dtype)).astype(x["log_alpha"].dtype).sum(), o
+
+        grads, o = jax.jit(jax.grad(loss, has_aux=True))(x)
+        return {n: np.asarray(y, np.float64) for n, y in dict(o=o, **grads).items()}
+
+    got = results((slice(0, cut), slice(cut, None)), "triton", jnp.bfloat16)
+    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
+        want = results((slice(None),), "reference", jnp.float64)
+    assert found == [False, launch.missing_mosaic() is None]
+    assert {n: e for n, y in got.items() if (e := suite.error(y, want[n])) > 8e-3} == {}
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="ONE DEVICE HERE: nothing to split a call over")

@@ -108,7 +108,7 @@ def on_hopper(monkeypatch):
         (False, {"feature_map": "silu"}), (False, {"empty_slots": "zero"}), (False, {"halo": 64}),
         (False, {"dtype": jnp.float16}), (False, {"gates": jnp.bfloat16}),
         (False, {"tables": None}), (True, {"tables": (2, 256, 32)}), (True, {"doc": True}),
-        (False, {"visible0": True}), (False, {"tiles": Tiles(mosaic=False)}),
+        (True, {"visible0": True}), (False, {"tiles": Tiles(mosaic=False)}),
         (False, {"tiles": Tiles(chunk=32)}),
     ],
 )  # fmt: skip
@@ -126,7 +126,7 @@ def test_which_calls_it_takes(taken, changed, on_hopper):
     spec = spec_for(q, **{n: x for n, x in changed.items() if n in of_spec})
     tiles = changed.get("tiles", Tiles())
     call = attention._Call(q, k, v, la, None, cos, doc, vis, spec, tiles)
-    assert attention._by_mosaic(call, la, cos, vis) is taken
+    assert attention._by_mosaic(call, la, cos) is taken
 
 
 def test_only_on_the_known_gpu():
