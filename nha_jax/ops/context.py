@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.ops.core import FEATURE_MAPS, Output, Spec, accumulator, rotate, written_share
 
 Kept = Sequence[jax.Array | None]  # the rows before the call, in the places of their arguments
-einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+KEPT = "attention"  # name of what a policy of rematerialisation keeps
 
 
 def forward(run: Callable[..., Output], call: tuple, kept: Kept, axis: str) -> Output:
@@ -59,12 +60,12 @@ def forward(run: Callable[..., Output], call: tuple, kept: Kept, axis: str) -> O
     if visible0 is not None:
         visible0 &= before == 1
     if slots:
-        decay, *written = _transfer(k, v, log_alpha, doc, t, spec)
+        decay, *written = checkpoint_name(_transfer(k, v, log_alpha, doc, t, spec), KEPT)
         first = [
             jnp.zeros_like(x) if x0 is None else x0.astype(x.dtype)
             for x, x0 in zip(written, (slot_k0, slot_v0), strict=True)
         ]
-        slot_k0, slot_v0 = _incoming(decay, written, first, axis)
+        slot_k0, slot_v0 = checkpoint_name(_incoming(decay, written, first, axis), KEPT)
     spec = replace(spec, halo=reach)
     return run(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec)
 
@@ -166,13 +167,26 @@ def _transfer(
     lasting = write & (here == last[:, None])
     share = jnp.where(lasting[:, :, None, None], jnp.exp(later) * written_share(gate), 0.0)
     phi = FEATURE_MAPS[spec.feature_map]
-    keys, values = phi(leaving(k).astype(acc)), leaving(v).astype(acc)
+    keys = phi(leaving(k).astype(acc)).astype(k.dtype)
     decay = jnp.where((last == 1)[:, None, None], jnp.exp(decays.sum(axis=1)), 0.0)
-    return (
-        decay,
-        einsum("bthm,bthd->bhmd", share, keys),
-        einsum("bthm,bthd->bhmd", share, values),
-    )
+    return decay, _written(share, keys), _written(share, leaving(v))
+
+
+def _written(share: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows ``[B,t,H,*]`` in shares ``[B,t,H,M]``, summed: ``[B,H,M,*]`` in the shares' dtype. For
+    rows of half precision a share is the sum of two numbers of their dtype, as products of its own
+    precision would be slow: 2^-17 of it is lost, and its gradient is rounded to one of them."""
+    precision, acc = jax.lax.Precision, share.dtype
+
+    def summed(share: jax.Array, precision: jax.lax.Precision) -> jax.Array:
+        product = partial(jnp.einsum, precision=precision, preferred_element_type=acc)
+        return product("bthm,bthd->bhmd", share, rows)
+
+    if rows.dtype.itemsize > 2:
+        return summed(share, precision.HIGHEST)
+    high = share.astype(rows.dtype)
+    low = (share - high.astype(acc)).astype(rows.dtype)
+    return summed(high, precision.HIGH) + summed(jax.lax.stop_gradient(low), precision.HIGH)
 
 
 def _incoming(

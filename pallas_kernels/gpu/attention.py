@@ -82,11 +82,11 @@ def _sds(shape, dtype) -> jax.ShapeDtypeStruct:
 
 @functools.cache
 def device_name() -> str:
-    """Short name of the GPU in use, as in pallas_kernels/tuned ('h100')."""
+    """Short name of the GPU in use, as in pallas_kernels/tuned ('h100'); an H200 is an H100 with more memory."""
     kind = jax.devices()[0].device_kind.lower()
-    for name in ("h100", "h200", "b200", "a100"):
+    for name, tuned in (("h100", "h100"), ("h200", "h100"), ("b200", "b200"), ("a100", "a100")):
         if name in kind:
-            return name
+            return tuned
     return kind.replace(" ", "-")
 
 

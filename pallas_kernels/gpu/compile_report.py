@@ -109,10 +109,10 @@ def report(
     length = 8192
     doc = jnp.ones((bench.TOKENS // length, length), jnp.int32) if documents else None
     args = jax.eval_shape(lambda: bench.inputs(shape, bench.TOKENS // length, length)[:4])
-    tables = bench.rope(length, shape.d)
+    cos, sin = bench.rope(length, shape.d)
 
-    def run(*xs):
-        return attention.forward(*xs, None, None, *tables, doc, None, spec)[0]
+    def run(q, k, v, la):
+        return attention.forward(q, k, v, la, None, None, cos, sin, doc, None, spec)[0]
 
     with contextlib.ExitStack() as changed:
         changed.enter_context(mock.patch.object(launch, "call", call))

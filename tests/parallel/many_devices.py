@@ -43,8 +43,11 @@ def op_errors(case: suite.Case, mesh: jax.sharding.Mesh) -> list[str]:
     """What the op, split over the mesh, computes otherwise than the reference: nothing."""
     with jax.enable_x64(True):
         truth = suite.run(case, "reference", jnp.float64)
-    with jax.set_mesh(mesh):
-        return suite.compare(suite.run(case, "xla", jnp.float32), truth, "float32")
+    wrong = []
+    for dtype in suite.TOLERANCE:
+        with jax.set_mesh(mesh):
+            wrong += suite.compare(suite.run(case, "xla", jnp.dtype(dtype)), truth, dtype)
+    return wrong
 
 
 def config_of(mesh, windows):
