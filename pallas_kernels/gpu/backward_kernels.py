@@ -58,7 +58,7 @@ def _dphi(g, x, FM: tl.constexpr):
 
 @triton.jit
 def _reference(g):
-    return -SPAN * (-g / SPAN).to(tl.int32).to(tl.float32)
+    return -SPAN * (g / -SPAN).to(tl.int32).to(tl.float32)
 
 
 @triton.jit
@@ -71,10 +71,10 @@ def _rounded(x, GD: tl.constexpr):
 
 
 @triton.jit
-def _order(GB: tl.constexpr, C: tl.constexpr):
+def _order(GB: tl.constexpr, C: tl.constexpr, start=0):
     """Token and head of each row of a program: two heads of a token are 8 rows apart, so that one thread
     has both in the accumulator of a product."""
-    i = tl.arange(0, GB * C)
+    i = start + tl.arange(0, GB * C)
     return i // (8 * GB) * 8 + i % 8, i // 8 % GB
 
 
@@ -169,6 +169,144 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
 
 
 @triton.jit
+def _place(pid, T, halo, NC, HQ: tl.constexpr, H: tl.constexpr, GB: tl.constexpr, C: tl.constexpr):
+    """Where a program works: first query head, kv head, chunk, row of the batch; the chunk's first query, its row, its number among
+    all heads' queries; of the program's rows the token, the number, and whether it is there. The compiler takes
+    all of it for new: it computes anew what follows from it, and holds none of it until then."""
+    new = _landed(pid)
+    h0, h, c, b = _chunk(new, HQ // GB, GB, HQ // H, NC)
+    tok, head = _order(GB, C, new - pid)
+    t0 = c * C
+    return h0, h, c, b, t0, halo + t0, (b * T + t0) * HQ + h0, tok, tok * HQ + head, t0 + tok < T
+
+
+@triton.jit
+def _rows(q_ptr, k_ptr, do_ptr, v_ptr, qrows, live, j, kok, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FM: tl.constexpr,
+          DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr):
+    """Features of queries and keys, in halves, do and values."""
+    f1, f2 = _halves(q_ptr, qrows, live, D, DH, DB, True)
+    k1, k2 = _halves(k_ptr, j, kok, H * D, DH, DB, True)
+    do = _tile(do_ptr, qrows, live, V, V, VB, True)
+    v = _tile(v_ptr, j, kok, H * V, V, VB, True)
+    return _phi(f1, FM), _phi(f2, FM), _phi(k1, FM), _phi(k2, FM), do, v
+
+
+@triton.jit
+def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_ptr, do_ptr, lse_ptr, delta, T, S, halo, NC,
+                 dl_ptr, p_ptr, side_ptr, dst_ptr, pid, j,
+                 HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 scale: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                 C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr,
+                 ALONE: tl.constexpr, NB: tl.constexpr = 16):
+    """The slots, whatever their gates, NB at a time, so that nothing as wide as all of them is held: their dq, in halves; p,
+    dl, the gates' share and, ALONE, the demand on the state are written."""
+    R: tl.constexpr = GB * C
+    DH: tl.constexpr = D // 2
+    SD: tl.constexpr = st_ptr.dtype.element_ty
+    TD: tl.constexpr = v_ptr.dtype.element_ty
+    sc: tl.constexpr = scale * 1.4426950408889634
+    h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
+    row0 = r0 - LAG
+    stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+    kb = (b * S + row0) * H + h
+    kok = (row0 + j >= 0) & (row0 + j < S)
+    lse = tl.load(lse_ptr + first + qrows, mask=live, other=float("inf"))
+    HELD: tl.constexpr = GD == tl.bfloat16  # in shared memory, which has no room for them beside wider ones
+    if HELD:
+        f1, f2, k1, k2, do, vt = _rows(q_ptr + first * D, k_ptr + kb * D, do_ptr + first * V, v_ptr + kb * V, qrows, live, j, kok,
+                                       H, D, V, FM, DH, DB, VB)
+    own = tok[:, None] == j[None, :]
+    earlier = tok[:, None] > j[None, :]
+    if HAS_DOC:
+        jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
+        earlier = earlier & (qdoc[:, None] == jdoc[None, :])
+        old = qdoc == tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+    seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
+    dq1 = tl.zeros((R, DB), tl.float32)
+    dq2 = tl.zeros((R, DB), tl.float32)
+    for m0 in tl.range(0, M, NB, num_stages=1, disable_licm=True):
+        mm = m0 + tl.arange(0, NB)
+        if not HELD:
+            f1, f2, k1, k2, do, vt = _rows(q_ptr + first * D, k_ptr + kb * D, do_ptr + first * V, v_ptr + kb * V, qrows, live, j, kok,
+                                           H, D, V, FM, DH, DB, VB)
+        s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
+        y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        g, rest, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, r0, T - t0, H, M, NB, C, HAS_DOC, GD, TD, True, m0)
+        levels = _levels(g)
+        e0, b0 = _level(g, rest, w, 0)
+        e0 = _each_head(e0, GB, C, NB)
+        # y, z: logits over the scale and dp, without step t's own write
+        x = _inner(f1, f2, k1, k2, PREC)
+        own_k = tl.sum(tl.where(own, x, 0.0), 1)
+        x = _rounded(tl.where(earlier, x, 0.0), GD)[0]
+        y = _mm(x, b0.to(GD), y, GPREC) * e0
+        for n in range(1, levels):
+            e, bn = _level(g, rest, w, n)
+            y += _mm0(x, bn.to(GD), GPREC) * _each_head(e, GB, C, NB)
+        z = _mm0(do.to(SD), tl.trans(_tile(stb + D, mm, mm < M, D + V, V, VB)), PREC)
+        if HAS_DOC:
+            z = tl.where(old[:, None], z, 0.0)
+        x = _mm0(do, tl.trans(vt), PREC)
+        own_v = tl.sum(tl.where(own, x, 0.0), 1)
+        x = _rounded(tl.where(earlier, x, 0.0), GD)[0]
+        z = _mm(x, b0.to(GD), z, GPREC) * e0
+        for n in range(1, levels):
+            e, bn = _level(g, rest, w, n)
+            z += _mm0(x, bn.to(GD), GPREC) * _each_head(e, GB, C, NB)
+        shown = seen[:, None]
+        if M % NB != 0:
+            shown = shown & (mm < M)[None, :]
+        each = _each_head(w, GB, C, NB)
+        p = tl.where(shown, _exp2((y + own_k[:, None] * each) * sc - lse[:, None]), 0.0)
+        dl = p * (z + own_v[:, None] * each - delta[:, None]) * scale
+        at = _each_head(_exp2(g - _reference(g) + rest), GB, C, NB)
+        dl_at, side = _rounded(dl * at, GD)
+        side = side / at * y
+        p_at, rounded = _rounded(p * at, GD)
+        side += rounded / at * z
+        hi0, hi, ci, bi, ti, ri, query, toki, rowsi, livei = _place(pid, T, halo, NC, HQ, H, GB, C)
+        row = (bi * S + ri - LAG) * H + hi
+        stored = ti + j < T
+        if INPLACE:
+            part = row
+            stored = stored & (ri - LAG + j >= 0)
+        else:
+            part = (bi * T + ti) * (HQ // GB) + hi0 // GB
+        _put(side_ptr + part * M, _sum_heads(side, GB, C, NB), j * (HQ // GB), stored, M, M, NB, m0)
+        if SHARE:
+            _put(p_ptr + row * V, p_at, rowsi, livei & (ri - LAG + toki >= 0), V, M, NB, m0)
+            _put(dl_ptr + row * D, dl_at, rowsi, livei & (ri - LAG + toki >= 0), D, M, NB, m0)
+        else:
+            _put(p_ptr + query * M, p_at, rowsi, livei, M, M, NB, m0)
+            _put(dl_ptr + query * M, dl_at, rowsi, livei, M, M, NB, m0)
+        near = _each_head(g, GB, C, NB) > -SPAN  # level 0, where the reference is 0
+        p_0 = tl.where(near, p_at, 0.0)
+        dl_0 = tl.where(near, dl_at, 0.0)
+        a = _mm0(dl_0, tl.trans(b0.to(GD)), GPREC)
+        for n in range(1, levels):
+            e, bn = _level(g, rest, w, n)
+            a += _mm0((dl * _each_head(e, GB, C, NB)).to(GD), tl.trans(bn.to(GD)), GPREC)
+        a = tl.where(own, tl.sum(dl * each, 1)[:, None], tl.where(earlier, a, 0.0)).to(GD)
+        if HAS_DOC:
+            p_0 = tl.where(old[:, None], p_0, 0.0)
+            dl_0 = tl.where(old[:, None], dl_0, 0.0)
+        if ALONE:
+            dst = dst_ptr + ((bi * H + hi) * (NC + 1) + ci) * (M * (D + V))
+            _put(dst + D, _mm0(tl.trans(p_0), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
+            _put_halves(dst, _mm0(tl.trans(dl_0), f1.to(GD), GPREC), _mm0(tl.trans(dl_0), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
+        dq1 = _mm(a, k1.to(GD), _mm(dl_0, s1.to(GD), dq1, GPREC), GPREC)
+        dq2 = _mm(a, k2.to(GD), _mm(dl_0, s2.to(GD), dq2, GPREC), GPREC)
+    if FM != "none":
+        q1, q2 = _halves(q_ptr + first * D, qrows, live, D, DH, DB, True)
+        dq1 = _dphi(dq1, q1, FM)
+        dq2 = _dphi(dq2, q2, FM)
+    return dq1, dq2
+
+
+@triton.jit
 def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
         o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch,
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
@@ -210,7 +348,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     push_w = tl.load(push_w_ptr + rows, mask=live, other=0.0)
     dq1 = tl.zeros((R, DB), tl.float32)
     dq2 = tl.zeros((R, DB), tl.float32)
-    if SLOTS:
+    if SLOTS and not STRONG:
         row0 = r0 - LAG
         lab = la_ptr + (b * S * H + h) * M
         mm = tl.arange(0, MB)
@@ -223,7 +361,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         if AHEAD:
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-        la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG)
+        la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
         la = la * LOG2E
         f1 = _phi(_landed(f1), FM)
         f2 = _phi(_landed(f2), FM)
@@ -235,13 +373,15 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     delta_s = delta - push_s
     delta_w = delta - push_w
     tl.store(delta_ptr + rows, delta_w, mask=live)
-    if SLOTS:
+    if STRONG:
+        dq1, dq2 = _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_ptr, do_ptr, lse_ptr, delta_s, T, S, halo, NC,
+            dl_ptr, p_ptr, side_ptr, dst_ptr, pid, j, HQ, H, D, V, M, scale, LAG, FM, ZERO, HAS_DOC, HAS_VIS,
+            PREC, GPREC, GD, C, GB, DB, VB, INPLACE, SHARE, ALONE)
+    elif SLOTS:
         g, rest = _gate_sums(la, C, GD, TD)
-        e0, b0 = _level_first(g, rest, w, STRONG)
+        e0, b0 = _level_first(g, rest, w, False)
         b0 = b0.to(GD)
-        if STRONG:
-            e0 = _each_head(e0, GB, C, MB)
-        elif GB > 1:
+        if GB > 1:
             e0 = _exp2(_sum_rows(tok[:, None] >= j[None, :], la, 1 if GD == tl.bfloat16 else 3))
         causal = tok[:, None] >= j[None, :]
         if HAS_DOC:
@@ -253,7 +393,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         shown = seen[:, None]
         if M != MB:
             shown = shown & (mm < M)[None, :]
-        # y, z: logits over the scale and dp; without 2^g in the common copy, without step t's own write in the other
+        # y, z: logits over the scale and dp, without 2^g
         y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
         if not AHEAD:
             do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
@@ -265,46 +405,19 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             z = tl.where(old[:, None], z, 0.0)
         xk = tl.where(causal, _inner(f1, f2, k1, k2, PREC), 0.0)
         xv = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0)
-        if STRONG:
-            own = tok[:, None] == j[None, :]
-            each = _each_head(w, GB, C, MB)
-            own_k = tl.sum(tl.where(own, xk, 0.0), 1)[:, None] * each
-            own_v = tl.sum(tl.where(own, xv, 0.0), 1)[:, None] * each
-            xk = tl.where(own, 0.0, xk).to(GD)
-            xv = tl.where(own, 0.0, xv).to(GD)
-            y = _mm(xk, b0, y, GPREC) * e0
-            z = _mm(xv, b0, z, GPREC) * e0
-            levels = _levels(g)
-            for n in range(1, levels):
-                e, bn = _level(g, rest, w, n)
-                e = _each_head(e, GB, C, MB)
-                y += _mm0(xk, bn.to(GD), GPREC) * e
-                z += _mm0(xv, bn.to(GD), GPREC) * e
-            p = tl.where(shown, _exp2((y + own_k) * sc - lse[:, None]), 0.0)
-            dl = p * (z + own_v - delta_s[:, None]) * scale
-            at = _each_head(_exp2(g - _reference(g) + rest), GB, C, MB)
-            p_at = (p * at).to(GD)
-            dl_at = (dl * at).to(GD)
-            side = dl_at.to(tl.float32) / at * y + p_at.to(tl.float32) / at * z
-            a = _mm0((dl * e0).to(GD), tl.trans(b0), GPREC)
-            for n in range(1, levels):
-                e, bn = _level(g, rest, w, n)
-                a += _mm0((dl * _each_head(e, GB, C, MB)).to(GD), tl.trans(bn.to(GD)), GPREC)
-            a = tl.where(own, tl.sum(dl * each, 1)[:, None], a)
-            p_0 = p * e0
-            dl_0 = dl * e0
-        else:
-            y = _mm(xk.to(GD), b0, y, GPREC)
-            z = _mm(xv.to(GD), b0, z, GPREC)
-            p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
-            dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
-            p_at, p_0 = _rounded(p_0 * e0, GD)
-            dl_at, dl_0 = _rounded(dl_0, GD)
-            # of the rounded numbers that dslot_kernel subtracts from: their errors cancel there
-            side = dl_0 * y + p_0 * z
-            a = _mm0(dl_at, tl.trans(b0), GPREC)
-            p_0 = p_at
-            dl_0 = dl_at
+        y = _mm(xk.to(GD), b0, y, GPREC)
+        z = _mm(xv.to(GD), b0, z, GPREC)
+        p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
+        dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
+        p_at, p_0 = _rounded(p_0 * e0, GD)
+        dl_at, dl_0 = _rounded(dl_0, GD)
+        # of the rounded numbers that dslot_kernel subtracts from: their errors cancel there
+        side = dl_0 * y + p_0 * z
+        a = _mm0(dl_at, tl.trans(b0), GPREC)
+        p_0 = p_at
+        dl_0 = dl_at
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
+        row0 = r0 - LAG
         if SHARE:
             kb = (b * S + row0) * H + h
             _put(p_ptr + kb * V, p_at, qrows, live & (row0 + tok >= 0), V, M, MB)
@@ -343,6 +456,18 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             dq2 = _dphi(dq2, q2, FM)
     if WINDOW > 0:
         if SLOTS:
+            h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
+            vbase = v_ptr + (b * S * H + h) * V
+            cs = cos_ptr + b * rope_batch * DH
+            sn = sin_ptr + b * rope_batch * DH
+            doc = doc_ptr + b * S
+            if HAS_DOC:
+                qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
+            lse = tl.load(lse_ptr + first + qrows, mask=live, other=float("inf"))
+            if STRONG:
+                tl.debug_barrier()
+                delta_w = tl.load(delta_ptr + first + qrows, mask=live, other=0.0)
+        if SLOTS:
             do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
         qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE and not READY)
         q1, q2 = _turned(q_ptr + first * D, qrows, live, D, qc, qs, DH, DB, ROPE and not READY, SLOTS)
@@ -353,12 +478,12 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         krbase = kr_ptr + (b * S * H + h) * D
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
-        CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW  # tiles between the first and the last are seen whole
+        CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not STRONG  # tiles between the first and the last are seen whole
         inner = start + 1
         if HAS_DOC and NP > 1:
             start = tl.maximum(-NP, -tl.load(sight_ptr + (b * NC + c) * 2))
             inner = tl.maximum(1 - NP, -tl.load(sight_ptr + (b * NC + c) * 2 + 1))
-        for n in range(start, tl.minimum(inner, 0) if CLEAN else 1):
+        for n in tl.range(start, tl.minimum(inner, 0) if CLEAN else 1, num_stages=1 if STRONG else None, disable_licm=STRONG):
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < ENDLESS, not CLEAN)
         if CLEAN:
@@ -367,6 +492,9 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
                                   H, D, V, scale, WINDOW, TURN, False, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
+        cs = cos_ptr + b * rope_batch * DH
+        sn = sin_ptr + b * rope_batch * DH
         if ROPE:
             qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE, True)
             dq1, dq2 = _rotate(dq1, dq2, qc, -qs)
@@ -398,7 +526,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
         start = tl.program_id(0)
         step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, total, step):
+            for pid in tl.range(start, total, step, disable_licm=True):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,

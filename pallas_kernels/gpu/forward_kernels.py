@@ -12,17 +12,16 @@ from pallas_kernels.gpu.kernels import (
     SPAN,
     _angles,
     _chunk,
-    _decayed,
     _exp2,
     _halves,
     _inner,
     _landed,
+    _level,
     _level_first,
     _levels,
     _log2,
     _mm,
     _mm0,
-    _pairs,
     _phi,
     _put,
     _rotate,
@@ -93,16 +92,20 @@ def _before(c, C: tl.constexpr, tok, j, row0, WINDOW: tl.constexpr, qdoc, kdoc, 
 
 
 @triton.jit
-def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w, l_w, POST: tl.constexpr, PRE: tl.constexpr,
+def _window_tile(q1, q2, kr_ptr, v_ptr, cs, sn, row, j, qrow, qdoc, doc_ptr, S, acc, m_w, l_w, POST: tl.constexpr, PRE: tl.constexpr,
                  EDGE: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_DOC: tl.constexpr,
-                 PREC: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr):
-    """One more tile of C rotated keys for the online softmax. Not EDGE: every query sees all of it."""
+                 TURN: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, STRONG: tl.constexpr):
+    """One more tile of C keys for the online softmax. Not EDGE: every query sees all of it. TURN: they are yet to be rotated."""
     DH: tl.constexpr = D // 2
     rows = row + j
     ok = (rows >= 0) & (rows < S)
     at = row.to(tl.int64)
     k1, k2 = _halves(kr_ptr + at * (H * D), j, ok, H * D, DH, DB)
-    v = _tile(v_ptr + at * (H * V), j, ok, H * V, V, VB)
+    if TURN:
+        kc, ks = _angles(cs, sn, row, j, ok, DH, DB, True)
+        k1, k2 = _rotate(k1, k2, kc, ks)
+    if not STRONG:
+        v = _tile(v_ptr + at * (H * V), j, ok, H * V, V, VB)
     s = _inner(q1, q2, k1, k2, PREC)
     if PRE != 1.0:
         s = s * PRE
@@ -118,6 +121,8 @@ def _window_tile(q1, q2, kr_ptr, v_ptr, row, j, qrow, qdoc, doc_ptr, S, acc, m_w
     s = _exp2(s * POST - _safe(m)[:, None])
     fade = _exp2(m_w - _safe(m))
     l_w = l_w * fade + tl.sum(s, 1)
+    if STRONG:
+        v = _tile(v_ptr + at * (H * V), j, ok, H * V, V, VB)
     acc = _mm(s.to(v.dtype), v, acc * fade[:, None], PREC)
     return acc, m, l_w
 
@@ -141,6 +146,70 @@ def _values(vbase, svb, row0, r0, j, kok, jok, mm, H: tl.constexpr, D: tl.conste
 
 
 @triton.jit
+def _slot_blocks(acc, m, qbase, kbase, vbase, lab, stb, doc, cur_ptr, vis_ptr, qrows, tok, live, qdoc, j, b, t0, r0, T, S, halo,
+                 POST: tl.constexpr, PRE: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
+                 PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr,
+                 VB: tl.constexpr, NB: tl.constexpr = 16):
+    """The slots, whatever their gates, for the online softmax of output acc and maximum m: NB at a time, so that nothing as
+    wide as all of them is held. Returns both, the slots' own maximum, and the sum of their terms over 2^m."""
+    R: tl.constexpr = GB * C
+    DH: tl.constexpr = D // 2
+    TD: tl.constexpr = vbase.dtype.element_ty
+    row0 = r0 - LAG
+    kok = (row0 + j >= 0) & (row0 + j < S)
+    causal = tok[:, None] >= j[None, :]
+    if HAS_DOC:
+        jdoc = tl.load(doc + r0 + j, mask=t0 + j < T, other=0)
+        causal = causal & (qdoc[:, None] == jdoc[None, :])
+        old = qdoc == tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+    seen = _visible(t0 + tok, live, qdoc, doc, vis_ptr, b, halo, LAG, ZERO, HAS_DOC, HAS_VIS)
+    q1, q2 = _halves(qbase, qrows, live, D, DH, DB)
+    q1 = _phi(q1, FM)
+    q2 = _phi(q2, FM)
+    k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
+    x = _inner(q1, q2, _phi(k1, FM), _phi(k2, FM), PREC)
+    x = tl.where(causal, x, 0.0).to(GD)
+    a = tl.zeros((R, C), tl.float32)
+    m_s = tl.full((R,), NINF, tl.float32)
+    l_s = tl.zeros((R,), tl.float32)
+    for first in tl.range(0, M, NB, num_stages=1, disable_licm=True):
+        mm = first + tl.arange(0, NB)
+        s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
+        y = _inner(q1.to(GD), q2.to(GD), s1, s2, PREC)
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, NB, C, HAS_DOC, GD, TD, True, first)
+        levels = _levels(g)
+        e0, b0 = _level(g, rest, w, 0)
+        e0 = _stack(e0, GB, C, NB)
+        y = _mm(x, b0.to(GD), y, GPREC) * e0
+        for n in range(1, levels):
+            e, bn = _level(g, rest, w, n)
+            y += _mm0(x, bn.to(GD), GPREC) * _stack(e, GB, C, NB)
+        if PRE != 1.0:
+            y = y * PRE
+        if M % NB != 0:
+            y = tl.where((mm < M)[None, :], y, NINF)
+        m_s = tl.maximum(m_s, tl.where(seen, tl.max(y, 1) * POST, NINF))
+        top = tl.maximum(m, m_s)
+        fall = _exp2(m - _safe(top))
+        m = top
+        y = _exp2(y * POST - tl.where(seen, _safe(m), float("inf"))[:, None])
+        l_s = l_s * fall + tl.sum(y, 1)
+        p = (y * e0).to(GD)
+        a = _mm(p, tl.trans(b0.to(GD)), a * fall[:, None], GPREC)
+        for n in range(1, levels):
+            e, bn = _level(g, rest, w, n)
+            a += _mm0((y * _stack(e, GB, C, NB)).to(GD), tl.trans(bn.to(GD)), GPREC)
+        if HAS_DOC:
+            p = tl.where(old[:, None], p, 0.0)
+        acc = _mm(p, _tile(stb + D, mm, mm < M, D + V, V, VB), acc * fall[:, None], PREC)
+    v = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+    return _mm(tl.where(causal, a, 0.0).to(TD), v, acc, PREC), m, m_s, l_s
+
+
+@triton.jit
 def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
             T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr,
             HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -155,10 +224,11 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
     POST: tl.constexpr = scale * 1.4426950408889634 if scale > 0 else 1.0
     PRE: tl.constexpr = 1.0 if scale > 0 else scale * 1.4426950408889634
     NP: tl.constexpr = (WINDOW + C - 2) // C  # key tiles before the diagonal one
-    FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C else 0  # of them, seen whole by every query
+    FULL: tl.constexpr = (WINDOW - C) // C if WINDOW > C and not STRONG else 0  # of them, seen whole by every query
     BOUNDED: tl.constexpr = HAS_DOC and NP > 1  # the chunk's documents say which of them are looked at, and seen whole
     # the tile leaving the window is the tile being written, and there are no others
-    TWO: tl.constexpr = SLOTS and NP == 1 and LAG == C
+    TURN: tl.constexpr = SLOTS and NP == 1 and LAG == C
+    TWO: tl.constexpr = TURN and not STRONG
     h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
     i = tl.arange(0, R)
     tok = i % C if GB > 1 else i
@@ -220,26 +290,30 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         if BOUNDED:
             oldest = tl.maximum(-NP, -tl.load(sight_ptr + (b * NC + c) * 2))
             inner = tl.maximum(-FULL, -tl.load(sight_ptr + (b * NC + c) * 2 + 1))
-        for e in tl.range(0, inner - oldest + 1):
+        for e in tl.range(0, inner - oldest + 1, num_stages=1 if STRONG else STAGES):
             n = tl.where(e < inner - oldest, oldest + e, 0)
-            acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
-                True, H, D, V, WINDOW, HAS_DOC, PREC, C, DB, VB)
+            acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, cs, sn, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
+                True, H, D, V, WINDOW, HAS_DOC, TURN and ROPE, PREC, C, DB, VB, STRONG)
         if FULL > 0:
             for n in tl.range(inner, 0, num_stages=STAGES):
-                acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
-                    False, H, D, V, WINDOW, False, PREC, C, DB, VB)
+                acc, m_w, l_w = _window_tile(q1, q2, krbase, vbase, cs, sn, r0 + n * C, j, qrow, qdoc, doc, S, acc, m_w, l_w, POST, PRE,
+                    False, H, D, V, WINDOW, False, False, PREC, C, DB, VB, False)
     m_s = tl.full((R,), NINF, tl.float32)
     l_s = tl.zeros((R,), tl.float32)
     m = m_w
-    if SLOTS:
+    if STRONG:
+        acc, m, m_s, l_s = _slot_blocks(acc, m_w, qbase, kbase, vbase, lab, stb, doc, cur_ptr, vis_ptr, qrows, tok, live, qdoc, j, b,
+            t0, r0, T, S, halo, POST, PRE, H, D, V, M, LAG, FM, ZERO, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB)
+        total = l_s + l_w * _exp2(m_w - _safe(m))
+        m_s = tl.where(l_s > 0, m, m_s)
+    elif SLOTS:
         if not TWO:
             f1, f2 = _halves(qbase, qrows, live, D, DH, DB)
             if AHEAD:
                 v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
             f1, f2, k1, k2, s1, s2 = _keys(f1, f2, kbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB)
-        g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, STRONG)
-        levels = _levels(g) if STRONG else 1
-        e0, b0 = _level_first(g, rest, w, STRONG)
+        g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, False)
+        e0, b0 = _level_first(g, rest, w, False)
         b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
         causal = tok[:, None] >= j[None, :]
@@ -253,7 +327,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         y = _inner(f1.to(GD), f2.to(GD), s1, s2, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
-        y = _decayed(y, x, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC, TD)
+        y = _mm(x, b0, y, GPREC) * e0
         if PRE != 1.0:
             y = y * PRE
         if M != MB:
@@ -301,10 +375,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
         else:
             fall = _exp2(m_s - _safe(m))
             v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
-        if STRONG:
-            a = _pairs(y, e0, b0, levels, lab, doc, row0, r0, T - t0, H, M, GB, C, MB, HAS_DOC, STRONG, GPREC, TD)
-        else:
-            a = _mm0(p, tl.trans(b0), GPREC)
+        a = _mm0(p, tl.trans(b0), GPREC)
         if not AHEAD:
             a *= fall[:, None]
         if TWO and WINDOW <= C:
@@ -354,7 +425,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
         start = tl.program_id(0)
         step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, total, step):
+            for pid in tl.range(start, total, step, disable_licm=True):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
                         sight_ptr, vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,

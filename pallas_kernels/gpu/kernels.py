@@ -126,15 +126,15 @@ def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _tile(ptr, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, AGAIN: tl.constexpr = False):
-    """Rows `rows` (where ok) of a matrix of N columns, padded with zeros to NB columns.
+def _tile(ptr, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, AGAIN: tl.constexpr = False, first=0):
+    """Rows `rows` (where ok) of a matrix of N columns, NB of its columns from `first` on, padded with zeros.
 
     AGAIN: load with a cache modifier, which keeps the compiler from merging this load with an earlier one and
     so from holding the tile in registers in between.
     """
-    cols = tl.arange(0, NB)
+    cols = first + tl.arange(0, NB)
     mask = ok[:, None]
-    if N != NB:
+    if N % NB != 0:
         mask = mask & (cols < N)[None, :]
     at = ptr + rows[:, None] * stride + cols[None, :]
     if AGAIN:
@@ -144,10 +144,10 @@ def _tile(ptr, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr
 
 
 @triton.jit
-def _put(ptr, x, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr):
-    cols = tl.arange(0, NB)
+def _put(ptr, x, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, first=0):
+    cols = first + tl.arange(0, NB)
     mask = ok[:, None]
-    if N != NB:
+    if N % NB != 0:
         mask = mask & (cols < N)[None, :]
     tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
@@ -196,8 +196,8 @@ def _stack(x, GB: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-           HAS_DOC: tl.constexpr, FINE: tl.constexpr, STRONG: tl.constexpr):
-    """Gates of the C steps whose written rows start at row0 and whose queries start at row query0.
+           HAS_DOC: tl.constexpr, FINE: tl.constexpr, STRONG: tl.constexpr, first=0):
+    """Gates of the C steps whose written rows start at row0 and whose queries start at row query0, of MB slots from `first` on.
 
     n: how many steps exist. Pointers stand at the row of index 0. STRONG: they may sum to less than -SPAN. Returns
     the gate (0 where nothing is written), its write weight (0 there), and which steps write.
@@ -208,7 +208,7 @@ def _gates(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, M
         dq = tl.load(doc_ptr + query0 + i, mask=i < n, other=0)
         dr = tl.load(doc_ptr + row0 + i, mask=act, other=0)
         act = act & (dq == dr) & (dq != 0)
-    la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB).to(tl.float32)
+    la = _tile(la_ptr + row0.to(tl.int64) * (H * M), i, act, H * M, M, MB, False, first).to(tl.float32)
     if STRONG:
         la = tl.maximum(la, -SPAN * LN2)  # nothing older is left after such a step anyway
     return la, _write_weight(la, FINE), act
@@ -268,39 +268,11 @@ def _levels(g):
 
 @triton.jit
 def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, C: tl.constexpr,
-          HAS_DOC: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr, STRONG: tl.constexpr):
-    """g, its rest and w, loaded afresh: the rare further levels ask again rather than keep them in registers."""
-    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG)
+          HAS_DOC: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr, STRONG: tl.constexpr, first=0):
+    """g, its rest and w of MB slots from `first` on."""
+    la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG, first)
     g, rest = _gate_sums(la * LOG2E, C, GD, TD)
     return g, rest, w
-
-
-@triton.jit
-def _decayed(y0, x, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-             GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr,
-             TD: tl.constexpr):
-    """y[t,m] = 2^g_tm (y0[t,m] + sum_j x[t,j] w_jm 2^-g_jm): x is masked to the pairs that exist."""
-    y = _mm(x, b0, y0, PREC) * e0
-    if STRONG:
-        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD, STRONG)
-        for n in range(1, levels):
-            e, b = _level(g, rest, w, n)
-            y += _mm0(x, b.to(x.dtype), PREC) * _stack(e, GB, C, MB)
-    return y
-
-
-@triton.jit
-def _pairs(p, e0, b0, levels, la_ptr, doc_ptr, row0, query0, steps, H: tl.constexpr, M: tl.constexpr,
-           GB: tl.constexpr, C: tl.constexpr, MB: tl.constexpr, HAS_DOC: tl.constexpr, STRONG: tl.constexpr, PREC: tl.constexpr,
-           TD: tl.constexpr):
-    """a[t,j] = sum_m p[t,m] w_jm 2^(g_tm - g_jm); right for j <= t, to be masked elsewhere."""
-    a = _mm0((p * e0).to(b0.dtype), tl.trans(b0), PREC)
-    if STRONG:
-        g, rest, w = _sums(la_ptr, doc_ptr, row0, query0, steps, H, M, MB, C, HAS_DOC, b0.dtype, TD, STRONG)
-        for n in range(1, levels):
-            e, b = _level(g, rest, w, n)
-            a += _mm0((p * _stack(e, GB, C, MB)).to(b0.dtype), tl.trans(b.to(b0.dtype)), PREC)
-    return a
 
 
 @triton.jit

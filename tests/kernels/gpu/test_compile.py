@@ -39,3 +39,38 @@ def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, wi
     )
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+# bytes that a kernel spills with the committed choice, where not 0
+SPILLED = {
+    ("A", "64", "dq_kernel strong"): 4,
+    ("C", "64", "dq_kernel strong"): 4,
+    ("C", "64", "dq_kernel"): 160,
+    ("A", "full", "dq_kernel"): 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "more"),
+    [
+        ("output", "A", ["--full"]),
+        ("output", "C", []),
+        ("dq", "A", ["--full"]),
+        ("dq", "B", []),
+        ("dq", "C", []),
+    ],
+)
+def test_spills(kernel, shape, more, tmp_path):
+    """On sm_90, neither copy of a kernel spills more than it is known to."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report", "--arch", "90"]
+    run = subprocess.run(
+        [*command, "--only", kernel, "--shapes", shape, "--windows", "64", *more],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    print(run.stdout)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()[2:]]
+    assert len(rows) == 2 + len(more)
+    for _, _, window, name, _, _, _, spilled, _ in rows:
+        assert int(spilled) <= SPILLED.get((shape, window, name), 0), (shape, window, name)
