@@ -13,6 +13,7 @@ import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
     ENDLESS,
+    INTERPRETED,
     LN2,
     LOG2E,
     SPAN,
@@ -155,9 +156,9 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
     qc, qs = _angles(cs, sn, qr, i, live, DH, DB, TURN)
     do = _tile(do_ptr + rows * V, i, live, HQ * V, V, VB)
     lse = tl.load(lse_ptr + rows + i * HQ, mask=live, other=float("inf"))
-    delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)
     q1, q2 = _turned(q_ptr + rows * D, i, live, HQ * D, qc, qs, DH, DB, TURN)
     s = _inner(k1, k2, q1, q2, PREC) * sc
+    delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)  # needed later, and 16 registers
     qdoc = kdoc
     if HAS_DOC:
         qdoc = tl.load(doc + qr + i, mask=live, other=0)
@@ -468,6 +469,16 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
 
 
 @triton.jit
+def _widened(x):
+    """x, bfloat16, as float32; by instructions of its own, as the compiler would keep an earlier x.to(tl.float32)."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x1044; prmt.b32 $1, $2, 0, 0x3244;", "=&r,=&r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+
+
+@triton.jit
 def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok,
                N: tl.constexpr, NB: tl.constexpr, HALVES: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
                M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, GD: tl.constexpr,
@@ -525,12 +536,10 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     qrows = tok * HQ + i // C
     live = t0 + tok < T
     after = j[:, None] <= tok[None, :]  # [written, query]
-    same = j[:, None] <= j[None, :]
     if HAS_DOC:
         jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
         qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
         after = after & (jdoc[:, None] == qdoc[None, :])
-        same = same & (jdoc[:, None] == jdoc[None, :])
         last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
 
     nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
@@ -538,7 +547,6 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
     x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB)
     ds1, ds2 = _halves(dst_ptr + nb, mm, mm < M, D + V, DH, DB)
-    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
     g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, False)
     x1 = _phi(x1, FM)
     x2 = _phi(x2, FM)
@@ -557,7 +565,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     if HAS_DOC:
         u = tl.where(last, u, 0.0)
     dw = u * decay  # the gradient of the weights times 2^g
-    through = through + tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
+    through = tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
 
     dx1 = _mm0(end, ds1, GPREC)
     dx2 = _mm0(end, ds2, GPREC)
@@ -569,19 +577,41 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
         dx2 = _dphi(dx2, x2, FM)
     _put_halves(dk_ptr + kb * D, dx1, dx2, j, kok, H * D, DH, DB)
 
-    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
-    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB, True)
-    dx = _mm0(end, ds, GPREC)
-    dx, x, dw = _slot_pass(x, x, do_ptr, p_ptr, dx, x, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, V, VB, False, "none",
-                           G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
-    _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
+    # rows that count from C or MB on: of the same, the compiler would keep addresses, and masks further down, in registers
+    i = tl.arange(C, 2 * C)
+    mi = tl.arange(MB, 2 * MB)
+    v_ptr += (kb - C * H) * V
+    ds_ptr = dst_ptr + nb + D - MB * (D + V)
+    if VB > 64:  # halves are easier to find registers for
+        x1, x2 = _halves(v_ptr, i, kok, H * V, V // 2, VB // 2, True)
+        ds1, ds2 = _halves(ds_ptr, mi, mi < M + MB, D + V, V // 2, VB // 2, True)
+        dx1 = _mm0(end, ds1, GPREC)
+        dx2 = _mm0(end, ds2, GPREC)
+        dx1, dx2, dw = _slot_pass(x1, x2, do_ptr, p_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, V, VB // 2, True,
+                                  "none", G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
+        _put_halves(dv_ptr + kb * V, dx1, dx2, j, kok, H * V, V // 2, VB // 2)
+    else:
+        x = _tile(v_ptr, i, kok, H * V, V, VB, True)
+        ds = _tile(ds_ptr, mi, mi < M + MB, D + V, V, VB, True)
+        dx = _mm0(end, ds, GPREC)
+        dx, x, dw = _slot_pass(x, x, do_ptr, p_ptr, dx, x, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, V, VB, False, "none",
+                               G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
+        _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
     la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
+    through += tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
     la = la * LOG2E
-    own = dw * bw.to(tl.float32)
-    dw *= _exp2(la - _gate_sums(la, C, GD, TD)[0])
+    own = dw * _widened(bw)
+    if TD == tl.float32:
+        g = _gate_sums(la, C, GD, TD)[0]
+    else:
+        g = _sum_rows(i[:, None] >= i[None, :], la, 1 if GD == tl.bfloat16 else 3)
+    dw *= _exp2(la - g)
+    same = i[:, None] <= i[None, :]
+    if HAS_DOC:
+        same = same & (jdoc[:, None] == jdoc[None, :])
     dla = -own
     if INPLACE:
         dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MB)
@@ -835,7 +865,7 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_p
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
                              C, DH, DB, VB, WINDOW < ENDLESS, not APART)
     if ROPE:
-        kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
+        kc, kn = _angles(cs, sn, kr - KB * C, tl.arange(KB * C, 2 * KB * C), kok, DH, DB, ROPE, True)
         dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
     return dk1, dk2, dv
 
@@ -889,16 +919,19 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_
     dv = tl.zeros((KB * C, VB), tl.float32)
     dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, watch_ptr, do_ptr, lse_ptr, delta_ptr,
                                 b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN, READY)
+    # rows that count from KB C on: of the same, the compiler would keep addresses in registers through the loops
+    i = tl.arange(KB * C, 2 * KB * C)
+    kb -= KB * C * H
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
-        a1, a2 = _halves(dk_in + kb * D, j, had, H * D, DH, DB)
+        a1, a2 = _halves(dk_in + kb * D, i, had, H * D, DH, DB)
         dk1 += a1
         dk2 += a2
-        dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
-        _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), j, kok & ~had, H * M, M, MB)
-    _put_halves(dk_ptr + kb * D, dk1, dk2, j, kok, H * D, DH, DB)
-    _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)
+        dv += _tile(dv_in + kb * V, i, had, H * V, V, VB)
+        _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), i, kok & ~had, H * M, M, MB)
+    _put_halves(dk_ptr + kb * D, dk1, dk2, i, kok, H * D, DH, DB)
+    _put(dv_ptr + kb * V, dv, i, kok, H * V, V, VB)
 
 
 @triton.jit

@@ -39,3 +39,26 @@ def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, wi
     )
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part", "shape", "window"),
+    [
+        ("dslot", "", "B", 64),
+        ("dslot", "strong", "A", 64),
+        ("dslot", "strong", "C", 64),
+        ("dwindow", "", "B", 64),
+    ],
+)
+def test_no_spills(kernel, part, shape, window, tmp_path):
+    """With the committed choice for the H100; the other copies: docs/gpu_kernels.md."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = (
+        "from pallas_kernels import bench; from pallas_kernels.gpu import compile_report as c; "
+        f"s = bench.SHAPES[{shape!r}]; spec = bench.Spec({window}, {window}, s.d**-0.5); "
+        f"rows = c.report(s, spec, 90, only={kernel!r}); print(*rows, sep='\\n'); "
+        f"assert [r.spilled for r in rows if r.part == {part!r}] == [0]"
+    )
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    print(run.stdout)
+    assert run.returncode == 0, run.stderr[-2000:]
