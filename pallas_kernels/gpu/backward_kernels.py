@@ -13,6 +13,8 @@ import triton.language as tl
 
 from pallas_kernels.gpu.kernels import (
     ENDLESS,
+    INTERPRETED,
+    LN2,
     LOG2E,
     SPAN,
     _angles,
@@ -40,6 +42,7 @@ from pallas_kernels.gpu.kernels import (
     _to_end,
     _to_half,
     _visible,
+    _write_weight,
 )
 
 
@@ -153,9 +156,9 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
     qc, qs = _angles(cs, sn, qr, i, live, DH, DB, TURN)
     do = _tile(do_ptr + rows * V, i, live, HQ * V, V, VB)
     lse = tl.load(lse_ptr + rows + i * HQ, mask=live, other=float("inf"))
-    delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)
     q1, q2 = _turned(q_ptr + rows * D, i, live, HQ * D, qc, qs, DH, DB, TURN)
     s = _inner(k1, k2, q1, q2, PREC) * sc
+    delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)  # needed later, and 16 registers
     qdoc = kdoc
     if HAS_DOC:
         qdoc = tl.load(doc + qr + i, mask=live, other=0)
@@ -594,11 +597,21 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
 
 
 @triton.jit
-def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, dw_own, bw, g, rest, level, h, b, t0, live, after, now, qrows, T, kb, kok,
+def _widened(x):
+    """x, bfloat16, as float32; by instructions of its own, as the compiler would keep an earlier x.to(tl.float32)."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x1044; prmt.b32 $1, $2, 0, 0x3244;", "=&r,=&r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+
+
+@triton.jit
+def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok,
                N: tl.constexpr, NB: tl.constexpr, HALVES: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
-               M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, C: tl.constexpr, GD: tl.constexpr,
-               PREC: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr):
-    """One level of the pairs inside a chunk, for keys (x, y, pl = k, q, dl), in halves, or values (v, do, p), whole."""
+               M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, GD: tl.constexpr,
+               PREC: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr):
+    """The pairs inside a chunk, for keys (x, y, pl = k, q, dl), in halves, or values (v, do, p), whole."""
     for gi in range(G // GB):
         rows = (b * T + t0) * HQ + h * G + gi * GB
         if SHARE:
@@ -611,10 +624,6 @@ def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, dw_own, bw, g, rest, level, 
         else:
             y1 = _tile(y_ptr + rows * N, qrows, live, N, N, NB)
         y1 = _phi(y1, F)
-        if STRONG:
-            e, inv = _level(g, rest, 1.0, level)
-            e = tl.reshape(tl.broadcast_to(e[None, :, :], (GB, C, MB)), (GB * C, MB))
-            pe = tl.where(e > 0, pe, 0.0).to(GD)
         a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
         dx1 = _mm(a, y1.to(GD), dx1, GPREC)
         if HALVES:
@@ -622,11 +631,8 @@ def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, dw_own, bw, g, rest, level, 
             a = tl.where(after, _inner(x1, x2, y1, y2, PREC), 0.0)
         else:
             a = tl.where(after, _mm0(x1, tl.trans(y1), PREC), 0.0)
-        if STRONG:
-            dw_own = _mm(tl.where(now, a, 0.0).to(GD), pe, dw_own, GPREC)
-            a = tl.where(now, 0.0, a)
         dw = _mm(a.to(GD), pe, dw, GPREC)
-    return dx1, dx2, dw, dw_own
+    return dx1, dx2, dw
 
 
 @triton.jit
@@ -636,7 +642,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
-           NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr):
+           NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr):
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
     TD: tl.constexpr = v_ptr.dtype.element_ty
@@ -658,13 +664,10 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     qrows = tok * HQ + i // C
     live = t0 + tok < T
     after = j[:, None] <= tok[None, :]  # [written, query]
-    now = j[:, None] == tok[None, :]
-    same = j[:, None] <= j[None, :]
     if HAS_DOC:
         jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
         qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
         after = after & (jdoc[:, None] == qdoc[None, :])
-        same = same & (jdoc[:, None] == jdoc[None, :])
         last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
 
     nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
@@ -672,18 +675,13 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
     x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB)
     ds1, ds2 = _halves(dst_ptr + nb, mm, mm < M, D + V, DH, DB)
-    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
-    g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, STRONG)
+    g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, False)
     x1 = _phi(x1, FM)
     x2 = _phi(x2, FM)
-    bw = _level_first(g, rest, w, STRONG)[1]
-    if STRONG:
-        to_end = _to_end(g, rest, C, TD)
-        end = to_end * w
-    else:
-        decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
-        end = bw * decay
-        bw = _rounded(bw, GD)[0]
+    bw = _level_first(g, rest, w, False)[1]
+    decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+    end = bw * decay
+    bw = _rounded(bw, GD)[0]
     if HAS_DOC:
         end = tl.where(last, end, 0.0)
     end = end.to(GD)
@@ -694,63 +692,54 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     u = _mm(x2.to(GD), tl.trans(ds2), u, GPREC)
     if HAS_DOC:
         u = tl.where(last, u, 0.0)
-    own = tl.zeros((C, MB), tl.float32)  # weight times gradient of each write, with the weight as rounded
-    if STRONG:
-        levels = _levels(g)
-        # what only passes through a step, from the rows before it: no difference of sums, which would
-        # lose a gate near 0
-        through = through + _sum_rows(j[:, None] > j[None, :], end.to(tl.float32) * u, 3)
-        dw = to_end * u  # the gradient
-    else:
-        dw = u * decay  # the gradient times 2^g
-        through = through + tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
+    dw = u * decay  # the gradient of the weights times 2^g
+    through = tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
 
     dx1 = _mm0(end, ds1, GPREC)
     dx2 = _mm0(end, ds2, GPREC)
-    if STRONG:
-        for n in range(levels):
-            e, inv = _level(g, rest, 1.0, n)
-            bn = (inv * w).to(GD)
-            db = tl.zeros((C, MB), tl.float32)
-            dx1, dx2, db, db_own = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, db, db, bn, g, rest, n, h, b, t0, live, after, now,
-                                              qrows, T, kb, kok, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
-            dw += (db + db_own) * inv
-            own += db * bn.to(tl.float32)
-    else:
-        dx1, dx2, dw, own = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows,
-                                       T, kb, kok, D, DB, True, FM, G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
+    dx1, dx2, dw = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, D, DB, True, FM,
+                              G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
     if FM != "none":
         x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB, True)
         dx1 = _dphi(dx1, x1, FM)
         dx2 = _dphi(dx2, x2, FM)
     _put_halves(dk_ptr + kb * D, dx1, dx2, j, kok, H * D, DH, DB)
 
-    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
-    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB, True)
-    dx = _mm0(end, ds, GPREC)
-    if STRONG:
-        for n in range(levels):
-            e, inv = _level(g, rest, 1.0, n)
-            bn = (inv * w).to(GD)
-            db = tl.zeros((C, MB), tl.float32)
-            dx, x, db, db_own = _slot_pass(x, x, do_ptr, p_ptr, dx, x, db, db, bn, g, rest, n, h, b, t0, live, after, now, qrows,
-                                           T, kb, kok, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
-            dw += (db + db_own) * inv
-            own += db * bn.to(tl.float32)
+    # rows that count from C or MB on: of the same, the compiler would keep addresses, and masks further down, in registers
+    i = tl.arange(C, 2 * C)
+    mi = tl.arange(MB, 2 * MB)
+    v_ptr += (kb - C * H) * V
+    ds_ptr = dst_ptr + nb + D - MB * (D + V)
+    if VB > 64:  # halves are easier to find registers for
+        x1, x2 = _halves(v_ptr, i, kok, H * V, V // 2, VB // 2, True)
+        ds1, ds2 = _halves(ds_ptr, mi, mi < M + MB, D + V, V // 2, VB // 2, True)
+        dx1 = _mm0(end, ds1, GPREC)
+        dx2 = _mm0(end, ds2, GPREC)
+        dx1, dx2, dw = _slot_pass(x1, x2, do_ptr, p_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, V, VB // 2, True,
+                                  "none", G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
+        _put_halves(dv_ptr + kb * V, dx1, dx2, j, kok, H * V, V // 2, VB // 2)
     else:
-        dx, x, dw, own = _slot_pass(x, x, do_ptr, p_ptr, dx, x, dw, own, bw, g, rest, 0, h, b, t0, live, after, now, qrows,
-                                    T, kb, kok, V, VB, False, "none", G, HQ, M, MB, GB, C, GD, PREC, GPREC, SHARE, STRONG)
-    _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
+        x = _tile(v_ptr, i, kok, H * V, V, VB, True)
+        ds = _tile(ds_ptr, mi, mi < M + MB, D + V, V, VB, True)
+        dx = _mm0(end, ds, GPREC)
+        dx, x, dw = _slot_pass(x, x, do_ptr, p_ptr, dx, x, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, V, VB, False, "none",
+                               G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
+        _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
-    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG)
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
+    through += tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
     la = la * LOG2E
-    if STRONG:
-        dw *= _exp2(la)
+    own = dw * _widened(bw)
+    if TD == tl.float32:
+        g = _gate_sums(la, C, GD, TD)[0]
     else:
-        own = dw * bw.to(tl.float32)
-        dw *= _exp2(la - _gate_sums(la, C, GD, TD)[0])
+        g = _sum_rows(i[:, None] >= i[None, :], la, 1 if GD == tl.bfloat16 else 3)
+    dw *= _exp2(la - g)
+    same = i[:, None] <= i[None, :]
+    if HAS_DOC:
+        same = same & (jdoc[:, None] == jdoc[None, :])
     dla = -own
     if INPLACE:
         dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MB)
@@ -764,6 +753,193 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     else:
         dla += through
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
+
+
+@triton.jit
+def _slots(ptr, rows, ok, m0, stride: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Columns m0 to m0 + MS of rows `rows` (where ok) of a matrix of M, or zeros. AGAIN: as of _tile."""
+    m = m0 + tl.arange(0, MS)
+    mask = ok[:, None]
+    if M % MS != 0:
+        mask = mask & (m < M)[None, :]
+    at = ptr + rows[:, None] * stride + m[None, :]
+    if AGAIN:
+        return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca")
+    else:
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _slot_gates(la_ptr, j, act, m0, H: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, C: tl.constexpr,
+                GD: tl.constexpr, TD: tl.constexpr):
+    """Write weights of the slots from m0 on, strong; g, its rest and how many levels."""
+    la = tl.maximum(_slots(la_ptr, j, act, m0, H * M, M, MS).to(tl.float32), -SPAN * LN2)
+    w = _write_weight(la, GD != tl.bfloat16)
+    la *= LOG2E
+    # the sums of _gate_sums, so that a row is of one level in all kernels; its products' masks would take registers
+    rest = 0.0
+    if TD == tl.float32:
+        g, rest = _gate_sums(la, C, GD, TD)
+    elif GD == tl.bfloat16:
+        g = tl.cumsum(_to_half(la), 0)
+    else:
+        g = tl.cumsum(la, 0)
+    return w, g, rest, _levels(g)
+
+
+@triton.jit
+def _of_level(x, g, n):
+    """The rows of x of level n."""
+    at = g + n * SPAN
+    return tl.where((at <= 0) & (at > -SPAN), x, 0.0)
+
+
+@triton.jit
+def _strong_rows(dx_ptr, x_ptr, y_ptr, pl_ptr, ds_ptr, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
+                 N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
+                 MS: tl.constexpr, HAS_DOC: tl.constexpr, C: tl.constexpr, GD: tl.constexpr, GPREC: tl.constexpr, W: tl.constexpr,
+                 SHARE: tl.constexpr):
+    """Slot side of dk (x, y, pl = k, q, dl) or dv (v, do, p)."""
+    TD: tl.constexpr = x_ptr.dtype.element_ty
+    dx = tl.zeros((C, NB), tl.float32)
+    for gi in range(HQ // H):
+        rows = (b * T + t0) * HQ + h * (HQ // H) + gi
+        a = tl.zeros((C, C), tl.float32)
+        for m0 in range(0, M, MS):
+            w, g, rest, levels = _slot_gates(la_ptr, j, act, m0, H, M, MS, C, GD, TD)
+            if SHARE:
+                pl = _slots(pl_ptr + kb * N, j, live & kok, m0, HQ * N, M, MS)
+            else:
+                pl = _slots(pl_ptr + rows * M, j, live, m0, HQ * M, M, MS)
+            for n in range(levels):
+                e, inv = _level(g, rest, w, n)
+                a = _mm(inv.to(GD), tl.trans(_of_level(pl, g, n).to(GD)), a, GPREC)
+        y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
+        after = j[:, None] <= j[None, :]  # [written, query]
+        if HAS_DOC:
+            after = after & (qdoc[:, None] == qdoc[None, :])
+        dx = _mm(tl.where(after, a, 0.0).to(GD), y.to(GD), dx, GPREC)
+    for m0 in range(0, M, MS):
+        w, g, rest, levels = _slot_gates(la_ptr, j, act, m0, H, M, MS, C, GD, TD)
+        end = _to_end(g, rest, C, TD) * w
+        if HAS_DOC:
+            end = tl.where(last, end, 0.0)
+        mm = m0 + tl.arange(0, MS)
+        dx = _mm(end.to(GD), _tile(ds_ptr, mm, mm < M, W, N, NB), dx, GPREC)
+    if F != "none":
+        dx = _dphi(dx, _tile(x_ptr + kb * N, j, kok, H * N, N, NB), F)
+    _put(dx_ptr + kb * N, dx, j, kok, H * N, N, NB)
+
+
+@triton.jit
+def _strong_weights(dw, own, x_ptr, y_ptr, pl_ptr, w, g, rest, levels, m0, h, b, t0, T, j, kok, live, qdoc, kb,
+                    N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
+                    MS: tl.constexpr, HAS_DOC: tl.constexpr, C: tl.constexpr, GD: tl.constexpr, PREC: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr):
+    """Gradient of the write weights of the slots from m0 on, and weight times gradient from later queries than a row's own, with what the pairs
+    inside a chunk add: keys (x, y, pl = k, q, dl) or values (v, do, p)."""
+    for gi in range(HQ // H):
+        later = j[:, None] < j[None, :]
+        rows = (b * T + t0) * HQ + h * (HQ // H) + gi
+        x = _phi(_tile(x_ptr + kb * N, j, kok, H * N, N, NB, True), F)
+        y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
+        if SHARE:
+            pl = _slots(pl_ptr + kb * N, j, live & kok, m0, HQ * N, M, MS)
+        else:
+            pl = _slots(pl_ptr + rows * M, j, live, m0, HQ * M, M, MS)
+        a = _mm0(x, tl.trans(y), PREC)
+        a_own = tl.sum(tl.where(j[:, None] == j[None, :], a, 0.0), 1)
+        if HAS_DOC:
+            later = later & (qdoc[:, None] == qdoc[None, :])
+        a = tl.where(later, a, 0.0).to(GD)
+        for n in range(levels):
+            e, inv = _level(g, rest, 1.0, n)
+            pn = _of_level(pl, g, n).to(GD)
+            db = _mm0(a, pn, GPREC)
+            own += db * (inv * w).to(GD).to(tl.float32)
+            dw += (db + a_own[:, None] * pn.to(tl.float32)) * inv
+    return dw, own
+
+
+@triton.jit
+def _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+                  T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
+                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                  C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
+                  NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr):
+    """_dslot for strong gates: the slots in blocks of MS, and the rows' gradients after the gates', so that few registers are taken."""
+    MS: tl.constexpr = 16
+    KB: tl.constexpr = 2 * DB
+    TD: tl.constexpr = v_ptr.dtype.element_ty
+    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
+    t0 = c * C
+    kr = halo + t0 - LAG
+    j = tl.arange(0, C)
+    krow = kr + j
+    kok = (krow >= 0) & (krow < S)
+    live = t0 + j < T
+    act = live & (krow >= 0)
+    kb = (b * S + kr) * H + h
+    if SHARE:  # each is read before its gradient is written, by this program alone
+        dl_ptr = dk_ptr
+        p_ptr = dv_ptr
+    qdoc = j
+    last = j
+    if HAS_DOC:
+        doc = doc_ptr + b * S
+        qdoc = tl.load(doc + halo + t0 + j, mask=live, other=0)
+        act = act & (qdoc != 0) & (qdoc == tl.load(doc + krow, mask=act, other=0))
+        last = (qdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
+    la_ptr += kb * M
+    ds_ptr = dst_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
+    for m0 in range(0, M, MS):
+        mm = m0 + tl.arange(0, MS)
+        w, g, rest, levels = _slot_gates(la_ptr, j, act, m0, H, M, MS, C, GD, TD)
+        dw = tl.zeros((C, MS), tl.float32)
+        own = tl.zeros((C, MS), tl.float32)
+        dw, own = _strong_weights(dw, own, k_ptr, q_ptr, dl_ptr, w, g, rest, levels, m0, h, b, t0, T, j, kok, live, qdoc, kb,
+                                  D, KB, FM, HQ, H, M, MS, HAS_DOC, C, GD, PREC, GPREC, SHARE)
+        dw, own = _strong_weights(dw, own, v_ptr, do_ptr, p_ptr, w, g, rest, levels, m0, h, b, t0, T, j, kok, live, qdoc, kb,
+                                  V, VB, "none", HQ, H, M, MS, HAS_DOC, C, GD, PREC, GPREC, SHARE)
+        # u: gradient of the writes through the state after the chunk
+        x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+        u = _mm0(x.to(GD), tl.trans(_tile(ds_ptr + D, mm, mm < M, D + V, V, VB)), GPREC)
+        x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, KB), FM)
+        u = _mm(x.to(GD), tl.trans(_tile(ds_ptr, mm, mm < M, D + V, D, KB)), u, GPREC)
+        to_end = _to_end(g, rest, C, TD)
+        end = to_end * w
+        if HAS_DOC:
+            u = tl.where(last, u, 0.0)
+            end = tl.where(last, end, 0.0)
+        dw += to_end * u
+        # what only passes through a step, from the rows before it: no difference of sums, which would
+        # lose a gate near 0
+        through = _sum_rows(j[:, None] > j[None, :], end.to(GD).to(tl.float32) * u, 3)
+        through += tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+        if HAS_DOC:
+            through = tl.where(last, through, 0.0)
+        la = _slots(la_ptr, j, act, m0, H * M, M, MS, True).to(tl.float32)
+        through -= dw * _exp2(tl.maximum(la * LOG2E, -SPAN))
+        dla = -own
+        if INPLACE:
+            dla += _slots(dla_ptr + kb * M, j, act, m0, H * M, M, MS)
+        else:
+            for gi in range(NSIDE):
+                part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
+                dla += _slots(side_ptr + part * M, j, live, m0, H * NSIDE * M, M, MS)
+        if HAS_DOC:
+            same = (j[:, None] <= j[None, :]) & (qdoc[:, None] == qdoc[None, :])
+            dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3)
+        else:
+            dla = tl.cumsum(dla, 0, reverse=True)
+        dla = tl.where(act[:, None], dla + through, 0.0)
+        at = dla_ptr + kb * M + j[:, None] * (H * M) + mm[None, :]
+        tl.store(at, dla.to(dla_ptr.dtype.element_ty), mask=kok[:, None] & (mm < M)[None, :])
+    _strong_rows(dk_ptr, k_ptr, q_ptr, dl_ptr, ds_ptr, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
+                 D, KB, FM, HQ, H, M, MS, HAS_DOC, C, GD, GPREC, D + V, SHARE)
+    _strong_rows(dv_ptr, v_ptr, do_ptr, p_ptr, ds_ptr + D, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
+                 V, VB, "none", HQ, H, M, MS, HAS_DOC, C, GD, GPREC, D + V, SHARE)
 
 
 @triton.jit
@@ -817,7 +993,7 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_p
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
                              C, DH, DB, VB, WINDOW < ENDLESS, not APART)
     if ROPE:
-        kc, kn = _angles(cs, sn, kr, j, kok, DH, DB, ROPE, True)
+        kc, kn = _angles(cs, sn, kr - KB * C, tl.arange(KB * C, 2 * KB * C), kok, DH, DB, ROPE, True)
         dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
     return dk1, dk2, dv
 
@@ -838,14 +1014,14 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
-                    _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                           side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
-                           VB, MB, NSIDE, INPLACE, SHARE, STRONG)
+                    _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+                                  T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, DB, VB,
+                                  NSIDE, INPLACE, SHARE)
     else:
         if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
             _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
                    side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
-                   VB, MB, NSIDE, INPLACE, SHARE, STRONG)
+                   VB, MB, NSIDE, INPLACE, SHARE)
 
 
 @triton.jit
@@ -871,16 +1047,19 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_
     dv = tl.zeros((KB * C, VB), tl.float32)
     dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, watch_ptr, do_ptr, lse_ptr, delta_ptr,
                                 b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN, READY)
+    # rows that count from KB C on: of the same, the compiler would keep addresses in registers through the loops
+    i = tl.arange(KB * C, 2 * KB * C)
+    kb -= KB * C * H
     if ADD:
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
-        a1, a2 = _halves(dk_in + kb * D, j, had, H * D, DH, DB)
+        a1, a2 = _halves(dk_in + kb * D, i, had, H * D, DH, DB)
         dk1 += a1
         dk2 += a2
-        dv += _tile(dv_in + kb * V, j, had, H * V, V, VB)
-        _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), j, kok & ~had, H * M, M, MB)
-    _put_halves(dk_ptr + kb * D, dk1, dk2, j, kok, H * D, DH, DB)
-    _put(dv_ptr + kb * V, dv, j, kok, H * V, V, VB)
+        dv += _tile(dv_in + kb * V, i, had, H * V, V, VB)
+        _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), i, kok & ~had, H * M, M, MB)
+    _put_halves(dk_ptr + kb * D, dk1, dk2, i, kok, H * D, DH, DB)
+    _put(dv_ptr + kb * V, dv, i, kok, H * V, V, VB)
 
 
 @triton.jit

@@ -58,6 +58,11 @@ SPILLED = {
         ("dq", "A", ["--full"]),
         ("dq", "B", []),
         ("dq", "C", []),
+        ("dslot", "A", []),
+        ("dslot", "B", []),
+        ("dslot", "C", []),
+        ("dwindow", "A", ["--full"]),
+        ("dwindow", "B", []),
     ],
 )
 def test_spills(kernel, shape, more, tmp_path):
