@@ -756,24 +756,10 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 
 
 @triton.jit
-def _slots(ptr, rows, ok, m0, stride: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, AGAIN: tl.constexpr = False):
-    """Columns m0 to m0 + MS of rows `rows` (where ok) of a matrix of M, or zeros. AGAIN: as of _tile."""
-    m = m0 + tl.arange(0, MS)
-    mask = ok[:, None]
-    if M % MS != 0:
-        mask = mask & (m < M)[None, :]
-    at = ptr + rows[:, None] * stride + m[None, :]
-    if AGAIN:
-        return tl.load(at, mask=mask, other=0.0, cache_modifier=".ca")
-    else:
-        return tl.load(at, mask=mask, other=0.0)
-
-
-@triton.jit
 def _slot_gates(la_ptr, j, act, m0, H: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, C: tl.constexpr,
                 GD: tl.constexpr, TD: tl.constexpr):
     """Write weights of the slots from m0 on, strong; g, its rest and how many levels."""
-    la = tl.maximum(_slots(la_ptr, j, act, m0, H * M, M, MS).to(tl.float32), -SPAN * LN2)
+    la = tl.maximum(_tile(la_ptr, j, act, H * M, M, MS, False, m0).to(tl.float32), -SPAN * LN2)
     w = _write_weight(la, GD != tl.bfloat16)
     la *= LOG2E
     # the sums of _gate_sums, so that a row is of one level in all kernels; its products' masks would take registers
@@ -808,9 +794,9 @@ def _strong_rows(dx_ptr, x_ptr, y_ptr, pl_ptr, ds_ptr, la_ptr, h, b, t0, T, j, k
         for m0 in range(0, M, MS):
             w, g, rest, levels = _slot_gates(la_ptr, j, act, m0, H, M, MS, C, GD, TD)
             if SHARE:
-                pl = _slots(pl_ptr + kb * N, j, live & kok, m0, HQ * N, M, MS)
+                pl = _tile(pl_ptr + kb * N, j, live & kok, HQ * N, M, MS, False, m0)
             else:
-                pl = _slots(pl_ptr + rows * M, j, live, m0, HQ * M, M, MS)
+                pl = _tile(pl_ptr + rows * M, j, live, HQ * M, M, MS, False, m0)
             for n in range(levels):
                 e, inv = _level(g, rest, w, n)
                 a = _mm(inv.to(GD), tl.trans(_of_level(pl, g, n).to(GD)), a, GPREC)
@@ -843,9 +829,9 @@ def _strong_weights(dw, own, x_ptr, y_ptr, pl_ptr, w, g, rest, levels, m0, h, b,
         x = _phi(_tile(x_ptr + kb * N, j, kok, H * N, N, NB, True), F)
         y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
         if SHARE:
-            pl = _slots(pl_ptr + kb * N, j, live & kok, m0, HQ * N, M, MS)
+            pl = _tile(pl_ptr + kb * N, j, live & kok, HQ * N, M, MS, False, m0)
         else:
-            pl = _slots(pl_ptr + rows * M, j, live, m0, HQ * M, M, MS)
+            pl = _tile(pl_ptr + rows * M, j, live, HQ * M, M, MS, False, m0)
         a = _mm0(x, tl.trans(y), PREC)
         a_own = tl.sum(tl.where(j[:, None] == j[None, :], a, 0.0), 1)
         if HAS_DOC:
@@ -919,23 +905,22 @@ def _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross
         through += tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
         if HAS_DOC:
             through = tl.where(last, through, 0.0)
-        la = _slots(la_ptr, j, act, m0, H * M, M, MS, True).to(tl.float32)
+        la = _tile(la_ptr, j, act, H * M, M, MS, True, m0).to(tl.float32)
         through -= dw * _exp2(tl.maximum(la * LOG2E, -SPAN))
         dla = -own
         if INPLACE:
-            dla += _slots(dla_ptr + kb * M, j, act, m0, H * M, M, MS)
+            dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MS, False, m0)
         else:
             for gi in range(NSIDE):
                 part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
-                dla += _slots(side_ptr + part * M, j, live, m0, H * NSIDE * M, M, MS)
+                dla += _tile(side_ptr + part * M, j, live, H * NSIDE * M, M, MS, False, m0)
         if HAS_DOC:
             same = (j[:, None] <= j[None, :]) & (qdoc[:, None] == qdoc[None, :])
             dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3)
         else:
             dla = tl.cumsum(dla, 0, reverse=True)
         dla = tl.where(act[:, None], dla + through, 0.0)
-        at = dla_ptr + kb * M + j[:, None] * (H * M) + mm[None, :]
-        tl.store(at, dla.to(dla_ptr.dtype.element_ty), mask=kok[:, None] & (mm < M)[None, :])
+        _put(dla_ptr + kb * M, dla, j, kok, H * M, M, MS, m0)
     _strong_rows(dk_ptr, k_ptr, q_ptr, dl_ptr, ds_ptr, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
                  D, KB, FM, HQ, H, M, MS, HAS_DOC, C, GD, GPREC, D + V, SHARE)
     _strong_rows(dv_ptr, v_ptr, do_ptr, p_ptr, ds_ptr + D, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
