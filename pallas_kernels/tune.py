@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,17 @@ def work(jobs: list[tuple], ready: Any, one: Any, results: Any) -> None:
 
 
 def search(
-    shape: Any, window: int, chunks: list[int], kernels: list[str], workers: int
+    shape: Any,
+    window: int,
+    chunks: list[int],
+    kernels: list[str],
+    workers: int,
+    launches: list[Launch],
 ) -> list[tuple]:
-    """((chunk, kernel), milliseconds, launch) of every candidate."""
+    """((chunk, kernel), milliseconds, launch) of every candidate, or of the launches given."""
     jobs = []
     for chunk, kernel in itertools.product(chunks, kernels):
-        found = list(candidates(kernel, chunk, shape.hq // shape.h, window))
+        found = launches or list(candidates(kernel, chunk, shape.hq // shape.h, window))
         for stack in sorted({c.stack for c in found}):
             some = [c for c in found if c.stack == stack]
             jobs.append((shape, window, chunk, kernel, some))
@@ -172,8 +178,23 @@ def whole(shape: Any, window: int, tiles: Tiles) -> float:
     return bench.milliseconds(run, *args, repeat=20)
 
 
+def launch_of(text: str) -> Launch:
+    """Of "WARPS,STAGES,STACK"; an error of the command line where it is none."""
+    try:
+        warps, stages, stack = (int(n) for n in text.split(","))
+    except ValueError:
+        warps = stages = stack = 0
+    if warps not in (1, 2, 4, 8, 16, 32) or stages < 1 or stack not in (1, 2):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no launch; write warps (a power of two), stages, stack (1 or 2), as 4,2,1"
+        )
+    return Launch(warps, stages, stack)
+
+
 def main() -> None:
     """Command line."""
+    import jax
+
     from pallas_kernels import bench
     from pallas_kernels.gpu import attention
 
@@ -183,6 +204,14 @@ def main() -> None:
     p.add_argument("--full", action="store_true", help="full attention over packed documents")
     p.add_argument("--chunks", nargs="+", type=int, default=[64])
     p.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    p.add_argument(
+        "--launches",
+        nargs="+",
+        type=launch_of,
+        default=[],
+        metavar="WARPS,STAGES,STACK",
+        help="time these, and write nothing down",
+    )
     p.add_argument("--workers", type=int, default=10, help="processes that compile side by side")
     a = p.parse_args()
     every = FULL if a.full else KERNELS
@@ -190,6 +219,8 @@ def main() -> None:
         a.window, a.kernels = ENDLESS, [k for k in a.kernels if k in FULL]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     bench.with_cpu()
+    if jax.default_backend() != "gpu":
+        sys.exit("no GPU here: the tuner times kernels on the GPU that they are to run on")
     path = FOLDER / f"gpu_{attention.device_name()}.json"
     table = json.loads(path.read_text()) if path.is_file() else {}
     for name in a.shapes:
@@ -198,12 +229,12 @@ def main() -> None:
             s = s._replace(m=0)
         best: dict[tuple, tuple] = {}
         for (chunk, kernel), ms, launch in sorted(
-            search(s, a.window, a.chunks, a.kernels, a.workers)
+            search(s, a.window, a.chunks, a.kernels, a.workers, a.launches)
         ):
             best[chunk, kernel] = min(best.get((chunk, kernel), (ms, launch)), (ms, launch))
             print(name, chunk, kernel, *launch, f"{ms:.3f} ms", flush=True)
-        if set(a.kernels) != set(every):
-            continue  # times of some kernels make no choice
+        if set(a.kernels) != set(every) or a.launches:
+            continue  # these times make no choice
         spec, doc = setting(s, a.window)
         mean = None if doc is None else 100
         totals = {c: sum(ms for key, (ms, _) in best.items() if key[0] == c) for c in a.chunks}

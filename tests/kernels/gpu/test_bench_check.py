@@ -1,5 +1,6 @@
 """The check in front of the benchmark's figures, with the xla backend in the kernels' place."""
 
+import argparse
 import functools
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 
 from nha_jax.ops import xla
 from nha_jax.ops.core import Spec
-from pallas_kernels import bench
+from pallas_kernels import bench, tune
 from pallas_kernels.gpu import attention, launch
 
 SMALL = bench.Shape(2, 1, 16, 8)
@@ -42,3 +43,10 @@ def test_whole_chunks_walked_by_one_block(window, mean, call):
     for factor in (0.0, 1.02):
         call.factor = factor
         assert not max(check()().values()) < bench.TOLERANCE
+
+
+def test_launches_to_time():
+    assert tune.launch_of("4,2,1") == (4, 2, 1)
+    for wrong in ("4,2", "3,1,1", "4,0,1", "4,1,3", "four,1,1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="write warps"):
+            tune.launch_of(wrong)
