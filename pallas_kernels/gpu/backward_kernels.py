@@ -27,10 +27,10 @@ from pallas_kernels.gpu.kernels import (
     _inner,
     _landed,
     _level,
-    _level_first,
     _levels,
     _mm,
     _mm0,
+    _only_level,
     _phi,
     _put,
     _rotate,
@@ -382,7 +382,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             PREC, GPREC, GD, C, GB, DB, VB, INPLACE, SHARE, ALONE)
     elif SLOTS:
         g, rest = _gate_sums(la, C, GD, TD)
-        e0, b0 = _level_first(g, rest, w, False)
+        e0, b0 = _only_level(g, w)
         b0 = b0.to(GD)
         if GB > 1:
             e0 = _exp2(_sum_rows(tok[:, None] >= j[None, :], la, 1 if GD == tl.bfloat16 else 3))
@@ -678,7 +678,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     g, rest, w = _sums(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, False)
     x1 = _phi(x1, FM)
     x2 = _phi(x2, FM)
-    bw = _level_first(g, rest, w, False)[1]
+    bw = _only_level(g, w)[1]
     decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
     end = bw * decay
     bw = _rounded(bw, GD)[0]

@@ -17,11 +17,11 @@ from pallas_kernels.gpu.kernels import (
     _inner,
     _landed,
     _level,
-    _level_first,
     _levels,
     _log2,
     _mm,
     _mm0,
+    _only_level,
     _phi,
     _put,
     _rotate,
@@ -313,7 +313,7 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
                 v0, v1, sv = _values(vbase, stb + D, row0, r0, j, kok, jok, mm, H, D, V, M, VB)
             f1, f2, k1, k2, s1, s2 = _keys(f1, f2, kbase, stb, row0, j, kok, mm, H, D, V, M, DH, DB)
         g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD, TD, False)
-        e0, b0 = _level_first(g, rest, w, False)
+        e0, b0 = _only_level(g, w)
         b0 = b0.to(GD)
         e0 = _stack(e0, GB, C, MB)
         causal = tok[:, None] >= j[None, :]

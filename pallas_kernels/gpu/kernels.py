@@ -225,12 +225,9 @@ def _level(g, rest, w, n):
 
 
 @triton.jit
-def _level_first(g, rest, w, STRONG: tl.constexpr):
-    """Level 0; the only one, without a clamp, in the common copy."""
-    if STRONG:
-        return _level(g, rest, w, 0)
-    else:
-        return _exp2(g), _exp2(-g) * w
+def _only_level(g, w):
+    """Level 0 of the common copy, which has no other: without a clamp."""
+    return _exp2(g), _exp2(-g) * w
 
 
 @triton.jit

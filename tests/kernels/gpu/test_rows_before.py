@@ -74,6 +74,20 @@ def test_by_mosaic(documents, heads, window, interpreter, on_hopper, monkeypatch
     assert ran == set(" ".join(kernels.values()).split())
 
 
+def test_slots_of_before_without_a_row_of_it(interpreter, on_hopper, monkeypatch):
+    """Their first chunk is not Mosaic's, whose kernels see no slots there."""
+    from pallas_kernels.gpu import mosaic_output
+
+    output = functools.partial(mosaic_output.output, interpret=True)
+    monkeypatch.setattr(mosaic_output, "output", output)
+    visible0 = jnp.asarray([True, False])
+    arrays, tables, docs, spec, _ = build(**LARGE | dict(halo=0))
+    want = oracle(arrays, tables, docs, visible0, spec)[0]
+    got = attention.forward(*arrays, *tables, docs, visible0, spec)
+    for a, b in zip(got, want, strict=True):
+        assert relative(a, b) < ROUNDED["o"]
+
+
 @pytest.fixture
 def on_hopper(monkeypatch):
     monkeypatch.setattr(launch, "missing_mosaic", lambda: None)
