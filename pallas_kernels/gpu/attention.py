@@ -24,6 +24,7 @@ WIDE = 16384  # slots times width, in powers of two, whose float32 products fit 
 SHORT = 64  # tokens
 MOSAIC = 64  # tokens of a chunk, and slots, of the Mosaic GPU kernels
 STRONG = 2  # marks chunks that the copies for strong gates do
+WEAKEST = -95.95  # of their gates, as state_kernel has it for whole chunks (base 2)
 BATCH = 16  # chunks that one of their programs looks after
 # axes of the heads: of a call's arrays, o and both sides' lse; of the cotangents
 HEADS = (2, 2, 2, 2, 1, 1, None, None, None, None, 2, 2, 2)
@@ -275,6 +276,17 @@ def _doc_start(cur, lag: int) -> jax.Array:
     return jnp.maximum(start, -lag)
 
 
+def _writes(doc, cur, lag: int) -> tuple[jax.Array, jax.Array]:
+    """Of each step [B, T]: 0 where it writes nothing, 2 where its document is its chunk's last, else 1. Of each chunk [B, NC],
+    whether a document ends before its last token. cur [B, T]: the number of a token's document, or of the last one's."""
+    before = jnp.pad(doc, ((0, 0), (lag, 0)))[:, : doc.shape[1]]
+    end = cur[:, MOSAIC - 1 :: MOSAIC]
+    kind = jnp.where(doc == jnp.repeat(end, MOSAIC, 1), 2, 1)
+    steps = jnp.where((doc == before) & (doc != 0), kind, 0).astype(jnp.int32)
+    start = jnp.pad(end[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    return steps, (end != start).astype(jnp.int32)
+
+
 def _padded(doc) -> jax.Array:
     """Whether each chunk of doc [B, T] has padding, [B, NC]."""
     return (doc.reshape(doc.shape[0], -1, MOSAIC) == 0).any(-1)
@@ -360,10 +372,10 @@ def _scan(call: _Call, x, dec, init, st=None):
         tall //= 2
     none = jnp.zeros((1,), jnp.float32)
     return launch.call(
-        kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, call.NC,
+        kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, dec.shape[1],
         out=[
             _sds(x.shape, x.dtype), _sds((rows, M, N), jnp.float32),
-            _sds((1,) if st is None else (rows, call.NC, M), jnp.float32),
+            _sds((1,) if st is None else dec.shape, jnp.float32),
         ],
         grid=rows * -(-M // tall), num_warps=4, aliases={0: 0},
         N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=16 if few else 8,
@@ -378,28 +390,68 @@ def _rotated(k, cos, sin):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(k.dtype)
 
 
-def _states(c: _Call, k, v, la, slot_k0, slot_v0, doc, cur):
-    """The states before each chunk, [B*H, NC+1, M, D+V]; of each chunk what state_kernel says: what it keeps, its decay,
-    and whether it is strong. And the last state."""
+def _initial(c: _Call, slot_k0, slot_v0):
+    """The slots before the call, [B*H, M, D+V], or None."""
+    if not c.init:
+        return None
+    return (
+        jnp.concatenate([slot_k0, slot_v0], -1)
+        .astype(jnp.float32)
+        .reshape(c.B * c.H, c.M, c.D + c.V)
+    )
+
+
+def _added(c: _Call, k, v, la, doc, cur, pieces: int, chunks: int, dtype):
+    """What each of the first ``pieces`` of so many chunks adds to the state, behind a place that is to hold the first state,
+    [B*H, pieces+1, M, D+V] in dtype; and what state_kernel says of the pieces."""
     from pallas_kernels.gpu import forward_kernels
 
-    f32, width = jnp.float32, c.D + c.V
-    if not c.slots:
-        none = tuple(jnp.zeros((1,), x) for x in (c.dtype, f32, f32, jnp.int32))
-        return none, jnp.zeros((c.B, c.H, 0, width), f32)
-    rows = _sds((c.B * c.H, c.NC, c.M), f32)
-    st, dec, total, strong = launch.call(
-        forward_kernels.state_kernel, k, v, la, doc, cur, c.T, c.S, c.spec.halo, c.NC,
-        out=[_sds((c.B * c.H, c.NC + 1, c.M, width), c.gate_dtype), rows, rows, _sds((c.B * c.H, c.NC), jnp.int32)],
-        grid=c.NC * c.B * c.H, **c.tiles.state.options,
+    rows = _sds((c.B * c.H, pieces, c.M), jnp.float32)
+    return launch.call(
+        forward_kernels.state_kernel, k, v, la, doc, cur, c.T, c.S, c.spec.halo, pieces,
+        out=[_sds((c.B * c.H, pieces + 1, c.M, c.D + c.V), dtype), rows, rows, _sds((c.B * c.H, pieces), jnp.int32)],
+        grid=pieces * c.B * c.H, **c.tiles.state.options, PIECE=chunks,
         **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
     )  # fmt: skip
-    init = None
-    if c.init:
-        init = jnp.concatenate([slot_k0, slot_v0], -1).astype(f32)
-        init = init.reshape(c.B * c.H, c.M, width)
+
+
+def _states(c: _Call, k, v, la, init, doc, cur):
+    """The states before each chunk, [B*H, NC+1, M, D+V]; of each chunk what state_kernel says: what it keeps, its decay,
+    and whether it is strong. And the last state."""
+    if not c.slots:
+        none = tuple(jnp.zeros((1,), x) for x in (c.dtype, jnp.float32, jnp.float32, jnp.int32))
+        return none, jnp.zeros((c.B, c.H, 0, c.D + c.V), jnp.float32)
+    st, dec, total, strong = _added(c, k, v, la, doc, cur, c.NC, 1, c.gate_dtype)
     st, last, _ = _scan(c, st, dec, init)
-    return (st, dec, total, strong), last.reshape(c.B, c.H, c.M, width)
+    return (st, dec, total, strong), last
+
+
+def _by_walks(c: _Call, q, k, v, la, init, cos, sin, doc, cur, begin):
+    """Outputs, as output_kernel gives them, and ``_states`` by the Mosaic GPU kernel, which makes the states as it walks over
+    the chunks. Triton's make those in between from which its runs start."""
+    from pallas_kernels.gpu import mosaic_output
+
+    runs, steps = mosaic_output.cut(c.B * c.H, c.NC, launch.processors())
+    start = None if init is None else init[:, None]
+    if runs > 1:
+        piece = mosaic_output.PIECE
+        start, dec, *_ = _added(
+            c, k, v, la, doc, cur, (runs - 1) * steps // piece, piece, jnp.float32
+        )
+        start, *_ = _scan(c, start, dec, init)
+    writes = ended = None
+    if begin is not None:
+        writes = mosaic_output.Writes(*_writes(doc, cur, c.spec.slot_lag))
+        ended = writes.ended
+    *outputs, st, total, last = mosaic_output.output(
+        q, k, v, la, start, cos, sin, begin, writes, c.spec.scale, launch.processors()
+    )
+    dec, strong = total, jnp.zeros(total.shape[:2], jnp.int32)
+    if ended is not None:
+        strong = jnp.repeat(ended, c.H, 0)
+        dec = jnp.where(strong[..., None] > 0, 0.0, total)
+    strong = jnp.where(total.min(-1) < 2.0**WEAKEST, STRONG, strong)
+    return outputs, (st, dec, total, strong), last
 
 
 def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec, tiles=None):
@@ -411,23 +463,24 @@ def _forward(q, k, v, log_alpha, slot_k0, slot_v0, cos, sin, doc, visible0, spec
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     f32 = jnp.float32
     heads = c.heads(c.tiles.output.stack)
-    (st, dec, total, strong), last = _states(c, k, v, la, slot_k0, slot_v0, doc_, cur)
+    init = _initial(c, slot_k0, slot_v0)
     mosaic = _by_mosaic(c, log_alpha, cos)
     begin = None
+    if (mosaic or c.fused) and doc is not None:
+        begin = _doc_start(cur, spec.slot_lag)
+    common = None
+    if mosaic:
+        common, (st, dec, total, strong), last = _by_walks(
+            c, q, k, v, la, init, cos_, sin_, doc_, cur, begin
+        )
+    else:
+        (st, dec, total, strong), last = _states(c, k, v, la, init, doc_, cur)
     if mosaic or c.fused:
-        if doc is not None:
-            begin = _doc_start(cur, spec.slot_lag)
         strong = _with_exceptions(c, strong, doc, visible0)
+    last = last.reshape(c.B, c.H, c.M, c.D + c.V)
     # a window of two tiles, the one being written first: its programs rotate them themselves
     two = c.slots and spec.slot_lag == c.C and 1 < spec.window <= c.C + 1
     keys = k if cos is None or spec.window == 0 or two else _rotated(k, cos_, sin_)
-    common = None
-    if mosaic:
-        from pallas_kernels.gpu import mosaic_output
-
-        common = mosaic_output.output(
-            q, k, v, la, st, cos_, sin_, begin, spec.scale, launch.processors()
-        )
     if c.fused:
         from pallas_kernels.gpu import mosaic_window
 
@@ -507,7 +560,7 @@ def _gradients(spec, residuals, cotangents, tiles):
     cos_, sin_, doc_, cur, sight, vis = _optional(c, cos, sin, doc, visible0)
     la = log_alpha if c.slots else jnp.zeros((1,), jnp.float32)
     if st is None:
-        (st, dec, total, strong), _ = _states(c, k, v, la, slot_k0, slot_v0, doc_, cur)
+        (st, dec, total, strong), _ = _states(c, k, v, la, _initial(c, slot_k0, slot_v0), doc_, cur)
     f32 = jnp.float32
     turn = (
         cos is not None and spec.window <= C + 1

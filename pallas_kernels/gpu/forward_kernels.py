@@ -36,50 +36,73 @@ from pallas_kernels.gpu.kernels import (
 
 
 @triton.jit
-def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NC, st_ptr, dec_ptr, total_ptr, strong_ptr,
-                 H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
-                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
-    """What chunk c adds to the state, at st[c + 1].
-
-    Of each chunk: how much of the earlier state it keeps, dec (0 where a document ends in it); 2^total; and
-    strong: 2 where its gates need levels, else 1 where a document ends in it.
-    """
-    TD: tl.constexpr = v_ptr.dtype.element_ty
-    h0, h, c, b = _chunk(tl.program_id(0), H, 1, 1, NC)
+def _added(kbase, vbase, lab, doc, t0, T, S, halo, cur_end,
+           H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr,
+           HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
+           MB: tl.constexpr):
+    """What the chunk that starts with step t0 adds to keys and values of the state, of document cur_end; and its sums of gates."""
+    TD: tl.constexpr = vbase.dtype.element_ty
     i = tl.arange(0, C)
-    cols = tl.arange(0, MB)
-    ok = cols < M
-    doc = doc_ptr + b * S
-    t0 = c * C
     row0 = halo + t0 - LAG
     n = T - t0
-    at = b * S + row0.to(tl.int64)
     act = (i < n) & (row0 + i >= 0)
-    k = _phi(_tile(k_ptr + (at * H + h) * D, i, act, H * D, D, DB), FM)
-    v = _tile(v_ptr + (at * H + h) * V, i, act, H * V, V, VB)
-    g, rest, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD, TD, True)
-    total = tl.min(g, 0)  # of the same sums as g: the last step's decay is exactly 1
-    decay = _exp2(total)
-    keep = decay
+    at = row0.to(tl.int64)
+    k = _phi(_tile(kbase + at * (H * D), i, act, H * D, D, DB), FM)
+    v = _tile(vbase + at * (H * V), i, act, H * V, V, VB)
+    g, rest, w = _sums(lab, doc, row0, halo + t0, n, H, M, MB, C, HAS_DOC, GD, TD, True)
     end = w * _to_end(g, rest, C, TD)
     if HAS_DOC:
-        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1)
-        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
         dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
         end = tl.where((dq == cur_end)[:, None], end, 0.0)
+    wt = tl.trans(end.to(GD))
+    # the sum is of the same sums as g: the last step's decay is exactly 1
+    return _mm0(wt, k.to(GD), GPREC), _mm0(wt, v.to(GD), GPREC), tl.min(g, 0)
+
+
+@triton.jit
+def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NP, st_ptr, dec_ptr, total_ptr, strong_ptr,
+                 H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+                 LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+                 C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, PIECE: tl.constexpr):
+    """What piece p, of the NP that are asked for, PIECE chunks each, adds to the state, at st[p + 1].
+
+    Of each piece: how much of the earlier state it keeps, dec (0 where a document ends in it); 2^total; and
+    strong: 2 where its gates need levels, else 1 where a document ends in it.
+    """
+    h0, h, p, b = _chunk(tl.program_id(0), H, 1, 1, NP)
+    cols = tl.arange(0, MB)
+    ok = cols < M
+    kbase = k_ptr + (b * S * H + h) * D
+    vbase = v_ptr + (b * S * H + h) * V
+    lab = la_ptr + (b * S * H + h) * M
+    doc = doc_ptr + b * S
+    t0 = p * (PIECE * C)
+    cur_end = 0
+    if HAS_DOC:
+        cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + PIECE * C, T) - 1)
+        cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
+    keys, values, total = _added(kbase, vbase, lab, doc, t0, T, S, halo, cur_end, H, D, V, M, LAG, FM, HAS_DOC, GPREC, GD, C, DB, VB, MB)
+    for c in tl.range(1, PIECE):
+        more_k, more_v, sums = _added(kbase, vbase, lab, doc, t0 + c * C, T, S, halo, cur_end, H, D, V, M, LAG, FM, HAS_DOC, GPREC,
+            GD, C, DB, VB, MB)
+        kept = _exp2(sums)[:, None]
+        keys = keys * kept + more_k
+        values = values * kept + more_v
+        total += sums
+    decay = _exp2(total)
+    keep = decay
+    if HAS_DOC:
         keep = tl.where(cur_end == cur_start, keep, 0.0)
-    row = (b * H + h) * NC + c
+    row = (b * H + h) * NP + p
     tl.store(dec_ptr + row * M + cols, keep, mask=ok)
     tl.store(total_ptr + row * M + cols, decay, mask=ok)
     # the gates' gradient needs them too where a short last chunk sums to much (docs/gpu_kernels.md)
-    most = -tl.minimum(SPAN - 0.05, 4.0 * n)
+    most = -tl.minimum(SPAN - 0.05, 4.0 * (T - t0))
     strong = tl.where(tl.min(total) < most, 2, (tl.min(keep) == 0).to(tl.int32))
     tl.store(strong_ptr + row, strong)
-    wt = tl.trans(end.to(GD))
-    base = st_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
-    _put(base, _mm0(wt, k.to(GD), GPREC), cols, ok, D + V, D, DB)
-    _put(base + D, _mm0(wt, v.to(GD), GPREC), cols, ok, D + V, V, VB)
+    base = st_ptr + ((b * H + h) * (NP + 1) + p + 1) * (M * (D + V))
+    _put(base, keys, cols, ok, D + V, D, DB)
+    _put(base + D, values, cols, ok, D + V, V, VB)
 
 
 @triton.jit

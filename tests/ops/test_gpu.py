@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from nha_jax import parallel
 from nha_jax.errors import UserError
 from nha_jax.ops import backends, init_state, nha_attention, nha_decode_step
-from pallas_kernels.gpu import attention, launch, pieces
+from pallas_kernels.gpu import attention, launch, mosaic_output, pieces
 from tests.ops import suite
 
 pytestmark = pytest.mark.skipif(
@@ -103,6 +103,27 @@ def test_rows_of_whole_chunks(d, v, heads, kv_heads, strongest, documents, monke
         call = jax.jit(lambda x: nha_attention(**x, **case.options(), **options))
         assert "mosaic" in call.lower(x).as_text()
     assert compared(case, "bfloat16") == []
+
+
+@pytest.mark.parametrize(
+    ("documents", "state"),
+    [(None, False), (None, True), (((700, 388, 64), (-30, 100, 1022), (1088, -64)), False)],
+)
+@pytest.mark.parametrize(("d", "heads", "kv_heads"), [(64, 2, 2), (128, 2, 2), (128, 4, 1)])
+def test_runs_that_start_within_a_row(d, heads, kv_heads, documents, state, monkeypatch):
+    """Of 8 chunks each: others make the states that the Mosaic GPU kernel's start from."""
+    cuts = []
+
+    def cut(rows, chunks, workers):
+        cuts.append((-(-chunks // mosaic_output.PIECE), mosaic_output.PIECE))
+        return cuts[-1]
+
+    monkeypatch.setattr(mosaic_output, "cut", cut)
+    sizes = dict(head_dim=d, value_dim=d, slots=64, heads=heads, kv_heads=kv_heads)
+    case = suite.Case(f"runs_{d}_{heads}", 1152, 64, **sizes, documents=documents, state=state)
+    assert compared(case, "bfloat16") == []
+    assert bool(cuts) == (launch.missing_mosaic() is None)
+    assert all(runs > 1 for runs, _ in cuts)
 
 
 @pytest.mark.parametrize("strongest", [-2.0, -4.0])

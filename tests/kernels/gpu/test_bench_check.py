@@ -9,7 +9,7 @@ import pytest
 from nha_jax.ops import xla
 from nha_jax.ops.core import Spec
 from pallas_kernels import bench, tune
-from pallas_kernels.gpu import attention, launch
+from pallas_kernels.gpu import attention, launch, mosaic_output
 
 SMALL = bench.Shape(2, 1, 16, 8)
 
@@ -20,7 +20,8 @@ def call(monkeypatch):
 
     def forward(*args):
         *arrays, spec = args
-        forward.seen.append((args[0].shape[1], launch.processors()))
+        length = args[0].shape[1]
+        forward.seen.append((length, launch.processors(), mosaic_output.cut(1, length // 64, 132)))
         o, *rest = xla.forward(*arrays, Spec(**spec._asdict()))
         return o * jnp.asarray(forward.factor, o.dtype), *rest
 
@@ -36,10 +37,12 @@ def test_whole_chunks_walked_by_one_block(window, mean, call):
     errors = check()()
     assert set(errors) == set(bench.NAMES)
     assert max(errors.values()) < bench.TOLERANCE
-    length, processors = call.seen[-1]
+    length, processors, (runs, steps) = call.seen[-1]
     assert length % 64 == 0
     assert length >= window + 256
     assert processors == 1
+    assert runs > 1  # whose states others make
+    assert runs * steps * 64 >= length
     for factor in (0.0, 1.02):
         call.factor = factor
         assert not max(check()().values()) < bench.TOLERANCE
