@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import bench
-from pallas_kernels.gpu import attention, launch, tiles
+from pallas_kernels.gpu import attention, launch, mosaic_output, tiles
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
 DEVICES = {80: "a100", 90: "h100", 100: "b200"}  # whose tile choices are compiled
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     """Resources of one kernel."""
 
     kernel: str
-    part: str  # which copy of the kernel: "strong" gates or not
+    part: str  # which copy of the kernel: "strong" gates, states that "runs" start from, or neither
     warps: int
     stages: int
     registers: int
@@ -102,6 +102,7 @@ def report(
             options = dict(num_warps=num_warps, num_stages=num_stages)
             k = compiled(kernel, args, out, constants, options, arch)
             part = "strong" if constants.get("STRONG") else ""
+            part = "runs" if constants.get("PIECE", 1) > 1 else part
             used = registers(k.asm["ptx"], arch)
             rows.append(Row(name, part, num_warps, num_stages, *used, k.metadata.shared))
         return [jnp.zeros(o.shape, o.dtype) for o in out]
@@ -114,6 +115,12 @@ def report(
     def run(q, k, v, la):
         return attention.forward(q, k, v, la, None, None, cos, sin, doc, None, spec)[0]
 
+    def starts(q, k, v, la):
+        """The states that runs of the Mosaic GPU kernel start from."""
+        c = attention._Call(q, k, v, la, None, cos, doc, None, spec, choice)
+        piece, none = mosaic_output.PIECE, jnp.zeros((1,), jnp.int32)
+        return attention._added(c, k, v, la, none, none, c.NC // piece, piece, jnp.float32)
+
     with contextlib.ExitStack() as changed:
         changed.enter_context(mock.patch.object(launch, "call", call))
         changed.enter_context(
@@ -125,6 +132,8 @@ def report(
         if choice is not None:
             changed.enter_context(mock.patch.object(attention, "choose", return_value=choice))
         jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
+        if arch == 90 and spec.window == spec.slot_lag == attention.MOSAIC:
+            jax.eval_shape(starts, *args)
     return rows
 
 

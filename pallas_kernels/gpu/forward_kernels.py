@@ -36,11 +36,11 @@ from pallas_kernels.gpu.kernels import (
 
 
 @triton.jit
-def _added(kbase, vbase, lab, doc, t0, T, S, halo, cur_end,
-           H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr,
-           HAS_DOC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr,
-           MB: tl.constexpr):
-    """What the chunk that starts with step t0 adds to keys and values of the state, of document cur_end; and its sums of gates."""
+def _written(kbase, vbase, lab, doc, t0, T, S, halo, cur_end,
+             H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr,
+             HAS_DOC: tl.constexpr, GD: tl.constexpr, C: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+    """The rows that the chunk from step t0 on writes, how much of each the slots of document cur_end have at its end [M, C],
+    and its sums of gates."""
     TD: tl.constexpr = vbase.dtype.element_ty
     i = tl.arange(0, C)
     row0 = halo + t0 - LAG
@@ -54,9 +54,8 @@ def _added(kbase, vbase, lab, doc, t0, T, S, halo, cur_end,
     if HAS_DOC:
         dq = tl.load(doc + halo + t0 + i, mask=i < n, other=0)
         end = tl.where((dq == cur_end)[:, None], end, 0.0)
-    wt = tl.trans(end.to(GD))
     # the sum is of the same sums as g: the last step's decay is exactly 1
-    return _mm0(wt, k.to(GD), GPREC), _mm0(wt, v.to(GD), GPREC), tl.min(g, 0)
+    return k.to(GD), v.to(GD), tl.trans(end.to(GD)), tl.min(g, 0)
 
 
 @triton.jit
@@ -81,13 +80,15 @@ def state_kernel(k_ptr, v_ptr, la_ptr, doc_ptr, cur_ptr, T, S, halo, NP, st_ptr,
     if HAS_DOC:
         cur_end = tl.load(cur_ptr + b * T + tl.minimum(t0 + PIECE * C, T) - 1)
         cur_start = tl.load(cur_ptr + b * T + t0 - 1, mask=t0 > 0, other=1)
-    keys, values, total = _added(kbase, vbase, lab, doc, t0, T, S, halo, cur_end, H, D, V, M, LAG, FM, HAS_DOC, GPREC, GD, C, DB, VB, MB)
+    k, v, share, total = _written(kbase, vbase, lab, doc, t0, T, S, halo, cur_end, H, D, V, M, LAG, FM, HAS_DOC, GD, C, DB, VB, MB)
+    keys = _mm0(share, k, GPREC)
+    values = _mm0(share, v, GPREC)
     for c in tl.range(1, PIECE):
-        more_k, more_v, sums = _added(kbase, vbase, lab, doc, t0 + c * C, T, S, halo, cur_end, H, D, V, M, LAG, FM, HAS_DOC, GPREC,
-            GD, C, DB, VB, MB)
+        k, v, share, sums = _written(kbase, vbase, lab, doc, t0 + c * C, T, S, halo, cur_end, H, D, V, M, LAG, FM, HAS_DOC, GD, C, DB,
+            VB, MB)
         kept = _exp2(sums)[:, None]
-        keys = keys * kept + more_k
-        values = values * kept + more_v
+        keys = _mm(share, k, keys * kept, GPREC)
+        values = _mm(share, v, values * kept, GPREC)
         total += sums
     decay = _exp2(total)
     keep = decay

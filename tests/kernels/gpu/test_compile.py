@@ -52,12 +52,14 @@ SPILLED = {
     ("C", "64", "dq_kernel"): 160,
     ("C", "64", "dq_kernel strong"): 4,
     ("C", "64", "dslot_kernel"): 64,
+    ("C", "64", "state_kernel runs"): 76,
 }
 
 
 @pytest.mark.parametrize(
     ("kernel", "shape", "more"),
     [
+        ("state", "C", []),
         ("output", "A", ["--full"]),
         ("output", "C", []),
         ("dq", "A", ["--full"]),
