@@ -156,6 +156,11 @@ def ours(spec: Spec, t: int, d: int, doc: Any = None) -> Callable:
     return run
 
 
+def checked(spec: Spec, mean: int | None) -> int:
+    """Tokens of a row that ``check`` takes: more than ``mosaic_output.PIECE`` chunks, and, but in documents, than a window."""
+    return 704 if mean else max(704, -(-spec.window // 64) * 64 + 256)
+
+
 def check(s: Shape, spec: Spec, mean: int | None = None) -> Callable[[], dict[str, float]]:
     """Relative RMS errors of output and gradients against ``dense`` in float64, one kv head.
     mean: of packed documents of so many tokens. What is timed takes rows of whole chunks, and a
@@ -164,7 +169,7 @@ def check(s: Shape, spec: Spec, mean: int | None = None) -> Callable[[], dict[st
 
     Ours is compiled and float64 computed, on the CPU, at once; ours runs when the result is called.
     """
-    t = max(704, -(-spec.window // 64) * 64 + 256)
+    t = checked(spec, mean)
     one = s._replace(hq=s.hq // s.h, h=1)
     doc = None if mean is None else documents(1, t, mean)
     rows = None if doc is None else doc[0]
@@ -489,6 +494,23 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def jobs(
+    shapes: list[str], lengths: tuple[int, ...], windows: list[int], peers: list[str]
+) -> list[Job]:
+    """All that is timed, what takes longest to prepare first."""
+    found = []
+    for shape in shapes:
+        found += [Job(shape, "nha", w, lengths) for w in windows]
+        found += [Job(shape, "cudnn", w, lengths) for w in (None, *filter(None, windows))]
+        found += [Job(shape, "documents", w, PACKED[:1]) for w in (None, 64)]
+        found += [Job(shape, "masked", None, PACKED[:1])]
+        found += [Job(shape, peer, None, lengths) for peer in peers if peer != "chunk_gsa"]
+        found += [Job(shape, "decode", 64, (8192, 32768, 131072))]
+    if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each
+        found.append(Job(shapes[0], "chunk_gsa", None, (8192,)))
+    return sorted(found, key=lambda job: ORDER.index(job.what))
+
+
 def main() -> None:
     """Command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -501,27 +523,16 @@ def main() -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with_cpu()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is still drawn
-    lengths = tuple(a.lengths)
     peers = [peer for peer in a.peers if installed(PEERS[peer])]
-    jobs = []
-    for shape in a.shapes:
-        jobs += [Job(shape, "nha", w, lengths) for w in a.windows]
-        jobs += [Job(shape, "cudnn", w, lengths) for w in (None, *filter(None, a.windows))]
-        jobs += [Job(shape, "documents", w, PACKED[:1]) for w in (None, 64)]
-        jobs += [Job(shape, "masked", None, PACKED[:1])]
-        jobs += [Job(shape, peer, None, lengths) for peer in peers if peer != "chunk_gsa"]
-        jobs += [Job(shape, "decode", 64, (8192, 32768, 131072))]
-    if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each
-        jobs.insert(0, Job(a.shapes[0], "chunk_gsa", None, (8192,)))
-    jobs.sort(key=lambda job: ORDER.index(job.what))
+    todo = jobs(a.shapes, tuple(a.lengths), a.windows, peers)
     context = multiprocessing.get_context("spawn")
     one, results = context.Lock(), context.Queue()
     room = context.Semaphore(max((os.cpu_count() or 2) // 2, 1))  # compilers have threads too
-    for job in jobs:
+    for job in todo:
         context.Process(target=work, args=(job, room, one, results), daemon=True).start()
     rows: list[dict[str, Any]] = []
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    running = len(jobs)
+    running = len(todo)
     try:
         while running:
             found = results.get()

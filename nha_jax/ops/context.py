@@ -162,25 +162,14 @@ def _transfer(
     write = (here != 0) & (leaving(doc) == here) & (spec.slot_lag == lag)
     gate = leaving(log_alpha).astype(acc)
     decays = jnp.where(write[:, :, None, None], gate, 0.0)  # [B,t,H,M]
+    later = jax.lax.cumsum(decays[:, 1:], axis=1, reverse=True)
+    later = jnp.pad(later, ((0, 0), (0, 1), (0, 0), (0, 0)))
     lasting = write & (here == last[:, None])
-    fading = jnp.exp(_sums_after(decays))
-    share = jnp.where(lasting[:, :, None, None], fading * written_share(gate), 0.0)
+    share = jnp.where(lasting[:, :, None, None], jnp.exp(later) * written_share(gate), 0.0)
     phi = FEATURE_MAPS[spec.feature_map]
     keys = phi(leaving(k).astype(acc)).astype(k.dtype)
     decay = jnp.where((last == 1)[:, None, None], jnp.exp(decays.sum(axis=1)), 0.0)
     return decay, _written(share, keys), _written(share, leaving(v))
-
-
-def _sums_after(x: jax.Array, block: int = 64) -> jax.Array:
-    """x ``[B,t,H,M]`` summed over the times after each, as products of blocks: XLA's running sums
-    of so many numbers read them several times over."""
-    b, t, h, m = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -t % block), (0, 0), (0, 0))).reshape(b, -1, block, h, m)
-    after = jnp.triu(jnp.ones((block, block), x.dtype), 1)
-    within = jnp.einsum("ij,bnjhm->bnihm", after, x, precision=jax.lax.Precision.HIGHEST)
-    later = jax.lax.cumsum(x[:, 1:].sum(2), axis=1, reverse=True)
-    later = jnp.pad(later, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    return (within + later[:, :, None]).reshape(b, -1, h, m)[:, :t]
 
 
 def _written(share: jax.Array, rows: jax.Array) -> jax.Array:

@@ -48,6 +48,14 @@ def test_whole_chunks_walked_by_one_block(window, mean, call):
         assert not max(check()().values()) < bench.TOLERANCE
 
 
+def test_rows_that_are_checked_can_be_evaluated_densely():
+    """Every setting of the benchmark, full attention over documents among them."""
+    for job in bench.jobs(list(bench.SHAPES), (2048,), [64, 0, 512], []):
+        if job.what in bench.OURS:
+            mean = 100 if job.what == "documents" else None
+            assert 512 < bench.checked(job.spec, mean) <= 1024
+
+
 def test_launches_to_time():
     assert tune.launch_of("4,2,1") == (4, 2, 1)
     for wrong in ("4,2", "3,1,1", "4,0,1", "4,1,3", "four,1,1"):

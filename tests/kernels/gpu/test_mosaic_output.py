@@ -175,6 +175,20 @@ def test_in_the_op_with_chunks_of_strong_gates(runs, interpreter, on_hopper, mon
         assert relative(a, b) < 2 * OUT
 
 
+@pytest.mark.parametrize("workers", [1, 78, 132])
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 256])
+def test_runs(rows, workers):
+    """A row's runs have all of its chunks, and start where states are made."""
+    from pallas_kernels.gpu import mosaic_output
+
+    for chunks in (1, 7, 8, 9, 32, 128, 500, 512, 2048):
+        runs, steps = mosaic_output.cut(rows, chunks, workers)
+        assert (runs - 1) * steps < chunks <= runs * steps
+        assert runs == 1 or steps % mosaic_output.PIECE == 0
+    assert mosaic_output.cut(128, 32, 132) == (1, 32)  # a row each
+    assert mosaic_output.cut(16, 512, 132) == (8, 64)
+
+
 @pytest.mark.parametrize(("remat", "runs"), [("dots", 1), ("save_attention", 1), ("full", 2)])
 def test_runs_once_unless_all_is_recomputed(remat, runs):
     from pallas_kernels.gpu import mosaic_output
