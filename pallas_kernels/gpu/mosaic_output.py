@@ -58,10 +58,11 @@ def cut(rows: int, chunks: int, workers: int) -> tuple[int, int]:
     """Runs that each of the rows is cut into, and the chunks of a run, for the least time. The
     states that they start from are made by a pass over all runs but the last of a row."""
 
-    def time(steps: int) -> float:  # a run's start takes as long as half a chunk
+    def time(steps: int) -> float:
+        """In chunks: half of one is a run's start, and a chunk of that pass, 6 its launches."""
         runs = -(-chunks // steps)
-        before = rows * (runs - 1) * steps / workers * 0.5
-        return -(-rows * runs // workers) * (steps + 0.5) + before + 6 * (runs > 1)
+        before = rows * (runs - 1) * steps / workers / 2 + 6 if runs > 1 else 0
+        return -(-rows * runs // workers) * (steps + 0.5) + before
 
     steps = min([*range(PIECE, chunks, PIECE), chunks], key=time)
     return -(-chunks // steps), steps
@@ -73,7 +74,7 @@ def _short(x: jax.Array) -> jax.Array:
 
 
 class Writes(NamedTuple):
-    """Of packed documents, which steps write, and what of the state each chunk leaves."""
+    """Of packed documents, which steps write, and which chunks leave nothing of the state."""
 
     step: jax.Array  # [B,T] int32: 0 no, 1 yes, 2 and its document is its chunk's last
     ended: jax.Array  # [B,NC] int32: 1 where a document ends before the chunk does

@@ -63,11 +63,16 @@ def interpreted(interpreter, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "width"),
-    [("edges", 1, 64), ("anywhere", 1, 64), ("padding", 1, 64), ("anywhere", 2, 64),
-     ("anywhere", 1, 128), ("padding", 2, 128)],
+    ("name", "group", "width", "runs"),
+    [("edges", 1, 64, 1), ("anywhere", 1, 64, 1), ("padding", 1, 64, 1), ("anywhere", 2, 64, 3),
+     ("anywhere", 1, 128, 1), ("padding", 2, 128, 3)],
 )  # fmt: skip
-def test_against_the_oracle(name, group, width, interpreted):
+def test_against_the_oracle(name, group, width, runs, interpreted, monkeypatch):
+    from pallas_kernels.gpu import mosaic_output
+
+    if runs > 1:  # of the forward kernel, from states that Triton's make
+        monkeypatch.setattr(mosaic_output, "PIECE", 2)
+        monkeypatch.setattr(mosaic_output, "cut", lambda *_: (3, 2))
     rows, places = zip(*(documents(x) for x in LENGTHS[name]), strict=True)
     doc, place = jnp.asarray(rows, jnp.int32), np.asarray(places)
     b, t = doc.shape

@@ -162,7 +162,7 @@ def test_in_the_op_with_chunks_of_strong_gates(runs, interpreter, on_hopper, mon
     interpreted = functools.partial(mosaic_output.output, interpret=True)
     monkeypatch.setattr(mosaic_output, "output", output)
     if runs > 1:
-        monkeypatch.setattr(mosaic_output, "PIECE", 1)
+        monkeypatch.setattr(mosaic_output, "PIECE", 2)
         monkeypatch.setattr(mosaic_output, "cut", lambda *_: (3, 2))
     monkeypatch.setattr(launch, "call", interpret.call)
     arrays, tables = build(1, 320, 1, 2, 64, 64, 1.0)
