@@ -165,8 +165,8 @@ def test_in_the_op_with_chunks_of_strong_gates(runs, interpreter, on_hopper, mon
         monkeypatch.setattr(mosaic_output, "PIECE", 2)
         monkeypatch.setattr(mosaic_output, "cut", lambda *_: (3, 2))
     monkeypatch.setattr(launch, "call", interpret.call)
-    arrays, tables = build(1, 320, 1, 2, 64, 64, 1.0)
-    arrays[3] = arrays[3].at[:, 64:128].multiply(40.0)
+    arrays, tables = build(1, 384, 1, 2, 64, 64, 0.05)  # so that each run sees those before
+    arrays[3] = arrays[3].at[:, 256:320].multiply(800.0)
     want = oracle(arrays, tables)
     spec = spec_for(arrays[0])
     got = attention._forward(*arrays, None, None, *tables, None, None, spec, Tiles())[0]
