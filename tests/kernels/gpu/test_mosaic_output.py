@@ -173,6 +173,8 @@ def test_in_the_op_with_chunks_of_strong_gates(runs, interpreter, on_hopper, mon
     assert ran
     for a, b in zip(got, want, strict=True):
         assert relative(a, b) < 2 * OUT
+    for a, b in zip(jnp.split(got[0], 6, 1), jnp.split(want.o, 6, 1), strict=True):
+        assert relative(a, b) < 2 * OUT  # of each chunk
 
 
 @pytest.mark.parametrize("workers", [1, 78, 132])
