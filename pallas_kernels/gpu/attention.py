@@ -673,15 +673,13 @@ def _gradients(spec, residuals, cotangents, tiles):
         )  # fmt: skip
     if spec.window > 0:
         if keys is not k and not ready:  # once the larger arrays are no more
-            later, later_k, dk = jax.lax.optimization_barrier((q, k, dk))
+            later, dk = jax.lax.optimization_barrier((q, dk))
             queries = _rotated(later, *(x[..., halo:, :] for x in (cos_, sin_)))
-            if c.long:
-                keys = _rotated(later_k, cos_, sin_)
         if c.long:
             from pallas_kernels.gpu import mosaic_window
 
             dk, dv = mosaic_window.dkv(
-                queries, keys, v, do, lse, delta, *seen, (dk, dv) if c.slots else None,
+                queries, k, v, do, lse, delta, *seen, (dk, dv) if c.slots else None,
                 spec.slot_lag, spec.scale,
             )  # fmt: skip
             dla = dla.at[:, max(T - spec.slot_lag, 0) :].set(0)

@@ -42,6 +42,7 @@ from pallas_kernels.gpu.mosaic_common import (
     landed,
     load,
     load_row,
+    opaque_zero,
     plgpu,
     since,
     tiled,
@@ -149,7 +150,7 @@ def output(
 
     def body(
         q_ref, k_ref, v_ref, la_ref, start_ref, cos_ref, sin_ref, doc_start_ref, step_ref,
-        ended_ref, ones_ref, zero_ref, o_ref, lse_s_ref, lse_w_ref, st_ref, decay_ref, last_ref,
+        ended_ref, ones_ref, o_ref, lse_s_ref, lse_w_ref, st_ref, decay_ref, last_ref,
         ones, tiles, bars, stages,
     ) -> None:  # fmt: skip
         short, ends = tiles.ends
@@ -196,7 +197,7 @@ def output(
 
         def afresh() -> _Buffers:
             """By addresses that are worked out here rather than held in registers."""
-            return buffers(zero_ref[0])
+            return buffers(opaque_zero(interpret))
 
         def window_of(begin_s, own, far):
             """The window's logits of a chunk as one tile, of its own rows and those before."""
@@ -489,6 +490,6 @@ def output(
     return list(
         kernel(
             q, k, v, log_alpha, zero if start is None else start, cos, sin, begin, step_of, ended,
-            ones, zero,
+            ones,
         )
     )  # fmt: skip

@@ -440,9 +440,9 @@ def dkv(
 ) -> list[jax.Array]:  # fmt: skip
     """dk and dv [B,T,H,D] bfloat16 of the window side, on top of the slots'.
 
-    As ``dq``, but q is rotated, too; cos, sin: of the keys; slot_side: dk and dv of the rows that
-    are written, those ``lag`` before a query (others hold anything), which are written over, or
-    None. A block has two chunks of keys of one kv head.
+    As ``dq``, but q is rotated, and k is not; cos, sin: of the keys; slot_side: dk and dv of the
+    rows that are written, those ``lag`` before a query (others hold anything), which are written
+    over, or None. A block has two chunks of keys of one kv head.
     """
     batch, length, kv_heads, width = k.shape
     group = q.shape[2] // kv_heads
@@ -548,6 +548,9 @@ def dkv(
         walk.start()
         walk.skip(0, first)
         plgpu.barrier_wait(bar)
+        if cos is not None:
+            k_s[...] = turned(load(k_s), *angles_of(cos_ref, sin_ref, b, row))
+            plgpu.commit_smem()
         accumulators(gradients, width, width)
 
     shape = jax.ShapeDtypeStruct(k.shape, BF16)

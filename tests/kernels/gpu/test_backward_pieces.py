@@ -54,16 +54,17 @@ def prepared(options):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pieces_are_the_whole(name, interpreted, monkeypatch):
+def test_pieces_have_the_gradients(name, interpreted, monkeypatch):
     cut, options = CASES[name]
     call, cotangents, want = prepared(options)
-    whole = gradients(Pieces(), call, cotangents, monkeypatch)
     got = gradients(cut, call, cotangents, monkeypatch)
     assert sum(x is not None for x in got) == len(want)
     limit = (TOLERANCE if call[0].dtype == jnp.float32 else ROUNDED)["gradient"]
-    for a, b, c in zip(got, whole, want, strict=False):
-        np.testing.assert_array_equal(a, b)
-        assert relative(a, c) < limit
+    for a, b in zip(got, want, strict=False):
+        assert relative(a, b) < limit
+    if name == "both":
+        for a, b in zip(got, gradients(Pieces(), call, cotangents, monkeypatch), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("side", ["take", "put"])

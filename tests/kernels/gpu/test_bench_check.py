@@ -30,8 +30,7 @@ def call(monkeypatch):
     return forward
 
 
-@pytest.mark.parametrize("mean", [None, 100])
-@pytest.mark.parametrize("window", [64, 100])
+@pytest.mark.parametrize(("window", "mean"), [(64, None), (100, 100)])
 def test_whole_chunks_walked_by_one_block(window, mean, call):
     check = functools.partial(bench.check, SMALL, bench.Spec(window, window, 0.25), mean)
     errors = check()()
