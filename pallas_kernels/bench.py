@@ -5,7 +5,8 @@ Tables (Markdown on stdout and in <out>.md), the same as JSON, and a picture of 
 of a setting, packed documents being one of their own, are withheld unless its output and all gradients agree, in this run,
 with a dense float64 evaluation to 8e-3 (relative RMS, bfloat16). Every setting compiles, and evaluates on
 the CPU, in a process of its own; then one at a time is on the device. flash-linear-attention and
-jax-linear-attention take part where they are installed. JSON and tables are written row by row.
+jax-linear-attention take part where they are installed; the former tunes itself for four minutes on
+each shape, and keeps what it chose in Triton's cache. JSON and tables are written row by row.
 """
 
 from __future__ import annotations
@@ -504,10 +505,8 @@ def jobs(
         found += [Job(shape, "cudnn", w, lengths) for w in (None, *filter(None, windows))]
         found += [Job(shape, "documents", w, PACKED[:1]) for w in (None, 64)]
         found += [Job(shape, "masked", None, PACKED[:1])]
-        found += [Job(shape, peer, None, lengths) for peer in peers if peer != "chunk_gsa"]
+        found += [Job(shape, peer, None, lengths) for peer in peers]
         found += [Job(shape, "decode", 64, (8192, 32768, 131072))]
-    if "chunk_gsa" in peers:  # on one shape: it tunes itself for minutes on each
-        found.append(Job(shapes[0], "chunk_gsa", None, (8192,)))
     return sorted(found, key=lambda job: ORDER.index(job.what))
 
 

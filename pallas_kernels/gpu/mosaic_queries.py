@@ -260,17 +260,20 @@ class Queries(NamedTuple):
     ask: Callable  # for the next one's n-th tile, in the place of this one's
     ask_gates: Callable  # and, by the first warpgroup, for its gates
 
+    def ahead(self) -> None:
+        """Ask for as many tiles as there are stages."""
+        for i in range(STAGES - AHEAD):
+            self.walk.ask(i)
+
     def hold(self, number: int) -> list:
         """The stages of the first tiles, all of them there."""
-        for i in range(AHEAD):
-            self.walk.ask(i)
         return [self.walk.wait(i) for i in range(number)]
 
     def release(self, stages: list) -> None:
         """And what could not be asked for."""
         for at in stages:
             self.walk.leave(at)
-        for i in range(AHEAD, len(stages)):
+        for i in range(STAGES - AHEAD, len(stages)):
             self.walk.ask(i)
 
     def visible(self, x, i, at, no: float) -> jax.Array:

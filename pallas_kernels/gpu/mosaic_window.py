@@ -118,6 +118,7 @@ def output(
             begin = slots.begin(x)
             e0, b0 = slots.factors(x, begin, buffers, bars)
             plgpu.barrier_wait(bars.mine.at[wg])
+            x.ahead()
             stages = x.hold(slots.number)
             (k_s, v_s), (sk_s, sv_s) = (
                 [buffers.tiles.at[n, at] for n in range(2)] for at in stages
@@ -297,9 +298,10 @@ def dq(
             """dq of the slots' side; the window's delta; the angles."""
             dl_ref, p_ref, side_ref, delta_ref = outputs
             push_s_ref, push_w_ref = refs[-2:]
+            x.ahead()
             begin = slots.begin(x)
-            e0, b0 = slots.factors(x, begin, buffers, bars)
             push_s, push_w = (load_row(ref.at[x.place]) for ref in (push_s_ref, push_w_ref))
+            e0, b0 = slots.factors(x, begin, buffers, bars)
             plgpu.barrier_wait(bar)
             stages = x.hold(slots.number)
             own = buffers.tiles.at[wg, stages[0]]
@@ -546,10 +548,11 @@ def dkv(
         plgpu.copy_gmem_to_smem(k_ref.at[keys], k_s, bar)
         plgpu.copy_gmem_to_smem(v_ref.at[keys], v_s, bar)
         walk.start()
+        angles = None if cos is None else angles_of(cos_ref, sin_ref, b, row)
         walk.skip(0, first)
         plgpu.barrier_wait(bar)
-        if cos is not None:
-            k_s[...] = turned(load(k_s), *angles_of(cos_ref, sin_ref, b, row))
+        if angles is not None:
+            k_s[...] = turned(load(k_s), *angles)
             plgpu.commit_smem()
         accumulators(gradients, width, width)
 
