@@ -5,8 +5,8 @@ Tables (Markdown on stdout and in <out>.md), the same as JSON, and a picture of 
 of a setting, packed documents being one of their own, are withheld unless its output and all gradients agree, in this run,
 with a dense float64 evaluation to 8e-3 (relative RMS, bfloat16). Every setting compiles, and evaluates on
 the CPU, in a process of its own; then one at a time is on the device. flash-linear-attention and
-jax-linear-attention take part where they are installed; the former tunes itself for four minutes on
-each shape, and keeps what it chose in Triton's cache. JSON and tables are written row by row.
+jax-linear-attention take part where they are installed; the former tunes itself for
+minutes on each shape. JSON and tables are written row by row.
 """
 
 from __future__ import annotations
