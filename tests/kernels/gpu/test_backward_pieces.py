@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_interpreted import ROUNDED, TOLERANCE, build, oracle, relative
+from test_interpreted import ROUNDED, TOLERANCE, backward, build, forward, oracle, relative
 
 from pallas_kernels import bench
 from pallas_kernels.gpu import attention, launch, pieces
@@ -39,10 +39,10 @@ def interpreted(monkeypatch):
 def gradients(cut, call, cotangents, monkeypatch):
     """Of a call whose backward pass is cut like this."""
     monkeypatch.setattr(pieces, "choose", lambda *_: cut)
-    *call, tiles = call
-    kept = attention._forward(*call, tiles)[1]
+    *call, docs, visible0, spec, tiles = call
+    kept = forward(call[:6], call[6:], docs, visible0, spec, tiles)[1]
     assert (kept[-1] is None) == (cut.number > 1)
-    return attention._backward(call[-1], kept, cotangents, tiles)
+    return backward(spec, kept, cotangents, tiles)
 
 
 def prepared(options):

@@ -96,6 +96,22 @@ def wide(xs):
     return [None if x is None else x.astype(jnp.float64) for x in xs]
 
 
+def forward(arrays, tables, docs, visible0, spec, tiles):
+    """Results of the kernels, and what their backward pass takes."""
+
+    def run(*call):
+        return attention._forward(*call, spec, tiles)
+
+    return jax.jit(run)(*arrays, *tables, docs, visible0)
+
+
+def backward(spec, kept, cotangents, tiles):
+    def run(*given):
+        return attention._backward(spec, *given, tiles)
+
+    return jax.jit(run)(kept, cotangents)
+
+
 def oracle(arrays, tables, docs, visible0, spec):
     """Outputs in float64, random cotangents of them, and the gradients that these give."""
     with jax.enable_x64(True):
@@ -106,23 +122,30 @@ def oracle(arrays, tables, docs, visible0, spec):
             states = [None] * (6 - len(xs))
             return reference.forward(*xs, *states, *tables64, docs, visible0, spec)
 
-        want, pull = jax.vjp(run, *inputs)
+        @jax.jit
+        def results(inputs, normal):
+            want, pull = jax.vjp(run, *inputs)
+            dtypes = arrays[2].dtype, *[jnp.float32] * 4
+            cotangents = [
+                jnp.where(jnp.isfinite(x), n, 0.0).astype(dtype)
+                for x, n, dtype in zip(want, normal, dtypes, strict=True)
+            ]
+            return want, cotangents, pull(type(want)(*wide(cotangents)))
+
         r = np.random.default_rng(1)
-        cotangents = [np.where(np.isfinite(x), r.standard_normal(x.shape), 0.0) for x in want]
-        dtypes = arrays[2].dtype, *[jnp.float32] * 4
-        cotangents = [jnp.asarray(c, x) for c, x in zip(cotangents, dtypes, strict=True)]
-        return want, cotangents, pull(type(want)(*wide(cotangents)))
+        shapes = (x.shape for x in jax.eval_shape(run, *inputs))
+        return results(inputs, [r.standard_normal(shape) for shape in shapes])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_gradients(name):
     arrays, tables, docs, spec, tiles = build(**CASES[name])
-    got, kept = attention._forward(*arrays, *tables, docs, None, spec, tiles)
+    got, kept = forward(arrays, tables, docs, None, spec, tiles)
     want, cotangents, gradients = oracle(arrays, tables, docs, None, spec)
     tolerance = TOLERANCE if got[0].dtype == jnp.float32 else ROUNDED
     for a, b in zip(got, want, strict=True):
         assert relative(a, b) < tolerance["o"]
-    mine = attention._backward(spec, kept, cotangents, tiles)
+    mine = backward(spec, kept, cotangents, tiles)
     for a, b in zip(mine, gradients, strict=False):
         assert relative(a, b) < tolerance["gradient"]
 
@@ -130,7 +153,7 @@ def test_forward_and_gradients(name):
 @pytest.mark.parametrize("case", [{}, FULL])
 def test_tolerance_rejects_wrong_outputs(case):
     arrays, tables, docs, spec, tiles = build(**case)
-    o = attention._forward(*arrays, *tables, docs, None, spec, tiles)[0][0]
+    o = forward(arrays, tables, docs, None, spec, tiles)[0][0]
     assert relative(jnp.zeros_like(o), o) > TOLERANCE["o"]
     assert relative(o * (1 + 1e-5), o) > TOLERANCE["o"]
 
@@ -146,9 +169,9 @@ def test_other_documents_are_not_looked_at(tiles):
     def run(bad):
         q, k, v, la, *rest = arrays
         q, k, v, do = (jnp.where(there & bad, jnp.nan, x) for x in (q, k, v, v))
-        out, kept = attention._forward(q, k, v, la, *rest, *tables, docs, None, spec, tiles)
+        out, kept = forward((q, k, v, la, *rest), tables, docs, None, spec, tiles)
         zeros = [jnp.zeros_like(x) for x in out[1:]]
-        gradients = attention._backward(spec, kept, (do, *zeros), tiles)
+        gradients = backward(spec, kept, (do, *zeros), tiles)
         return out[0], *gradients[:3]
 
     for got, want in zip(run(bad=True), run(bad=False), strict=True):
