@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import launch, pieces
-from pallas_kernels.gpu.tiles import LONG, Tiles, choose
+from pallas_kernels.gpu.tiles import LONG, Launch, Tiles, choose
 
 DTYPES = ("bfloat16", "float16", "float32")
 LOG2E = math.log2(math.e)
@@ -24,6 +24,7 @@ WIDE = 16384  # slots times width, in powers of two, whose float32 products fit 
 SHORT = 64  # tokens
 MOSAIC = 64  # tokens of a chunk, and slots, of the Mosaic GPU kernels
 STRONG = 2  # marks chunks that the copies for strong gates do
+RUNS = Launch(warps=8)  # of state_kernel where it sums over chunks, in registers
 WEAKEST = -95.95  # of their gates, as state_kernel has it for whole chunks (base 2)
 BATCH = 16  # chunks that one of their programs looks after
 # axes of the heads: of a call's arrays, o and both sides' lse; of the cotangents
@@ -410,7 +411,7 @@ def _added(c: _Call, k, v, la, doc, cur, pieces: int, chunks: int, dtype):
     return launch.call(
         forward_kernels.state_kernel, k, v, la, doc, cur, c.T, c.S, c.spec.halo, pieces,
         out=[_sds((c.B * c.H, pieces + 1, c.M, c.D + c.V), dtype), rows, rows, _sds((c.B * c.H, pieces), jnp.int32)],
-        grid=pieces * c.B * c.H, **c.tiles.state.options, PIECE=chunks,
+        grid=pieces * c.B * c.H, **(RUNS if chunks > 1 else c.tiles.state).options, PIECE=chunks,
         **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
     )  # fmt: skip
 
@@ -661,12 +662,12 @@ def _gradients(spec, residuals, cotangents, tiles):
         )
     if c.slots:
         none = jnp.zeros((1,), v.dtype)
-        into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {})
-        dk, dv, dla = _both(
-            c, kernels.dslot_kernel, q, k, v, do, *([none] * 2 if share else [dl, p]), la, strong, total, cross, dst, doc_, cur,
+        into = ({0: dl, 1: p} if share else {}) | ({2: side} if inplace else {}) | {3: cross}
+        dk, dv, dla, _ = _both(
+            c, kernels.dslot_kernel, q, k, v, do, *([none] * 2 if share else [dl, p]), la, strong, total, dst, doc_, cur,
             jnp.zeros((1,), f32) if inplace else side, T, S, halo, NC,
-            out=[_sds(k.shape, k.dtype), _sds(v.shape, v.dtype), _sds(la.shape, la.dtype)],
-            grid=NC * B * H, **c.tiles.dslot.options, into=into, common=common,
+            out=[_sds(x.shape, x.dtype) for x in (k, v, la, cross)],
+            grid=NC * B * H, **c.tiles.dslot.options, into=into, common=common and [*common, cross],
             zeroed=() if spec.window > 0 else (0, 1, 2),  # the window side fills the rows of no query
             HQ=HQ, **c.shape, **c.lag, **c.precision, GB=c.heads(c.tiles.dslot.stack),
             NSIDE=parts, INPLACE=inplace, SHARE=share, **c.pads, **c.half,

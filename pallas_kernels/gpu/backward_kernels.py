@@ -158,7 +158,8 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
     lse = tl.load(lse_ptr + rows + i * HQ, mask=live, other=float("inf"))
     q1, q2 = _turned(q_ptr + rows * D, i, live, HQ * D, qc, qs, DH, DB, TURN)
     s = _inner(k1, k2, q1, q2, PREC) * sc
-    delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)  # needed later, and 16 registers
+    if WINDOW <= C:  # on its way until it is needed; long loops, which the compiler pipelines, have it in shared memory
+        delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)
     qdoc = kdoc
     if HAS_DOC:
         qdoc = tl.load(doc + qr + i, mask=live, other=0)
@@ -167,6 +168,8 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
     s = _exp2(s - lse[None, :])
     dv = _mm(s.to(v.dtype), do, dv, PREC)
     z = _mm0(v, tl.trans(do), PREC)
+    if WINDOW > C:
+        delta = tl.load(delta_ptr + rows + i * HQ, mask=live, other=0.0)
     ds = (s * (z - delta[None, :]) * scale).to(q1.dtype)
     return _mm(ds, q1, dk1, PREC), _mm(ds, q2, dk2, PREC), dv
 
@@ -527,7 +530,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
     """
     if STRONG:
         start = tl.program_id(0)
-        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in tl.range(start, total, step, disable_licm=True):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
@@ -693,7 +696,9 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     if HAS_DOC:
         u = tl.where(last, u, 0.0)
     dw = u * decay  # the gradient of the weights times 2^g
-    through = tl.sum(bw.to(tl.float32) * dw, 0)[None, :]
+    at = cross_ptr + ((b * H + h) * NC + c) * M
+    through = tl.sum(bw.to(tl.float32) * dw, 0) + tl.load(at + mm, mask=mm < M, other=0.0)
+    tl.store(at + mm, through, mask=mm < M)
 
     dx1 = _mm0(end, ds1, GPREC)
     dx2 = _mm0(end, ds2, GPREC)
@@ -705,7 +710,13 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
         dx2 = _dphi(dx2, x2, FM)
     _put_halves(dk_ptr + kb * D, dx1, dx2, j, kok, H * D, DH, DB)
 
-    # rows that count from C or MB on: of the same, the compiler would keep addresses, and masks further down, in registers
+    # where the program works anew, and rows that count from C or MB on: of the same, the compiler would keep addresses, and masks
+    # further down, in registers
+    h0, h, c, b = _chunk(_landed(pid), H, 1, 1, NC)
+    kr = halo + c * C - LAG
+    kok = (kr + j >= 0) & (kr + j < S)
+    kb = (b * S + kr) * H + h
+    nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
     i = tl.arange(C, 2 * C)
     mi = tl.arange(MB, 2 * MB)
     v_ptr += (kb - C * H) * V
@@ -728,8 +739,14 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
+    h0, h, c, b = _chunk(_landed(pid), H, 1, 1, NC)
+    t0 = c * C
+    kr = halo + t0 - LAG
+    kb = (b * S + kr) * H + h
+    lab = la_ptr + (b * S * H + h) * M
     la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
-    through += tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+    tl.debug_barrier()
+    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M - MB + mi, mask=mi < M + MB, other=0.0)[None, :]
     la = la * LOG2E
     own = dw * _widened(bw)
     if TD == tl.float32:
@@ -977,25 +994,23 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_p
         dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
                              C, DH, DB, VB, WINDOW < ENDLESS, not APART)
-    if ROPE:
-        kc, kn = _angles(cs, sn, kr - KB * C, tl.arange(KB * C, 2 * KB * C), kok, DH, DB, ROPE, True)
-        dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
     return dk1, dk2, dv
 
 
 @triton.jit
-def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                 side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, dk_ptr, dv_ptr, dla_ptr,
+def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr, decay_ptr, dst_ptr, doc_ptr, cur_ptr,
+                 side_ptr, T, S, halo, NC, total, dk_in, dv_in, dla_in, cross_in, dk_ptr, dv_ptr, dla_ptr, cross_ptr,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
                  C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
                  NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr, STRONG: tl.constexpr, BATCH: tl.constexpr):
     """Gradients of the rows that a chunk writes, keys, values and gates: their slot side. INPLACE, SHARE: dq_kernel
-    left its share, and dl and p, where the gradients go."""
+    left its share, and dl and p, where the gradients go. cross: what passes through each chunk, to which the common
+    copy adds what its steps give to the state, rather than hold it in registers."""
     if STRONG:
         start = tl.program_id(0)
-        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
@@ -1010,6 +1025,19 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
 
 
 @triton.jit
+def _key_place(pid, S, NK, H: tl.constexpr, KB: tl.constexpr, C: tl.constexpr):
+    """As _place, for KB tiles of keys: kv head, tile, row of the batch; of the program's keys the number, the row and whether it is there; and
+    the number of the first one among all heads' keys."""
+    new = _landed(pid)
+    h = new % H
+    tile = (new // H) % NK
+    b = (new // H // NK).to(tl.int64)
+    i = new - pid + tl.arange(0, KB * C)
+    krow = tile * (KB * C) + i
+    return h, tile, b, i, krow, krow < S, (b * S + tile * (KB * C)) * H + h
+
+
+@triton.jit
 def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
              dk_ptr, dv_ptr, dla_ptr,
              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -1020,11 +1048,6 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_
     h = pid % H
     tile = (pid // H) % NK
     b = (pid // H // NK).to(tl.int64)
-    kr = tile * (KB * C)
-    j = tl.arange(0, KB * C)
-    krow = kr + j
-    kok = krow < S
-    kb = (b * S + kr) * H + h
     cs = cos_ptr + b * rope_batch * DH
     sn = sin_ptr + b * rope_batch * DH
     dk1 = tl.zeros((KB * C, DB), tl.float32)
@@ -1032,19 +1055,25 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_
     dv = tl.zeros((KB * C, VB), tl.float32)
     dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, watch_ptr, do_ptr, lse_ptr, delta_ptr,
                                 b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN, READY)
-    # rows that count from KB C on: of the same, the compiler would keep addresses in registers through the loops
-    i = tl.arange(KB * C, 2 * KB * C)
-    kb -= KB * C * H
-    if ADD:
+    for part in tl.static_range(3 if ADD else 2):
+        h, tile, b, i, krow, kok, kb = _key_place(pid, S, NK, H, KB, C)
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
-        a1, a2 = _halves(dk_in + kb * D, i, had, H * D, DH, DB)
-        dk1 += a1
-        dk2 += a2
-        dv += _tile(dv_in + kb * V, i, had, H * V, V, VB)
-        _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), i, kok & ~had, H * M, M, MB)
-    _put_halves(dk_ptr + kb * D, dk1, dk2, i, kok, H * D, DH, DB)
-    _put(dv_ptr + kb * V, dv, i, kok, H * V, V, VB)
+        if part == 0:
+            if ROPE:
+                kc, kn = _angles(cos_ptr + b * rope_batch * DH, sin_ptr + b * rope_batch * DH, tile * (KB * C), i, kok, DH, DB, ROPE, True)
+                dk1, dk2 = _rotate(dk1, dk2, kc, -kn)
+            if ADD:
+                a1, a2 = _halves(dk_in + kb * D, i, had, H * D, DH, DB)
+                dk1 += a1
+                dk2 += a2
+            _put_halves(dk_ptr + kb * D, dk1, dk2, i, kok, H * D, DH, DB)
+        elif part == 1:
+            if ADD:
+                dv += _tile(dv_in + kb * V, i, had, H * V, V, VB)
+            _put(dv_ptr + kb * V, dv, i, kok, H * V, V, VB)
+        else:
+            _put(dla_ptr + kb * M, tl.zeros((KB * C, MB), tl.float32), i, kok & ~had, H * M, M, MB)
 
 
 @triton.jit
@@ -1062,7 +1091,7 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do
     2 only."""
     if STRONG:
         start = tl.program_id(0)
-        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):

@@ -424,7 +424,13 @@ def _output(pid, mine, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin
     if HAS_DOC:
         total = tl.where(qdoc == 0, 0.0, total)
     acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
-    live = live & mine
+    new = _landed(pid)  # where the program works anew: the compiler would hold addresses
+    h0, h, c, b = _chunk(new, HQ // GB, GB, HQ // H, NC)
+    t0 = c * C
+    i = new - pid + tl.arange(0, R)
+    tok = i % C if GB > 1 else i
+    qrows = tok * HQ + i // C
+    live = (t0 + tok < T) & mine
     _put(o_ptr + ((b * T + t0) * HQ + h0) * V, acc, qrows, live, V, V, VB)
     lse = (b * T + t0) * HQ + h0 + qrows
     if TWO:
@@ -447,7 +453,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
     many key tiles before its own a chunk looks at, and how many of the last of them are of its only document."""
     if STRONG:
         start = tl.program_id(0)
-        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
+        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in tl.range(start, total, step, disable_licm=True):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
