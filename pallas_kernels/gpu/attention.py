@@ -24,7 +24,7 @@ WIDE = 16384  # slots times width, in powers of two, whose float32 products fit 
 SHORT = 64  # tokens
 MOSAIC = 64  # tokens of a chunk, and slots, of the Mosaic GPU kernels
 STRONG = 2  # marks chunks that the copies for strong gates do
-RUNS = Launch(warps=8)  # of state_kernel where it sums over chunks, in registers
+RUNS = Launch(warps=8)  # of state_kernel where it sums over chunks of wide heads, in registers
 WEAKEST = -95.95  # of their gates, as state_kernel has it for whole chunks (base 2)
 BATCH = 16  # chunks that one of their programs looks after
 # axes of the heads: of a call's arrays, o and both sides' lse; of the cotangents
@@ -407,11 +407,12 @@ def _added(c: _Call, k, v, la, doc, cur, pieces: int, chunks: int, dtype):
     [B*H, pieces+1, M, D+V] in dtype; and what state_kernel says of the pieces."""
     from pallas_kernels.gpu import forward_kernels
 
+    tiles = RUNS if chunks > 1 and c.D + c.V > 128 else c.tiles.state
     rows = _sds((c.B * c.H, pieces, c.M), jnp.float32)
     return launch.call(
         forward_kernels.state_kernel, k, v, la, doc, cur, c.T, c.S, c.spec.halo, pieces,
         out=[_sds((c.B * c.H, pieces + 1, c.M, c.D + c.V), dtype), rows, rows, _sds((c.B * c.H, pieces), jnp.int32)],
-        grid=pieces * c.B * c.H, **(RUNS if chunks > 1 else c.tiles.state).options, PIECE=chunks,
+        grid=pieces * c.B * c.H, **tiles.options, PIECE=chunks,
         **c.shape, **c.lag, GPREC=c.precision["GPREC"], GD=c.precision["GD"], **c.pads, **c.full,
     )  # fmt: skip
 

@@ -530,7 +530,8 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
     """
     if STRONG:
         start = tl.program_id(0)
-        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
+        # as many as there are programs, which the compiler would hold; the heads of a chunk are neighbours, and often marked together
+        step = tl.cdiv(total, BATCH)
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in tl.range(start, total, step, disable_licm=True):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
@@ -1010,7 +1011,7 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
     copy adds what its steps give to the state, rather than hold it in registers."""
     if STRONG:
         start = tl.program_id(0)
-        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
+        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
@@ -1091,7 +1092,7 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do
     2 only."""
     if STRONG:
         start = tl.program_id(0)
-        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
+        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
             for pid in range(start, total, step):
                 if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):

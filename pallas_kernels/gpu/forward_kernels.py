@@ -453,7 +453,7 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
     many key tiles before its own a chunk looks at, and how many of the last of them are of its only document."""
     if STRONG:
         start = tl.program_id(0)
-        step = tl.cdiv(total, BATCH)  # programs; the heads of a chunk are neighbours, and often marked together
+        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
             for pid in tl.range(start, total, step, disable_licm=True):
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
