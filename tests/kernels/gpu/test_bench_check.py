@@ -60,3 +60,11 @@ def test_launches_to_time():
     for wrong in ("4,2", "3,1,1", "4,0,1", "4,1,3", "four,1,1"):
         with pytest.raises(argparse.ArgumentTypeError, match="write warps"):
             tune.launch_of(wrong)
+
+
+def test_every_peer_is_timed_on_every_shape_and_length():
+    """As docs/gpu_kernels.md says of the table."""
+    lengths = (2048, 131072)
+    found = bench.jobs(["A", "B"], lengths, [64], list(bench.PEERS))
+    timed = {(job.shape, job.what, t) for job in found for t in job.lengths}
+    assert {(s, p, t) for s in "AB" for p in bench.PEERS for t in lengths} <= timed
