@@ -164,6 +164,15 @@ def _landed(x):
 
 
 @triton.jit
+def _program():
+    """tl.program_id(0), read where it stands: the compiler would hold it."""
+    if INTERPRETED:
+        return tl.program_id(0)
+    else:
+        return tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _phi(x, FM: tl.constexpr):
     if FM == "silu":
         y = x.to(tl.float32)

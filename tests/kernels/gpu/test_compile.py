@@ -44,7 +44,6 @@ def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, wi
 
 # bytes that a kernel spills with the committed choice, where not 0
 SPILLED = {
-    ("A", "full", "dq_kernel"): 4,
     ("C", "64", "dq_kernel"): 160,
     ("C", "64", "dq_kernel strong"): 4,
 }
