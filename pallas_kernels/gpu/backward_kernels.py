@@ -499,7 +499,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
                                   H, D, V, scale, WINDOW, TURN, False, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
-        if not SLOTS:
+        if not SLOTS:  # nothing else has used pid since the start: 4 bytes spilled on A
             pid = _program()
         h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
         cs = cos_ptr + b * rope_batch * DH
