@@ -125,16 +125,22 @@ def _window_dq(dq1, dq2, q1, q2, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc
     """dq, in halves, and what the key tile `ahead` rows after r0 adds. TURN: its keys are yet to be rotated. OLD, NEW: some
     of its rows are too old, or newer than the query."""
     sc: tl.constexpr = scale * 1.4426950408889634
-    row = (r0 + ahead).to(tl.int64)
     rows = r0 + ahead + j
-    ok = (rows >= 0) & (rows < S)
+    if WINDOW < ENDLESS:
+        row = (r0 + ahead).to(tl.int64)
+        ok = (rows >= 0) & (rows < S)
+    else:  # with the form above, full attention spills 28 bytes on C; with this one, windows do
+        row = r0.to(tl.int64) + ahead
+        ok = rows >= 0
+        if NEW:
+            ok = ok & (rows < S)
     kc, ks = _angles(cs, sn, r0 + ahead, j, ok, DH, DB, TURN)
-    v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
-    k1, k2 = _turned(k_ptr + row * (H * D), j, ok, H * D, kc, ks, DH, DB, TURN)
-    s = _inner(q1, q2, k1, k2, PREC) * sc
     kdoc = qdoc
     if HAS_DOC:
         kdoc = tl.load(doc + rows, mask=ok, other=0)
+    v = _tile(v_ptr + row * (H * V), j, ok, H * V, V, VB)
+    k1, k2 = _turned(k_ptr + row * (H * D), j, ok, H * D, kc, ks, DH, DB, TURN)
+    s = _inner(q1, q2, k1, k2, PREC) * sc
     query = tok - ahead
     s = _between(s, j, tl.maximum(query - WINDOW, -1 - r0 - ahead), query, qdoc[:, None], kdoc[None, :], OLD, NEW, HAS_DOC)
     z = _mm0(do, tl.trans(v), PREC)
@@ -176,13 +182,14 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
 
 
 @triton.jit
-def _place(pid, T, halo, NC, HQ: tl.constexpr, H: tl.constexpr, GB: tl.constexpr, C: tl.constexpr):
+def _place(turn, T, halo, NC, HQ: tl.constexpr, H: tl.constexpr, GB: tl.constexpr, C: tl.constexpr):
     """Where a program works: first query head, kv head, chunk, row of the batch; the chunk's first query, its row, its number among
-    all heads' queries; of the program's rows the token, the number, and whether it is there. The compiler takes
-    all of it for new: it computes anew what follows from it, and holds none of it until then."""
-    new = _landed(pid)
-    h0, h, c, b = _chunk(new, HQ // GB, GB, HQ // H, NC)
-    tok, head = _order(GB, C, new - pid)
+    all heads' queries; of the program's rows the token, the number, and whether it is there. turn: as in _program. The compiler
+    takes all of it for new: it computes anew what follows from it, and holds none of it until then."""
+    zero, pid = _program(turn)
+    T = zero + T
+    h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
+    tok, head = _order(GB, C, zero)
     t0 = c * C
     return h0, h, c, b, t0, halo + t0, (b * T + t0) * HQ + h0, tok, tok * HQ + head, t0 + tok < T
 
@@ -200,7 +207,7 @@ def _rows(q_ptr, k_ptr, do_ptr, v_ptr, qrows, live, j, kok, H: tl.constexpr, D: 
 
 @triton.jit
 def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_ptr, do_ptr, lse_ptr, delta, T, S, halo, NC,
-                 dl_ptr, p_ptr, side_ptr, dst_ptr, pid, j,
+                 dl_ptr, p_ptr, side_ptr, dst_ptr, turn, j,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  scale: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
@@ -213,7 +220,7 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
     SD: tl.constexpr = st_ptr.dtype.element_ty
     TD: tl.constexpr = v_ptr.dtype.element_ty
     sc: tl.constexpr = scale * 1.4426950408889634
-    h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
+    h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
     row0 = r0 - LAG
     stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
     kb = (b * S + row0) * H + h
@@ -274,7 +281,7 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
         side = side / at * y
         p_at, rounded = _rounded(p * at, GD)
         side += rounded / at * z
-        hi0, hi, ci, bi, ti, ri, query, toki, rowsi, livei = _place(pid, T, halo, NC, HQ, H, GB, C)
+        hi0, hi, ci, bi, ti, ri, query, toki, rowsi, livei = _place(turn, T, halo, NC, HQ, H, GB, C)
         row = (bi * S + ri - LAG) * H + hi
         stored = ti + j < T
         if INPLACE:
@@ -314,7 +321,7 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
 
 
 @triton.jit
-def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
+def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
         o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch,
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -330,7 +337,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
-    h0, h, c, b = _chunk(pid, NHG, GB, HQ // H, NC)
+    h0, h, c, b = _chunk(tl.program_id(0) + turn * tl.num_programs(0), NHG, GB, HQ // H, NC)
     t0 = c * C
     r0 = halo + t0
     tok, head = _order(GB, C)
@@ -350,9 +357,9 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
     rows = first + qrows
     do = _tile(do_ptr + first * V, qrows, live, V, V, VB)
     o = _tile(o_ptr + first * V, qrows, live, V, V, VB)
-    lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"))
-    push_s = tl.load(push_s_ptr + rows, mask=live, other=0.0)
     push_w = tl.load(push_w_ptr + rows, mask=live, other=0.0)
+    if not SLOTS:
+        lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"))
     dq1 = tl.zeros((R, DB), tl.float32)
     dq2 = tl.zeros((R, DB), tl.float32)
     if SLOTS and not STRONG:
@@ -363,26 +370,27 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         kok0 = (krow >= 0) & (krow < S)
         stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
         f1, f2 = _halves(q_ptr + first * D, qrows, live, D, DH, DB)
-        k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
-        s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
         if AHEAD:
+            k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
+            s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         la, w, act = _gates(lab, doc, row0, r0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
         la = la * LOG2E
         f1 = _phi(_landed(f1), FM)
         f2 = _phi(_landed(f2), FM)
-        k1 = _phi(k1, FM)
-        k2 = _phi(k2, FM)
+        if AHEAD:
+            k1 = _phi(k1, FM)
+            k2 = _phi(k2, FM)
     do = _landed(do)
     o = _landed(o)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    delta_s = delta - push_s
+    delta_s = delta - tl.load(push_s_ptr + rows, mask=live, other=0.0)
     delta_w = delta - push_w
     tl.store(delta_ptr + rows, delta_w, mask=live)
     if STRONG:
         dq1, dq2 = _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_ptr, do_ptr, lse_ptr, delta_s, T, S, halo, NC,
-            dl_ptr, p_ptr, side_ptr, dst_ptr, pid, j, HQ, H, D, V, M, scale, LAG, FM, ZERO, HAS_DOC, HAS_VIS,
+            dl_ptr, p_ptr, side_ptr, dst_ptr, turn, j, HQ, H, D, V, M, scale, LAG, FM, ZERO, HAS_DOC, HAS_VIS,
             PREC, GPREC, GD, C, GB, DB, VB, INPLACE, SHARE, ALONE)
     elif SLOTS:
         g, rest = _gate_sums(la, C, GD, TD)
@@ -400,20 +408,28 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         shown = seen[:, None]
         if M != MB:
             shown = shown & (mm < M)[None, :]
-        # y, z: logits over the scale and dp, without 2^g
-        y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
+        # y, z: logits over the scale and dp, without 2^g. Not AHEAD: each in its turn, so that two programs fit a multiprocessor
         if not AHEAD:
-            do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
         z = _mm0(do.to(SD), tl.trans(sv), PREC)
         if HAS_DOC:
-            y = tl.where(old[:, None], y, 0.0)
             z = tl.where(old[:, None], z, 0.0)
-        xk = tl.where(causal, _inner(f1, f2, k1, k2, PREC), 0.0)
         xv = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0)
-        y = _mm(xk.to(GD), b0, y, GPREC)
         z = _mm(xv.to(GD), b0, z, GPREC)
+        if not AHEAD:
+            k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
+            s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
+            k1 = _phi(k1, FM)
+            k2 = _phi(k2, FM)
+        y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
+        if HAS_DOC:
+            y = tl.where(old[:, None], y, 0.0)
+        xk = tl.where(causal, _inner(f1, f2, k1, k2, PREC), 0.0)
+        y = _mm(xk.to(GD), b0, y, GPREC)
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+        rows = first + qrows
+        lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"), cache_modifier=".ca")
         p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
         dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
         p_at, p_0 = _rounded(p_0 * e0, GD)
@@ -423,7 +439,7 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
         a = _mm0(dl_at, tl.trans(b0), GPREC)
         p_0 = p_at
         dl_0 = dl_at
-        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
         row0 = r0 - LAG
         if SHARE:
             kb = (b * S + row0) * H + h
@@ -451,6 +467,8 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             _put(dst + DH, _mm0(tl.trans(dl_0), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
         a = tl.where(causal, a, 0.0).to(GD)
         if not AHEAD:
+            kbase = k_ptr + (b * S * H + h) * D
+            stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
             k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB, True)
             s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB, True)
             k1 = _phi(k1, FM)
@@ -463,26 +481,30 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             dq2 = _dphi(dq2, q2, FM)
     if WINDOW > 0:
         if SLOTS:
-            h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
-            vbase = v_ptr + (b * S * H + h) * V
+            h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
             cs = cos_ptr + b * rope_batch * DH
             sn = sin_ptr + b * rope_batch * DH
-            doc = doc_ptr + b * S
-            if HAS_DOC:
-                qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
-            lse = tl.load(lse_ptr + first + qrows, mask=live, other=float("inf"))
-            if STRONG:
-                tl.debug_barrier()
-                delta_w = tl.load(delta_ptr + first + qrows, mask=live, other=0.0)
-        if SLOTS:
-            do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
+            if STRONG:  # each copy in the order in which it spills nothing
+                do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
         qc, qs = _angles(cs, sn, r0, tok, live, DH, DB, ROPE and not READY)
+        if STRONG and ROPE:
+            dq1, dq2 = _rotate(dq1, dq2, qc, qs)
         q1, q2 = _turned(q_ptr + first * D, qrows, live, D, qc, qs, DH, DB, ROPE and not READY, SLOTS)
         if READY:  # left to itself, the compiler reads these from shared memory, and its products wait for one another
             q1 = _landed(q1)
             q2 = _landed(q2)
-        if ROPE and not READY:
+        if SLOTS and ROPE and not STRONG:
             dq1, dq2 = _rotate(dq1, dq2, qc, qs)
+        if SLOTS:
+            vbase = v_ptr + (b * S * H + h) * V
+            if not STRONG:
+                do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
+            lse = tl.load(lse_ptr + first + qrows, mask=live, other=float("inf"))
+            tl.debug_barrier()
+            delta_w = tl.load(delta_ptr + first + qrows, mask=live, other=0.0)
+            doc = doc_ptr + b * S
+            if HAS_DOC:
+                qdoc = tl.load(doc + r0 + tok, mask=live, other=0)
         krbase = kr_ptr + (b * S * H + h) * D
         start = tl.maximum(-NP, -((r0 + C - 1) // C))
         CLEAN: tl.constexpr = NP > 1 and NP * C <= WINDOW and not STRONG  # tiles between the first and the last are seen whole
@@ -494,14 +516,16 @@ def _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < ENDLESS, not CLEAN)
         if CLEAN:
+            if SLOTS:
+                h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+                krbase = kr_ptr + (b * S * H + h) * D
+                vbase = v_ptr + (b * S * H + h) * V
             for n in range(inner, 0):
                 dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, n * C, S, C,
                                   H, D, V, scale, WINDOW, TURN, False, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
-        if not SLOTS:  # nothing else has used pid since the start: 4 bytes spilled on A
-            pid = _program()
-        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(pid, T, halo, NC, HQ, H, GB, C)
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
         cs = cos_ptr + b * rope_batch * DH
         sn = sin_ptr + b * rope_batch * DH
         if ROPE:
@@ -532,13 +556,11 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
     lse take from delta.
     """
     if STRONG:
-        start = tl.program_id(0)
-        # as many as there are programs, which the compiler would hold; the heads of a chunk are neighbours, and often marked together
-        step = tl.cdiv(total, BATCH)
-        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in tl.range(start, total, step, disable_licm=True):
-                if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
-                    _dq(pid, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
+        # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, _program(tl.arange(0, BATCH))[1], total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
+            for turn in tl.range(0, BATCH, disable_licm=True):
+                if _strong(strong_ptr, _program(turn)[1], total, HQ // GB, GB, HQ // H, H, NC):
+                    _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                         ZERO, SLOTS, ROPE, TURN, READY, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)
@@ -547,7 +569,7 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
         if SLOTS:
             mine = not _strong(strong_ptr, tl.program_id(0), total, HQ // GB, GB, HQ // H, H, NC)
         if mine:
-            _dq(tl.program_id(0), q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
+            _dq(0, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                 do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                 dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                 ZERO, SLOTS, ROPE, TURN, READY, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)

@@ -42,37 +42,29 @@ def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, wi
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-# bytes that a kernel spills with the committed choice, where not 0
-SPILLED = {
-    ("C", "64", "dq_kernel"): 160,
-    ("C", "64", "dq_kernel strong"): 4,
-}
-
-
 @pytest.mark.parametrize(
     ("kernel", "shape", "more"),
     [
         ("state", "C", []),
         ("output", "A", ["--full"]),
         ("output", "C", []),
-        ("dq", "A", ["--full"]),
-        ("dq", "C", []),
+        ("dq", "A", ["512", "--full"]),
+        ("dq", "C", ["512", "--full"]),
         ("dslot", "A", []),
         ("dslot", "C", []),
         ("dwindow", "A", ["--full"]),
     ],
 )
 def test_spills(kernel, shape, more, tmp_path):
-    """On sm_90, neither copy of a kernel spills more than it is known to."""
+    """On sm_90, neither copy of a kernel spills with the committed choice."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report", "--arch", "90"]
+    command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report", "--no-spills"]
     run = subprocess.run(
-        [*command, "--only", kernel, "--shapes", shape, "--windows", "64", *more],
+        [*command, "--arch", "90", "--only", kernel, "--shapes", shape, "--windows", "64", *more],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     print(run.stdout)
     assert run.returncode == 0, run.stderr[-2000:]
-    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()[2:]]
-    assert len(rows) == (1 if kernel == "dwindow" else 2) + len(more)
-    for _, _, window, name, _, _, _, spilled, _ in rows:
-        assert int(spilled) <= SPILLED.get((shape, window, name), 0), (shape, window, name)
+    copies = 1 if kernel == "dwindow" else 2
+    full = "--full" in more
+    assert run.stdout.count("_kernel") == copies * (1 + len(more) - full) + full
