@@ -182,11 +182,11 @@ def _window_dkv(dk1, dk2, dv, k1, k2, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, 
 
 
 @triton.jit
-def _place(turn, T, halo, NC, HQ: tl.constexpr, H: tl.constexpr, GB: tl.constexpr, C: tl.constexpr):
+def _place(step, T, halo, NC, HQ: tl.constexpr, H: tl.constexpr, GB: tl.constexpr, C: tl.constexpr):
     """Where a program works: first query head, kv head, chunk, row of the batch; the chunk's first query, its row, its number among
-    all heads' queries; of the program's rows the token, the number, and whether it is there. turn: as in _program. The compiler
+    all heads' queries; of the program's rows the token, the number, and whether it is there. step: as in _program. The compiler
     takes all of it for new: it computes anew what follows from it, and holds none of it until then."""
-    zero, pid = _program(turn)
+    zero, pid = _program(step)
     T = zero + T
     h0, h, c, b = _chunk(pid, HQ // GB, GB, HQ // H, NC)
     tok, head = _order(GB, C, zero)
@@ -207,7 +207,7 @@ def _rows(q_ptr, k_ptr, do_ptr, v_ptr, qrows, live, j, kok, H: tl.constexpr, D: 
 
 @triton.jit
 def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_ptr, do_ptr, lse_ptr, delta, T, S, halo, NC,
-                 dl_ptr, p_ptr, side_ptr, dst_ptr, turn, j,
+                 dl_ptr, p_ptr, side_ptr, dst_ptr, step, j,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                  scale: tl.constexpr, LAG: tl.constexpr, FM: tl.constexpr, ZERO: tl.constexpr, HAS_DOC: tl.constexpr, HAS_VIS: tl.constexpr,
                  PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
@@ -220,7 +220,7 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
     SD: tl.constexpr = st_ptr.dtype.element_ty
     TD: tl.constexpr = v_ptr.dtype.element_ty
     sc: tl.constexpr = scale * 1.4426950408889634
-    h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+    h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
     row0 = r0 - LAG
     stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
     kb = (b * S + row0) * H + h
@@ -281,7 +281,7 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
         side = side / at * y
         p_at, rounded = _rounded(p * at, GD)
         side += rounded / at * z
-        hi0, hi, ci, bi, ti, ri, query, toki, rowsi, livei = _place(turn, T, halo, NC, HQ, H, GB, C)
+        hi0, hi, ci, bi, ti, ri, query, toki, rowsi, livei = _place(step, T, halo, NC, HQ, H, GB, C)
         row = (bi * S + ri - LAG) * H + hi
         stored = ti + j < T
         if INPLACE:
@@ -321,7 +321,7 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
 
 
 @triton.jit
-def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
+def _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr,
         o_ptr, do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch,
         dq_ptr, dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr,
         HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -337,7 +337,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
     ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
     NHG: tl.constexpr = HQ // GB
     NP: tl.constexpr = (WINDOW + C - 2) // C
-    h0, h, c, b = _chunk(tl.program_id(0) + turn * tl.num_programs(0), NHG, GB, HQ // H, NC)
+    h0, h, c, b = _chunk(tl.program_id(0) + step * tl.num_programs(0), NHG, GB, HQ // H, NC)
     t0 = c * C
     r0 = halo + t0
     tok, head = _order(GB, C)
@@ -390,7 +390,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
     tl.store(delta_ptr + rows, delta_w, mask=live)
     if STRONG:
         dq1, dq2 = _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_ptr, do_ptr, lse_ptr, delta_s, T, S, halo, NC,
-            dl_ptr, p_ptr, side_ptr, dst_ptr, turn, j, HQ, H, D, V, M, scale, LAG, FM, ZERO, HAS_DOC, HAS_VIS,
+            dl_ptr, p_ptr, side_ptr, dst_ptr, step, j, HQ, H, D, V, M, scale, LAG, FM, ZERO, HAS_DOC, HAS_VIS,
             PREC, GPREC, GD, C, GB, DB, VB, INPLACE, SHARE, ALONE)
     elif SLOTS:
         g, rest = _gate_sums(la, C, GD, TD)
@@ -408,7 +408,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
         shown = seen[:, None]
         if M != MB:
             shown = shown & (mm < M)[None, :]
-        # y, z: logits over the scale and dp, without 2^g. Not AHEAD: each in its turn, so that two programs fit a multiprocessor
+        # y, z: logits over the scale and dp, without 2^g. Not AHEAD: z's tiles, then y's, so that two programs fit a multiprocessor
         if not AHEAD:
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
@@ -427,7 +427,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
             y = tl.where(old[:, None], y, 0.0)
         xk = tl.where(causal, _inner(f1, f2, k1, k2, PREC), 0.0)
         y = _mm(xk.to(GD), b0, y, GPREC)
-        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
         rows = first + qrows
         lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"), cache_modifier=".ca")
         p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
@@ -439,7 +439,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
         a = _mm0(dl_at, tl.trans(b0), GPREC)
         p_0 = p_at
         dl_0 = dl_at
-        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
         row0 = r0 - LAG
         if SHARE:
             kb = (b * S + row0) * H + h
@@ -481,7 +481,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
             dq2 = _dphi(dq2, q2, FM)
     if WINDOW > 0:
         if SLOTS:
-            h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+            h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
             cs = cos_ptr + b * rope_batch * DH
             sn = sin_ptr + b * rope_batch * DH
             if STRONG:  # each copy in the order in which it spills nothing
@@ -517,7 +517,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < ENDLESS, not CLEAN)
         if CLEAN:
             if SLOTS:
-                h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+                h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
                 krbase = kr_ptr + (b * S * H + h) * D
                 vbase = v_ptr + (b * S * H + h) * V
             for n in range(inner, 0):
@@ -525,7 +525,7 @@ def _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
                                   H, D, V, scale, WINDOW, TURN, False, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
-        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(turn, T, halo, NC, HQ, H, GB, C)
+        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
         cs = cos_ptr + b * rope_batch * DH
         sn = sin_ptr + b * rope_batch * DH
         if ROPE:
@@ -558,9 +558,9 @@ def dq_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_ptr, 
     if STRONG:
         # the heads of a chunk are neighbours, and often marked together
         if tl.max(_strong(strong_ptr, _program(tl.arange(0, BATCH))[1], total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for turn in tl.range(0, BATCH, disable_licm=True):
-                if _strong(strong_ptr, _program(turn)[1], total, HQ // GB, GB, HQ // H, H, NC):
-                    _dq(turn, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
+            for step in tl.range(0, BATCH, disable_licm=True):
+                if _strong(strong_ptr, _program(step)[1], total, HQ // GB, GB, HQ // H, H, NC):
+                    _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr, sight_ptr, vis_ptr, o_ptr,
                         do_ptr, lse_ptr, push_s_ptr, push_w_ptr, T, S, halo, NC, rope_batch, dq_ptr,
                         dl_ptr, p_ptr, side_ptr, delta_ptr, dst_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, FM,
                         ZERO, SLOTS, ROPE, TURN, READY, HAS_DOC, HAS_VIS, PREC, GPREC, GD, C, GB, DB, VB, MB, INPLACE, SHARE, AHEAD, STRONG)

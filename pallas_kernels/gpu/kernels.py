@@ -164,16 +164,16 @@ def _landed(x):
 
 
 @triton.jit
-def _program(turn):
-    """0, and the program's number after `turn` steps of as many as there are programs. Both are read where this stands: the
+def _program(step):
+    """0, and the program's number after `step` steps of as many as there are programs. Both are read where this stands: the
     compiler holds neither until then."""
     if INTERPRETED:
-        return 0, tl.program_id(0) + turn * tl.num_programs(0)
+        return 0, tl.program_id(0) + step * tl.num_programs(0)
     else:
         pid = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
         programs = tl.inline_asm_elementwise("mov.u32 $0, %nctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
         new = _landed(pid)
-        return new - pid, new + turn * programs
+        return new - pid, new + step * programs
 
 
 @triton.jit
