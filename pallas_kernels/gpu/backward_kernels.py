@@ -129,7 +129,7 @@ def _window_dq(dq1, dq2, q1, q2, do, lse, delta, k_ptr, v_ptr, cs, sn, doc, qdoc
     if WINDOW < ENDLESS:
         row = (r0 + ahead).to(tl.int64)
         ok = (rows >= 0) & (rows < S)
-    else:  # with the form above, full attention spills 28 bytes on C; with this one, windows do
+    else:  # with the form above, full attention spills on C; with this one, windows do
         row = r0.to(tl.int64) + ahead
         ok = rows >= 0
         if NEW:
@@ -428,8 +428,7 @@ def _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
         xk = tl.where(causal, _inner(f1, f2, k1, k2, PREC), 0.0)
         y = _mm(xk.to(GD), b0, y, GPREC)
         h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
-        rows = first + qrows
-        lse = tl.load(lse_ptr + rows, mask=live, other=float("inf"), cache_modifier=".ca")
+        lse = tl.load(lse_ptr + first + qrows, mask=live, other=float("inf"), cache_modifier=".ca")
         p_0 = tl.where(shown, _exp2(y * e0 * sc - lse[:, None]), 0.0)
         dl_0 = p_0 * (z * e0 - delta_s[:, None]) * (scale * e0)
         p_at, p_0 = _rounded(p_0 * e0, GD)
