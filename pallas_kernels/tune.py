@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ def candidates(kernel: str, chunk: int, group: int, window: int) -> Iterator[Lau
     """Worth trying: 4 warps for each 64 rows of a product, as more would compute rows twice."""
     if kernel == "dstate" and group == 1:
         return  # dq does its work
+    if kernel == "dwindow" and window == 0:
+        return
     stacks = [n for n in (1, 2) if group % n == 0] if kernel in STACKED else [1]
     if kernel == "dwindow" and window >= LONG:
         stacks = [1, 2]
@@ -45,8 +48,9 @@ def candidates(kernel: str, chunk: int, group: int, window: int) -> Iterator[Lau
         stages = 1, 2, 3
     for stack, depth in itertools.product(stacks, stages):
         warps = 4 * max(stack * chunk // 64, 1)
-        if warps <= 8:
-            yield Launch(warps, depth, stack)
+        for more in (1, 2) if window == 0 else (1,):  # float32 states take more registers
+            if more * warps <= 8:
+                yield Launch(more * warps, depth, stack)
 
 
 def setting(shape: Any, window: int) -> tuple[Any, Any]:
@@ -64,7 +68,7 @@ def recorded(shape: Any, window: int, tiles: Tiles, kernel: str) -> Any:
     import jax.numpy as jnp
 
     from pallas_kernels import bench
-    from pallas_kernels.gpu import attention, launch
+    from pallas_kernels.gpu import attention, launch, pieces
 
     found: list[tuple] = []
     plain = launch.call
@@ -77,7 +81,8 @@ def recorded(shape: Any, window: int, tiles: Tiles, kernel: str) -> Any:
     spec, doc = setting(shape, window)
     doc = None if doc is None else jnp.asarray(doc)
     q, k, v, la, do = bench.inputs(shape, bench.TOKENS // LENGTH, LENGTH)
-    with mock.patch.object(launch, "call", call):
+    whole = mock.patch.object(pieces, "choose", return_value=pieces.Pieces())
+    with mock.patch.object(launch, "call", call), whole:
         _, kept = attention._forward(
             q, k, v, la, None, None, *bench.rope(LENGTH, shape.d), doc, None, spec, tiles
         )
@@ -101,6 +106,7 @@ def compiled(
     fn, args, options = recorded(shape, window, base, kernel)
     where = [i for i, a in enumerate(args) if not isinstance(a, int | float)]
     arrays = [args[i] for i in where]
+    kept = jax.device_get(arrays)  # those of all jobs do not fit the device at a time
     found = []
     for choice in choices:
 
@@ -114,19 +120,21 @@ def compiled(
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # more shared memory than there is
             call = jax.jit(run).lower(*arrays).compile()
             jax.block_until_ready(call(*arrays))
-            found.append((choice, call, arrays))
+            found.append((choice, call, kept))
     return found
 
 
 def work(jobs: list[tuple], ready: Any, one: Any, results: Any) -> None:
     """Compile all jobs; once every process has, time them, one process at a time."""
+    import jax
+
     from pallas_kernels import bench
 
     done = [(job, compiled(*job)) for job in jobs]
     ready.wait()
     with one:
         times = [
-            ((job[2], job[3]), bench.milliseconds(f, *arrays, repeat=20), choice)
+            ((job[2], job[3]), bench.milliseconds(f, *jax.device_put(arrays), repeat=20), choice)
             for job, found in done
             for choice, f, arrays in found
         ]
@@ -144,7 +152,9 @@ def search(
     """((chunk, kernel), milliseconds, launch) of every candidate, or of the launches given."""
     jobs = []
     for chunk, kernel in itertools.product(chunks, kernels):
-        found = launches or list(candidates(kernel, chunk, shape.hq // shape.h, window))
+        found = list(candidates(kernel, chunk, shape.hq // shape.h, window))
+        if found and launches:
+            found = launches
         for stack in sorted({c.stack for c in found}):
             some = [c for c in found if c.stack == stack]
             jobs.append((shape, window, chunk, kernel, some))
@@ -157,10 +167,19 @@ def search(
     ]
     for process in pool:
         process.start()
-    rows = [row for _ in pool for row in results.get()]
+    rows = [row for _ in pool for row in received(results, pool)]
     for process in pool:
         process.join()
     return rows
+
+
+def received(results: Any, pool: list) -> list[tuple]:
+    """What the next process to end has found; ends the program where one of them failed."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return results.get(timeout=1)
+        if any(process.exitcode for process in pool):
+            sys.exit(f"one of {len(pool)} processes failed, see above; fewer --workers take less memory")
 
 
 def whole(shape: Any, window: int, tiles: Tiles) -> float:

@@ -82,9 +82,10 @@ def _table(device: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def key(dtype: str, d: int, v: int, m: int, group: int, window: int) -> str:
-    """What a committed choice is filed under."""
-    return f"{dtype}-d{d}-v{v}-m{m}-g{group}" + ("-long" if window >= LONG else "")
+def key(dtype: str, d: int, v: int, m: int, group: int, window: int, wide: bool = False) -> str:
+    """What a committed choice is filed under. wide: states of bfloat16 inputs are float32."""
+    name = f"{dtype}-d{d}-v{v}-m{m}-g{group}" + ("-wide" if wide else "")
+    return name + ("-long" if window >= LONG else "")
 
 
 def choose(
@@ -92,8 +93,8 @@ def choose(
 ) -> Tiles:
     """Committed choice for this device, shape and window, that for short windows, or ``default``.
     wide: states are float32."""
-    for width in (window, 0):
-        found = _table(device).get(key(dtype, d, v, m, group, width))
+    for length in (window, 0):
+        found = _table(device).get(key(dtype, d, v, m, group, length, wide))
         if found is not None:
             return Tiles.from_json(found)
     return default(d, v, m, group, 4 if wide else 2)
