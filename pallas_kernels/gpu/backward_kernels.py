@@ -658,7 +658,7 @@ def _written(doc_ptr, cur_ptr, T, S, halo, NC, HQ: tl.constexpr, H: tl.constexpr
         after = after & (jdoc[:, None] == qdoc[None, :])
         last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
     return (h, b, c, t0, kr, (b * S + kr) * H + h, j, (kr + j >= 0) & (kr + j < S), tok * HQ + i // C, live, after, last, doc,
-            tl.arange(0, MB), ((b * H + h) * NC + c) * M, ((b * H + h) * (NC + 1) + c + 1) * (M * W), zero + T)
+            tl.arange(0, MB), ((b * H + h) * NC + c) * M, ((b * H + h) * (NC + 1) + c + 1) * (M * W), T)
 
 
 @triton.jit
@@ -775,11 +775,11 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_
     g = _gate_sum(la * LOG2E, C, GD, TD)
     bw = _rounded(_only_level(g, w)[1], GD)[0]
     dw = tl.zeros((C, MB), tl.float32)
-    dw = _slot_weights(dw, bw, k_ptr, q_ptr, dl_ptr, dst_ptr, decay_ptr, cross_ptr, doc_ptr, cur_ptr, T, S, halo, NC,
-                       D, DP, DHALF, FM, HQ, H, M, MB, W, LAG, HAS_DOC, C, GB, GD, PREC, GPREC, SHARE)
-    tl.debug_barrier()
     dw = _slot_weights(dw, bw, v_ptr, do_ptr, p_ptr, dst_ptr + D, decay_ptr, cross_ptr, doc_ptr, cur_ptr, T, S, halo, NC,
                        V, VP, VHALF, "none", HQ, H, M, MB, W, LAG, HAS_DOC, C, GB, GD, PREC, GPREC, SHARE)
+    tl.debug_barrier()
+    dw = _slot_weights(dw, bw, k_ptr, q_ptr, dl_ptr, dst_ptr, decay_ptr, cross_ptr, doc_ptr, cur_ptr, T, S, halo, NC,
+                       D, DP, DHALF, FM, HQ, H, M, MB, W, LAG, HAS_DOC, C, GB, GD, PREC, GPREC, SHARE)
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
