@@ -635,12 +635,12 @@ def _widened(x):
 
 
 @triton.jit
-def _written(doc_ptr, cur_ptr, T, S, halo, NC, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr,
+def _written(step, doc_ptr, cur_ptr, T, S, halo, NC, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr,
              C: tl.constexpr, GB: tl.constexpr, MB: tl.constexpr):
     """Where a program of dslot_kernel works: kv head, row of the batch, chunk, first token, the row that it writes and the number of that; of its
     rows the number and whether one is there; of the queries of GB heads the same; which queries come after which rows; which rows are of the
     last document; slots, and the number of the first one of the chunk. The compiler takes all of it for new, as in _place."""
-    zero, pid = _program(0)
+    zero, pid = _program(step)
     T = zero + T
     h0, h, c, b = _chunk(pid, H, 1, 1, NC)
     t0 = c * C
@@ -671,12 +671,12 @@ def _gate_sum(la, C: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr):
 
 
 @triton.jit
-def _slot_side(pl_ptr, rows, kb, qrows, live, kok, N: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, SHARE: tl.constexpr):
-    """dl or p of the queries of some heads."""
+def _slot_side(pl_ptr, rows, kb, qrows, live, kok, N: tl.constexpr, M: tl.constexpr, MB: tl.constexpr, SHARE: tl.constexpr, first=0):
+    """dl or p of the queries of some heads, MB slots of them from `first` on."""
     if SHARE:
-        return _tile(pl_ptr + kb * N, qrows, live & kok, N, M, MB)
+        return _tile(pl_ptr + kb * N, qrows, live & kok, N, M, MB, False, first)
     else:
-        return _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
+        return _tile(pl_ptr + rows * M, qrows, live, M, M, MB, False, first)
 
 
 @triton.jit
@@ -687,7 +687,7 @@ def _slot_weights(dw, bw, x_ptr, y_ptr, pl_ptr, ds_ptr, decay_ptr, cross_ptr, do
     """Gradient of the write weights times 2^g: dw and what keys (x, y, pl = k, q, dl) or values (v, do, p) add; and so of what passes
     through the chunk, at cross."""
     h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
-        doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
+        0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     # u: gradient of the writes through the state after the chunk
     P: tl.constexpr = N // 2 if HALVES else N
     x1 = _phi(_tile(x_ptr + kb * N, j, kok, H * N, P, NB), F)
@@ -722,7 +722,7 @@ def _slot_rows(bw, end, x_ptr, y_ptr, pl_ptr, dx_ptr, ds_ptr, doc_ptr, cur_ptr, 
                GB: tl.constexpr, GD: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr):
     """dk (x, y, pl = k, q, dl), in halves, or dv (v, do, p), in halves or whole, of the rows that a chunk writes."""
     h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
-        doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
+        0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     if HALVES:
         ds1, ds2 = _halves(ds_ptr + nb, mm, mm < M, W, N // 2, NB)
         dx1 = _mm0(end, ds1, GPREC)
@@ -770,7 +770,7 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_
         dl_ptr = dk_ptr
         p_ptr = dv_ptr
     h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
-        doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
+        0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
     g = _gate_sum(la * LOG2E, C, GD, TD)
     bw = _rounded(_only_level(g, w)[1], GD)[0]
@@ -784,7 +784,7 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
     h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
-        doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
+        0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
     tl.debug_barrier()
     through = tl.load(cross_ptr + at + mm, mask=mm < M, other=0.0)[None, :]
@@ -814,7 +814,7 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
 
     h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
-        doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
+        0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
     g, rest = _gate_sums(la * LOG2E, C, GD, TD)
     bw = _only_level(g, w)[1]
@@ -830,11 +830,10 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_
 
 
 @triton.jit
-def _slot_gates(la_ptr, j, act, m0, H: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, C: tl.constexpr,
+def _slot_gates(la_ptr, doc, row0, query0, n, m0, H: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, C: tl.constexpr, HAS_DOC: tl.constexpr,
                 GD: tl.constexpr, TD: tl.constexpr):
-    """Write weights of the slots from m0 on, strong; g, its rest and how many levels."""
-    la = tl.maximum(_tile(la_ptr, j, act, H * M, M, MS, False, m0).to(tl.float32), -SPAN * LN2)
-    w = _write_weight(la, GD != tl.bfloat16)
+    """Write weights of the slots from m0 on, strong; g, its rest and how many levels. Arguments as for _gates."""
+    la, w, act = _gates(la_ptr, doc, row0, query0, n, H, M, MS, C, HAS_DOC, GD != tl.bfloat16, True, m0)
     la *= LOG2E
     # the sums of _gate_sums, so that a row is of one level in all kernels; its products' masks would take registers
     rest = 0.0
@@ -855,62 +854,56 @@ def _of_level(x, g, n):
 
 
 @triton.jit
-def _strong_rows(dx_ptr, x_ptr, y_ptr, pl_ptr, ds_ptr, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
+def _strong_rows(dx_ptr, x_ptr, y_ptr, pl_ptr, ds_ptr, la_ptr, step, doc_ptr, cur_ptr, T, S, halo, NC,
                  N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
-                 MS: tl.constexpr, HAS_DOC: tl.constexpr, C: tl.constexpr, GD: tl.constexpr, GPREC: tl.constexpr, W: tl.constexpr,
+                 MS: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr, C: tl.constexpr, GD: tl.constexpr, GPREC: tl.constexpr,
                  SHARE: tl.constexpr):
     """Slot side of dk (x, y, pl = k, q, dl) or dv (v, do, p)."""
     TD: tl.constexpr = x_ptr.dtype.element_ty
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
+        step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
+    la_ptr += (b * S * H + h) * M
     dx = tl.zeros((C, NB), tl.float32)
-    for gi in range(HQ // H):
+    for gi in tl.range(0, HQ // H, num_stages=1, disable_licm=True):
         rows = (b * T + t0) * HQ + h * (HQ // H) + gi
         a = tl.zeros((C, C), tl.float32)
-        for m0 in range(0, M, MS):
-            w, g, rest, levels = _slot_gates(la_ptr, j, act, m0, H, M, MS, C, GD, TD)
-            if SHARE:
-                pl = _tile(pl_ptr + kb * N, j, live & kok, HQ * N, M, MS, False, m0)
-            else:
-                pl = _tile(pl_ptr + rows * M, j, live, HQ * M, M, MS, False, m0)
+        for m0 in tl.range(0, M, MS, num_stages=1, disable_licm=True):
+            w, g, rest, levels = _slot_gates(la_ptr, doc, kr, halo + t0, T - t0, m0, H, M, MS, C, HAS_DOC, GD, TD)
+            pl = _slot_side(pl_ptr, rows, kb, qrows, live, kok, N, M, MS, SHARE, m0)
             for n in range(levels):
                 e, inv = _level(g, rest, w, n)
                 a = _mm(inv.to(GD), tl.trans(_of_level(pl, g, n).to(GD)), a, GPREC)
-        y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
-        after = j[:, None] <= j[None, :]  # [written, query]
-        if HAS_DOC:
-            after = after & (qdoc[:, None] == qdoc[None, :])
+        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
         dx = _mm(tl.where(after, a, 0.0).to(GD), y.to(GD), dx, GPREC)
-    for m0 in range(0, M, MS):
-        w, g, rest, levels = _slot_gates(la_ptr, j, act, m0, H, M, MS, C, GD, TD)
+    for m0 in tl.range(0, M, MS, num_stages=1, disable_licm=True):
+        w, g, rest, levels = _slot_gates(la_ptr, doc, kr, halo + t0, T - t0, m0, H, M, MS, C, HAS_DOC, GD, TD)
         end = _to_end(g, rest, C, TD) * w
         if HAS_DOC:
             end = tl.where(last, end, 0.0)
-        mm = m0 + tl.arange(0, MS)
-        dx = _mm(end.to(GD), _tile(ds_ptr, mm, mm < M, W, N, NB), dx, GPREC)
+        dx = _mm(end.to(GD), _tile(ds_ptr + nb, m0 + mm, m0 + mm < M, W, N, NB), dx, GPREC)
     if F != "none":
         dx = _dphi(dx, _tile(x_ptr + kb * N, j, kok, H * N, N, NB), F)
     _put(dx_ptr + kb * N, dx, j, kok, H * N, N, NB)
 
 
 @triton.jit
-def _strong_weights(dw, own, x_ptr, y_ptr, pl_ptr, w, g, rest, levels, m0, h, b, t0, T, j, kok, live, qdoc, kb,
+def _strong_weights(dw, own, x_ptr, y_ptr, pl_ptr, w, g, rest, levels, m0, step, doc_ptr, cur_ptr, T, S, halo, NC,
                     N: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
-                    MS: tl.constexpr, HAS_DOC: tl.constexpr, C: tl.constexpr, GD: tl.constexpr, PREC: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr):
+                    MS: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr, C: tl.constexpr, GD: tl.constexpr, PREC: tl.constexpr, GPREC: tl.constexpr,
+                    SHARE: tl.constexpr):
     """Gradient of the write weights of the slots from m0 on, and weight times gradient from later queries than a row's own, with what the pairs
     inside a chunk add: keys (x, y, pl = k, q, dl) or values (v, do, p)."""
-    for gi in range(HQ // H):
-        later = j[:, None] < j[None, :]
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
+        step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
+    for gi in tl.range(0, HQ // H, num_stages=1, disable_licm=True):
         rows = (b * T + t0) * HQ + h * (HQ // H) + gi
-        x = _phi(_tile(x_ptr + kb * N, j, kok, H * N, N, NB, True), F)
-        y = _phi(_tile(y_ptr + rows * N, j, live, HQ * N, N, NB), F)
-        if SHARE:
-            pl = _tile(pl_ptr + kb * N, j, live & kok, HQ * N, M, MS, False, m0)
-        else:
-            pl = _tile(pl_ptr + rows * M, j, live, HQ * M, M, MS, False, m0)
+        x = _phi(_tile(x_ptr + kb * N, j, kok, H * N, N, NB), F)
+        y = _phi(_tile(y_ptr + rows * N, qrows, live, N, N, NB), F)
+        pl = _slot_side(pl_ptr, rows, kb, qrows, live, kok, N, M, MS, SHARE, m0)
         a = _mm0(x, tl.trans(y), PREC)
-        a_own = tl.sum(tl.where(j[:, None] == j[None, :], a, 0.0), 1)
-        if HAS_DOC:
-            later = later & (qdoc[:, None] == qdoc[None, :])
-        a = tl.where(later, a, 0.0).to(GD)
+        own_row = j[:, None] == j[None, :]
+        a_own = tl.sum(tl.where(own_row, a, 0.0), 1)
+        a = tl.where(after & (j[:, None] < j[None, :]), a, 0.0).to(GD)
         for n in range(levels):
             e, inv = _level(g, rest, 1.0, n)
             pn = _of_level(pl, g, n).to(GD)
@@ -921,7 +914,7 @@ def _strong_weights(dw, own, x_ptr, y_ptr, pl_ptr, w, g, rest, levels, m0, h, b,
 
 
 @triton.jit
-def _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot_strong(step, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
                   T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
                   HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
                   LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
@@ -932,41 +925,27 @@ def _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross
     MS: tl.constexpr = 16
     KB: tl.constexpr = 2 * DB
     TD: tl.constexpr = v_ptr.dtype.element_ty
-    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
-    t0 = c * C
-    kr = halo + t0 - LAG
-    j = tl.arange(0, C)
-    krow = kr + j
-    kok = (krow >= 0) & (krow < S)
-    live = t0 + j < T
-    act = live & (krow >= 0)
-    kb = (b * S + kr) * H + h
+    W: tl.constexpr = D + V
     if SHARE:  # each is read before its gradient is written, by this program alone
         dl_ptr = dk_ptr
         p_ptr = dv_ptr
-    qdoc = j
-    last = j
-    if HAS_DOC:
-        doc = doc_ptr + b * S
-        qdoc = tl.load(doc + halo + t0 + j, mask=live, other=0)
-        act = act & (qdoc != 0) & (qdoc == tl.load(doc + krow, mask=act, other=0))
-        last = (qdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
-    la_ptr += kb * M
-    ds_ptr = dst_ptr + ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
-    for m0 in range(0, M, MS):
-        mm = m0 + tl.arange(0, MS)
-        w, g, rest, levels = _slot_gates(la_ptr, j, act, m0, H, M, MS, C, GD, TD)
+    for m0 in tl.range(0, M, MS, num_stages=1, disable_licm=True):
+        h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
+            step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
+        w, g, rest, levels = _slot_gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, m0, H, M, MS, C, HAS_DOC, GD, TD)
         dw = tl.zeros((C, MS), tl.float32)
         own = tl.zeros((C, MS), tl.float32)
-        dw, own = _strong_weights(dw, own, k_ptr, q_ptr, dl_ptr, w, g, rest, levels, m0, h, b, t0, T, j, kok, live, qdoc, kb,
-                                  D, KB, FM, HQ, H, M, MS, HAS_DOC, C, GD, PREC, GPREC, SHARE)
-        dw, own = _strong_weights(dw, own, v_ptr, do_ptr, p_ptr, w, g, rest, levels, m0, h, b, t0, T, j, kok, live, qdoc, kb,
-                                  V, VB, "none", HQ, H, M, MS, HAS_DOC, C, GD, PREC, GPREC, SHARE)
+        dw, own = _strong_weights(dw, own, k_ptr, q_ptr, dl_ptr, w, g, rest, levels, m0, step, doc_ptr, cur_ptr, T, S, halo, NC,
+                                  D, KB, FM, HQ, H, M, MS, W, LAG, HAS_DOC, C, GD, PREC, GPREC, SHARE)
+        dw, own = _strong_weights(dw, own, v_ptr, do_ptr, p_ptr, w, g, rest, levels, m0, step, doc_ptr, cur_ptr, T, S, halo, NC,
+                                  V, VB, "none", HQ, H, M, MS, W, LAG, HAS_DOC, C, GD, PREC, GPREC, SHARE)
         # u: gradient of the writes through the state after the chunk
+        h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
+            step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
         x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
-        u = _mm0(x.to(GD), tl.trans(_tile(ds_ptr + D, mm, mm < M, D + V, V, VB)), GPREC)
+        u = _mm0(x.to(GD), tl.trans(_tile(dst_ptr + nb + D, m0 + mm, m0 + mm < M, W, V, VB)), GPREC)
         x = _phi(_tile(k_ptr + kb * D, j, kok, H * D, D, KB), FM)
-        u = _mm(x.to(GD), tl.trans(_tile(ds_ptr, mm, mm < M, D + V, D, KB)), u, GPREC)
+        u = _mm(x.to(GD), tl.trans(_tile(dst_ptr + nb, m0 + mm, m0 + mm < M, W, D, KB)), u, GPREC)
         to_end = _to_end(g, rest, C, TD)
         end = to_end * w
         if HAS_DOC:
@@ -976,11 +955,11 @@ def _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross
         # what only passes through a step, from the rows before it: no difference of sums, which would
         # lose a gate near 0
         through = _sum_rows(j[:, None] > j[None, :], end.to(GD).to(tl.float32) * u, 3)
-        through += tl.load(cross_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+        through += tl.load(cross_ptr + at + m0 + mm, mask=m0 + mm < M, other=0.0)[None, :]
         if HAS_DOC:
             through = tl.where(last, through, 0.0)
-        la = _tile(la_ptr, j, act, H * M, M, MS, True, m0).to(tl.float32)
-        through -= dw * _exp2(tl.maximum(la * LOG2E, -SPAN))
+        la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, H, M, MS, C, HAS_DOC, False, True, m0)
+        through -= dw * _exp2(la * LOG2E)
         dla = -own
         if INPLACE:
             dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MS, False, m0)
@@ -989,16 +968,15 @@ def _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross
                 part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
                 dla += _tile(side_ptr + part * M, j, live, H * NSIDE * M, M, MS, False, m0)
         if HAS_DOC:
-            same = (j[:, None] <= j[None, :]) & (qdoc[:, None] == qdoc[None, :])
-            dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3)
+            jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < n, other=0)
+            dla = _sum_rows((j[:, None] <= j[None, :]) & (jdoc[:, None] == jdoc[None, :]), dla, 2 if GD == tl.bfloat16 else 3)
         else:
             dla = tl.cumsum(dla, 0, reverse=True)
-        dla = tl.where(act[:, None], dla + through, 0.0)
-        _put(dla_ptr + kb * M, dla, j, kok, H * M, M, MS, m0)
-    _strong_rows(dk_ptr, k_ptr, q_ptr, dl_ptr, ds_ptr, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
-                 D, KB, FM, HQ, H, M, MS, HAS_DOC, C, GD, GPREC, D + V, SHARE)
-    _strong_rows(dv_ptr, v_ptr, do_ptr, p_ptr, ds_ptr + D, la_ptr, h, b, t0, T, j, kok, act, live, qdoc, last, kb,
-                 V, VB, "none", HQ, H, M, MS, HAS_DOC, C, GD, GPREC, D + V, SHARE)
+        _put(dla_ptr + kb * M, tl.where(act[:, None], dla + through, 0.0), j, kok, H * M, M, MS, m0)
+    _strong_rows(dk_ptr, k_ptr, q_ptr, dl_ptr, dst_ptr, la_ptr, step, doc_ptr, cur_ptr, T, S, halo, NC,
+                 D, KB, FM, HQ, H, M, MS, W, LAG, HAS_DOC, C, GD, GPREC, SHARE)
+    _strong_rows(dv_ptr, v_ptr, do_ptr, p_ptr, dst_ptr + D, la_ptr, step, doc_ptr, cur_ptr, T, S, halo, NC,
+                 V, VB, "none", HQ, H, M, MS, W, LAG, HAS_DOC, C, GD, GPREC, SHARE)
 
 
 @triton.jit
@@ -1066,12 +1044,11 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
     left its share, and dl and p, where the gradients go. cross: what passes through each chunk, to which the common
     copy adds what its steps give to the state, rather than hold it in registers."""
     if STRONG:
-        start = tl.program_id(0)
-        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
-        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NC).to(tl.int32)) > 0:
-            for pid in range(start, total, step):
-                if _strong(strong_ptr, pid, total, H, 1, 1, H, NC):
-                    _dslot_strong(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+        # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, _program(tl.arange(0, BATCH))[1], total, H, 1, 1, H, NC).to(tl.int32)) > 0:
+            for step in tl.range(0, BATCH, disable_licm=True):
+                if _strong(strong_ptr, _program(step)[1], total, H, 1, 1, H, NC):
+                    _dslot_strong(step, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
                                   T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, DB, VB,
                                   NSIDE, INPLACE, SHARE)
     else:
