@@ -379,7 +379,7 @@ def _scan(call: _Call, x, dec, init, st=None):
             _sds((1,) if st is None else dec.shape, jnp.float32),
         ],
         grid=rows * -(-M // tall), num_warps=4, aliases={0: 0},
-        N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=16 if few else 8,
+        N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=16 if few and x.dtype.itemsize == 2 else 8,
     )  # fmt: skip
 
 

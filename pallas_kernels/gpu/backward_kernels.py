@@ -27,8 +27,8 @@ from pallas_kernels.gpu.kernels import (
     _inner,
     _landed,
     _level,
-    _levels,
     _mm,
+    _mixed,
     _mm0,
     _only_level,
     _phi,
@@ -36,6 +36,7 @@ from pallas_kernels.gpu.kernels import (
     _put,
     _rotate,
     _round16,
+    _slot_gates,
     _strong,
     _sum_rows,
     _sums,
@@ -195,14 +196,10 @@ def _place(step, T, halo, NC, HQ: tl.constexpr, H: tl.constexpr, GB: tl.constexp
 
 
 @triton.jit
-def _rows(q_ptr, k_ptr, do_ptr, v_ptr, qrows, live, j, kok, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, FM: tl.constexpr,
-          DH: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr):
-    """Features of queries and keys, in halves, do and values."""
-    f1, f2 = _halves(q_ptr, qrows, live, D, DH, DB, True)
-    k1, k2 = _halves(k_ptr, j, kok, H * D, DH, DB, True)
-    do = _tile(do_ptr, qrows, live, V, V, VB, True)
-    v = _tile(v_ptr, j, kok, H * V, V, VB, True)
-    return _phi(f1, FM), _phi(f2, FM), _phi(k1, FM), _phi(k2, FM), do, v
+def _features(ptr, rows, ok, stride: tl.constexpr, FM: tl.constexpr, DH: tl.constexpr, DB: tl.constexpr):
+    """Features of queries or keys, in halves."""
+    x1, x2 = _halves(ptr, rows, ok, stride, DH, DB, True)
+    return _phi(x1, FM), _phi(x2, FM)
 
 
 @triton.jit
@@ -226,10 +223,12 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
     kb = (b * S + row0) * H + h
     kok = (row0 + j >= 0) & (row0 + j < S)
     lse = tl.load(lse_ptr + first + qrows, mask=live, other=float("inf"))
-    HELD: tl.constexpr = GD == tl.bfloat16  # in shared memory, which has no room for them beside wider ones
+    HELD: tl.constexpr = GD == tl.bfloat16  # in shared memory, which has no room for them beside wider ones: each is loaded where it is used
     if HELD:
-        f1, f2, k1, k2, do, vt = _rows(q_ptr + first * D, k_ptr + kb * D, do_ptr + first * V, v_ptr + kb * V, qrows, live, j, kok,
-                                       H, D, V, FM, DH, DB, VB)
+        f1, f2 = _features(q_ptr + first * D, qrows, live, D, FM, DH, DB)
+        k1, k2 = _features(k_ptr + kb * D, j, kok, H * D, FM, DH, DB)
+        do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
+        vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
     own = tok[:, None] == j[None, :]
     earlier = tok[:, None] > j[None, :]
     if HAS_DOC:
@@ -242,27 +241,42 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
     for m0 in tl.range(0, M, NB, num_stages=1, disable_licm=True):
         mm = m0 + tl.arange(0, NB)
         if not HELD:
-            f1, f2, k1, k2, do, vt = _rows(q_ptr + first * D, k_ptr + kb * D, do_ptr + first * V, v_ptr + kb * V, qrows, live, j, kok,
-                                           H, D, V, FM, DH, DB, VB)
+            h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
+            row0 = r0 - LAG
+            stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+            kb = (b * S + row0) * H + h
+            kok = (row0 + j >= 0) & (row0 + j < S)
+            f1, f2 = _features(q_ptr + first * D, qrows, live, D, FM, DH, DB)
         s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
         y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
-        g, rest, w = _sums(la_ptr + (b * S * H + h) * M, doc, row0, r0, T - t0, H, M, NB, C, HAS_DOC, GD, TD, True, m0)
-        levels = _levels(g)
+        # y, z: logits over the scale and dp, without step t's own write
+        if not HELD:
+            k1, k2 = _features(k_ptr + kb * D, j, kok, H * D, FM, DH, DB)
+        x = _inner(f1, f2, k1, k2, PREC)
+        w, g, rest, levels = _slot_gates(la_ptr + (b * S * H + h) * M, doc, row0, r0, T - t0, m0, H, M, NB, C, HAS_DOC, GD, TD)
         e0, b0 = _level(g, rest, w, 0)
         e0 = _each_head(e0, GB, C, NB)
-        # y, z: logits over the scale and dp, without step t's own write
-        x = _inner(f1, f2, k1, k2, PREC)
         own_k = tl.sum(tl.where(own, x, 0.0), 1)
         x = _rounded(tl.where(earlier, x, 0.0), GD)[0]
         y = _mm(x, b0.to(GD), y, GPREC) * e0
         for n in range(1, levels):
             e, bn = _level(g, rest, w, n)
             y += _mm0(x, bn.to(GD), GPREC) * _each_head(e, GB, C, NB)
+        if not HELD:
+            tl.debug_barrier()
+            h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
+            row0 = r0 - LAG
+            stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
+            kb = (b * S + row0) * H + h
+            kok = (row0 + j >= 0) & (row0 + j < S)
+            do = _tile(do_ptr + first * V, qrows, live, V, V, VB, True)
         z = _mm0(do.to(SD), tl.trans(_tile(stb + D, mm, mm < M, D + V, V, VB)), PREC)
         if HAS_DOC:
             z = tl.where(old[:, None], z, 0.0)
+        if not HELD:
+            vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
         x = _mm0(do, tl.trans(vt), PREC)
         own_v = tl.sum(tl.where(own, x, 0.0), 1)
         x = _rounded(tl.where(earlier, x, 0.0), GD)[0]
@@ -270,6 +284,7 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
         for n in range(1, levels):
             e, bn = _level(g, rest, w, n)
             z += _mm0(x, bn.to(GD), GPREC) * _each_head(e, GB, C, NB)
+        lse = tl.load(lse_ptr + first + qrows, mask=live, other=float("inf"), cache_modifier=".ca")
         shown = seen[:, None]
         if M % NB != 0:
             shown = shown & (mm < M)[None, :]
@@ -309,10 +324,26 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
             dl_0 = tl.where(old[:, None], dl_0, 0.0)
         if ALONE:
             dst = dst_ptr + ((bi * H + hi) * (NC + 1) + ci) * (M * (D + V))
-            _put(dst + D, _mm0(tl.trans(p_0), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
+            if HELD:
+                _put(dst + D, _mm0(tl.trans(p_0), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
+            else:
+                VH: tl.constexpr = V // 2
+                for half in tl.static_range(2):
+                    tl.debug_barrier()
+                    do = _tile(do_ptr + query * V + half * VH, rowsi, livei, V, VH, VB // 2, True)
+                    _put(dst + D + half * VH, _mm0(tl.trans(p_0), do.to(GD), GPREC), mm, mm < M, D + V, VH, VB // 2)
+            if not HELD:
+                tl.debug_barrier()
+                f1, f2 = _features(q_ptr + query * D, rowsi, livei, D, FM, DH, DB)
             _put_halves(dst, _mm0(tl.trans(dl_0), f1.to(GD), GPREC), _mm0(tl.trans(dl_0), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
-        dq1 = _mm(a, k1.to(GD), _mm(dl_0, s1.to(GD), dq1, GPREC), GPREC)
-        dq2 = _mm(a, k2.to(GD), _mm(dl_0, s2.to(GD), dq2, GPREC), GPREC)
+        if not HELD:
+            tl.debug_barrier()
+            k1, k2 = _features(k_ptr + row * D, j, (ri - LAG + j >= 0) & (ri - LAG + j < S), H * D, FM, DH, DB)
+            s1, s2 = _halves(st_ptr + ((bi * H + hi) * (NC + 1) + ci) * (M * (D + V)), mm, mm < M, D + V, DH, DB, True)
+        dq1 = _mm(dl_0, s1.to(GD), dq1, GPREC)
+        dq2 = _mm(dl_0, s2.to(GD), dq2, GPREC)
+        dq1 = _mm(a, k1.to(GD), dq1, GPREC)
+        dq2 = _mm(a, k2.to(GD), dq2, GPREC)
     if FM != "none":
         q1, q2 = _halves(q_ptr + first * D, qrows, live, D, DH, DB, True)
         dq1 = _dphi(dq1, q1, FM)
@@ -412,17 +443,25 @@ def _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
         if not AHEAD:
             vt = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok0, H * V, V, VB)
             sv = _tile(stb + D, mm, mm < M, D + V, V, VB)
-        z = _mm0(do.to(SD), tl.trans(sv), PREC)
+        z = _mixed(do, tl.trans(sv), tl.zeros((R, MB), tl.float32), PREC)
         if HAS_DOC:
             z = tl.where(old[:, None], z, 0.0)
         xv = tl.where(causal, _mm0(do, tl.trans(vt), PREC), 0.0)
         z = _mm(xv.to(GD), b0, z, GPREC)
         if not AHEAD:
+            if GD != tl.bfloat16:
+                tl.debug_barrier()
+                h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
+                row0 = r0 - LAG
+                kok0 = (row0 + j >= 0) & (row0 + j < S)
+                kbase = k_ptr + (b * S * H + h) * D
+                stb = st_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
             k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok0, H * D, DH, DB)
             s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB)
             k1 = _phi(k1, FM)
             k2 = _phi(k2, FM)
-        y = _inner(f1.to(SD), f2.to(SD), s1, s2, PREC)
+        y = _mixed(f1, tl.trans(s1), tl.zeros((R, MB), tl.float32), PREC)
+        y = _mixed(f2, tl.trans(s2), y, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
         xk = tl.where(causal, _inner(f1, f2, k1, k2, PREC), 0.0)
@@ -462,6 +501,9 @@ def _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
         if ALONE:
             dst = dst_ptr + ((b * H + h) * (NC + 1) + c) * (M * (D + V))
             _put(dst + D, _mm0(tl.trans(p_0), do.to(GD), GPREC), mm, mm < M, D + V, V, VB)
+            if GD != tl.bfloat16:
+                tl.debug_barrier()
+                f1, f2 = _features(q_ptr + first * D, qrows, live, D, FM, DH, DB)
             _put(dst, _mm0(tl.trans(dl_0), f1.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
             _put(dst + DH, _mm0(tl.trans(dl_0), f2.to(GD), GPREC), mm, mm < M, D + V, DH, DB)
         a = tl.where(causal, a, 0.0).to(GD)
@@ -472,8 +514,8 @@ def _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
             s1, s2 = _halves(stb, mm, mm < M, D + V, DH, DB, True)
             k1 = _phi(k1, FM)
             k2 = _phi(k2, FM)
-        dq1 = _mm(a, k1.to(GD), _mm0(dl_0, s1.to(GD), GPREC), GPREC)
-        dq2 = _mm(a, k2.to(GD), _mm0(dl_0, s2.to(GD), GPREC), GPREC)
+        dq1 = _mixed(a, k1, _mm0(dl_0, s1.to(GD), GPREC), GPREC)
+        dq2 = _mixed(a, k2, _mm0(dl_0, s2.to(GD), GPREC), GPREC)
         if FM != "none":
             q1, q2 = _halves(q_ptr + first * D, qrows, live, D, DH, DB, True)
             dq1 = _dphi(dq1, q1, FM)
@@ -524,7 +566,8 @@ def _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
                                   H, D, V, scale, WINDOW, TURN, False, PREC, DH, DB, VB, False, False)
             dq1, dq2 = _window_dq(dq1, dq2, q1, q2, do, lse, delta_w, krbase, vbase, cs, sn, doc, qdoc, r0, tok, j, 0, S, C,
                                   H, D, V, scale, WINDOW, TURN, HAS_DOC, PREC, DH, DB, VB, WINDOW < C, True)
-        h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
+    h0, h, c, b, t0, r0, first, tok, qrows, live = _place(step, T, halo, NC, HQ, H, GB, C)
+    if WINDOW > 0:
         cs = cos_ptr + b * rope_batch * DH
         sn = sin_ptr + b * rope_batch * DH
         if ROPE:
@@ -594,7 +637,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
     strong = tl.load(strong_ptr + (b * H + h) * NC + c)  # rows of a later level or document must not count
     dk = tl.zeros((MB, DB), tl.float32)
     dv = tl.zeros((MB, VB), tl.float32)
-    for gi in range(G):
+    for gi in tl.range(0, G, disable_licm=True):
         rows = (b * T + t0) * HQ + h * G + gi
         dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
         p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
@@ -827,23 +870,6 @@ def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_
                D, DP, DHALF, FM, HQ, H, M, MB, W, LAG, HAS_DOC, C, GB, GD, GPREC, SHARE)
     _slot_rows(bw, end, v_ptr, do_ptr, p_ptr, dv_ptr, dst_ptr + D, doc_ptr, cur_ptr, T, S, halo, NC,
                V, VP, VHALF, "none", HQ, H, M, MB, W, LAG, HAS_DOC, C, GB, GD, GPREC, SHARE)
-
-
-@triton.jit
-def _slot_gates(la_ptr, doc, row0, query0, n, m0, H: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, C: tl.constexpr, HAS_DOC: tl.constexpr,
-                GD: tl.constexpr, TD: tl.constexpr):
-    """Write weights of the slots from m0 on, strong; g, its rest and how many levels. Arguments as for _gates."""
-    la, w, act = _gates(la_ptr, doc, row0, query0, n, H, M, MS, C, HAS_DOC, GD != tl.bfloat16, True, m0)
-    la *= LOG2E
-    # the sums of _gate_sums, so that a row is of one level in all kernels; its products' masks would take registers
-    rest = 0.0
-    if TD == tl.float32:
-        g, rest = _gate_sums(la, C, GD, TD)
-    elif GD == tl.bfloat16:
-        g = tl.cumsum(_to_half(la), 0)
-    else:
-        g = tl.cumsum(la, 0)
-    return w, g, rest, _levels(g)
 
 
 @triton.jit

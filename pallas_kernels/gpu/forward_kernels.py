@@ -17,15 +17,16 @@ from pallas_kernels.gpu.kernels import (
     _inner,
     _landed,
     _level,
-    _levels,
     _log2,
     _mm,
     _mm0,
     _only_level,
     _phi,
+    _program,
     _put,
     _rotate,
     _safe,
+    _slot_gates,
     _stack,
     _strong,
     _sums,
@@ -194,7 +195,6 @@ def _slot_blocks(acc, m, qbase, kbase, vbase, lab, stb, doc, cur_ptr, vis_ptr, q
     k1, k2 = _halves(kbase + row0.to(tl.int64) * (H * D), j, kok, H * D, DH, DB)
     x = _inner(q1, q2, _phi(k1, FM), _phi(k2, FM), PREC)
     x = tl.where(causal, x, 0.0).to(GD)
-    a = tl.zeros((R, C), tl.float32)
     m_s = tl.full((R,), NINF, tl.float32)
     l_s = tl.zeros((R,), tl.float32)
     for first in tl.range(0, M, NB, num_stages=1, disable_licm=True):
@@ -203,8 +203,7 @@ def _slot_blocks(acc, m, qbase, kbase, vbase, lab, stb, doc, cur_ptr, vis_ptr, q
         y = _inner(q1.to(GD), q2.to(GD), s1, s2, PREC)
         if HAS_DOC:
             y = tl.where(old[:, None], y, 0.0)
-        g, rest, w = _sums(lab, doc, row0, r0, T - t0, H, M, NB, C, HAS_DOC, GD, TD, True, first)
-        levels = _levels(g)
+        w, g, rest, levels = _slot_gates(lab, doc, row0, r0, T - t0, first, H, M, NB, C, HAS_DOC, GD, TD)
         e0, b0 = _level(g, rest, w, 0)
         e0 = _stack(e0, GB, C, NB)
         y = _mm(x, b0.to(GD), y, GPREC) * e0
@@ -222,15 +221,16 @@ def _slot_blocks(acc, m, qbase, kbase, vbase, lab, stb, doc, cur_ptr, vis_ptr, q
         y = _exp2(y * POST - tl.where(seen, _safe(m), float("inf"))[:, None])
         l_s = l_s * fall + tl.sum(y, 1)
         p = (y * e0).to(GD)
-        a = _mm(p, tl.trans(b0.to(GD)), a * fall[:, None], GPREC)
+        a = _mm0(p, tl.trans(b0.to(GD)), GPREC)
         for n in range(1, levels):
             e, bn = _level(g, rest, w, n)
             a += _mm0((y * _stack(e, GB, C, NB)).to(GD), tl.trans(bn.to(GD)), GPREC)
         if HAS_DOC:
             p = tl.where(old[:, None], p, 0.0)
         acc = _mm(p, _tile(stb + D, mm, mm < M, D + V, V, VB), acc * fall[:, None], PREC)
-    v = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
-    return _mm(tl.where(causal, a, 0.0).to(TD), v, acc, PREC), m, m_s, l_s
+        v = _tile(vbase + row0.to(tl.int64) * (H * V), j, kok, H * V, V, VB)
+        acc = _mm(tl.where(causal, a, 0.0).to(TD), v, acc, PREC)
+    return acc, m, m_s, l_s
 
 
 @triton.jit
@@ -452,10 +452,10 @@ def output_kernel(q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, strong_ptr, st_ptr, cos_p
     """Output and both log-sum-exps of one chunk, GB query heads. sight [B, NC, 2], for documents and windows of several tiles: how
     many key tiles before its own a chunk looks at, and how many of the last of them are of its only document."""
     if STRONG:
-        start = tl.program_id(0)
-        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
-        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
-            for pid in tl.range(start, total, step, disable_licm=True):
+        # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, _program(tl.arange(0, BATCH))[1], total, HQ // GB, GB, HQ // H, H, NC).to(tl.int32)) > 0:
+            for step in tl.range(0, BATCH, disable_licm=True):
+                pid = _program(step)[1]
                 if _strong(strong_ptr, pid, total, HQ // GB, GB, HQ // H, H, NC):
                     _output(pid, True, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc_ptr, cur_ptr,
                         sight_ptr, vis_ptr, T, S, halo, NC, rope_batch, o_ptr, lse_s_ptr, lse_w_ptr, HQ, H, D, V, M,

@@ -126,6 +126,29 @@ def _cumsum(x, C: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _split(x):
+    """x, float32, as two of bfloat16, of which the second is what the first lacks."""
+    high, rounded = _round16(x)
+    return high, (x - rounded).to(tl.bfloat16)
+
+
+@triton.jit
+def _mixed(a, b, acc, PREC: tl.constexpr):
+    """a b + acc, one of both of the inputs' dtype. Where that is bfloat16 and TF32 would do, the other is cut in two: such products need
+    no operand in float32, and none the other way round, which registers would have to turn."""
+    if PREC == "tf32" and a.dtype == tl.float32 and b.dtype == tl.bfloat16:
+        high, low = _split(a)
+        return tl.dot(high, b, tl.dot(low, b, acc))
+    elif PREC == "tf32" and a.dtype == tl.bfloat16 and b.dtype == tl.float32:
+        high, low = _split(b)
+        return tl.dot(a, high, tl.dot(a, low, acc))
+    elif a.dtype == tl.float32:
+        return _mm(a, b.to(tl.float32), acc, PREC)
+    else:
+        return _mm(a.to(b.dtype), b, acc, PREC)
+
+
+@triton.jit
 def _tile(ptr, rows, ok, stride: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, AGAIN: tl.constexpr = False, first=0):
     """Rows `rows` (where ok) of a matrix of N columns, NB of its columns from `first` on, padded with zeros.
 
@@ -283,6 +306,23 @@ def _sums(la_ptr, doc_ptr, row0, query0, n, H: tl.constexpr, M: tl.constexpr, MB
     la, w, act = _gates(la_ptr, doc_ptr, row0, query0, n, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, STRONG, first)
     g, rest = _gate_sums(la * LOG2E, C, GD, TD)
     return g, rest, w
+
+
+@triton.jit
+def _slot_gates(la_ptr, doc, row0, query0, n, m0, H: tl.constexpr, M: tl.constexpr, MS: tl.constexpr, C: tl.constexpr, HAS_DOC: tl.constexpr,
+                GD: tl.constexpr, TD: tl.constexpr):
+    """Write weights of the slots from m0 on, strong; g, its rest and how many levels. Arguments as for _gates."""
+    la, w, act = _gates(la_ptr, doc, row0, query0, n, H, M, MS, C, HAS_DOC, GD != tl.bfloat16, True, m0)
+    la *= LOG2E
+    # the sums of _gate_sums, so that a row is of one level in all kernels; its products' masks would take registers
+    rest = 0.0
+    if TD == tl.float32:
+        g, rest = _gate_sums(la, C, GD, TD)
+    elif GD == tl.bfloat16:
+        g = tl.cumsum(_to_half(la), 0)
+    else:
+        g = tl.cumsum(la, 0)
+    return w, g, rest, _levels(g)
 
 
 @triton.jit
