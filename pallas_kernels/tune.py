@@ -179,7 +179,9 @@ def received(results: Any, pool: list) -> list[tuple]:
         with contextlib.suppress(queue.Empty):
             return results.get(timeout=1)
         if any(process.exitcode for process in pool):
-            sys.exit(f"one of {len(pool)} processes failed, see above; fewer --workers take less memory")
+            sys.exit(
+                f"one of {len(pool)} processes failed: see above; fewer --workers need less memory"
+            )
 
 
 def whole(shape: Any, window: int, tiles: Tiles) -> float:

@@ -14,7 +14,6 @@ import triton.language as tl
 from pallas_kernels.gpu.kernels import (
     ENDLESS,
     INTERPRETED,
-    LN2,
     LOG2E,
     SPAN,
     _angles,
@@ -27,8 +26,8 @@ from pallas_kernels.gpu.kernels import (
     _inner,
     _landed,
     _level,
-    _mm,
     _mixed,
+    _mm,
     _mm0,
     _only_level,
     _phi,
@@ -39,12 +38,10 @@ from pallas_kernels.gpu.kernels import (
     _slot_gates,
     _strong,
     _sum_rows,
-    _sums,
     _tile,
     _to_end,
     _to_half,
     _visible,
-    _write_weight,
 )
 
 
@@ -363,7 +360,6 @@ def _dq(step, q_ptr, k_ptr, kr_ptr, v_ptr, la_ptr, st_ptr, cos_ptr, sin_ptr, doc
         AHEAD: tl.constexpr, STRONG: tl.constexpr):
     R: tl.constexpr = GB * C
     DH: tl.constexpr = D // 2
-    SD: tl.constexpr = st_ptr.dtype.element_ty
     TD: tl.constexpr = v_ptr.dtype.element_ty
     ALONE: tl.constexpr = SLOTS and GB == HQ // H  # all heads of a group: their demand on the state is here
     NHG: tl.constexpr = HQ // GB
@@ -637,7 +633,7 @@ def dstate_kernel(q_ptr, do_ptr, la_ptr, strong_ptr, dl_ptr, p_ptr, doc_ptr, cur
     strong = tl.load(strong_ptr + (b * H + h) * NC + c)  # rows of a later level or document must not count
     dk = tl.zeros((MB, DB), tl.float32)
     dv = tl.zeros((MB, VB), tl.float32)
-    for gi in tl.range(0, G, disable_licm=True):
+    for gi in tl.range(0, G, disable_licm=GD != tl.bfloat16):
         rows = (b * T + t0) * HQ + h * G + gi
         dl = _tile(dl_ptr + rows * M, j, live, HQ * M, M, MB)
         p = _tile(p_ptr + rows * M, j, live, HQ * M, M, MB)
