@@ -20,6 +20,7 @@ from pallas_kernels.gpu.kernels import (
     _between,
     _chunk,
     _exp2,
+    _gate_sum,
     _gate_sums,
     _gates,
     _halves,
@@ -38,6 +39,7 @@ from pallas_kernels.gpu.kernels import (
     _slot_gates,
     _strong,
     _sum_rows,
+    _sums,
     _tile,
     _to_end,
     _to_half,
@@ -674,6 +676,173 @@ def _widened(x):
 
 
 @triton.jit
+def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok,
+               N: tl.constexpr, NB: tl.constexpr, HALVES: tl.constexpr, F: tl.constexpr, G: tl.constexpr, HQ: tl.constexpr,
+               M: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr, GD: tl.constexpr,
+               PREC: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr):
+    """The pairs inside a chunk, for keys (x, y, pl = k, q, dl), in halves, or values (v, do, p), whole."""
+    for gi in range(G // GB):
+        rows = (b * T + t0) * HQ + h * G + gi * GB
+        if SHARE:
+            pe = _tile(pl_ptr + kb * N, qrows, live & kok, N, M, MB)
+        else:
+            pe = _tile(pl_ptr + rows * M, qrows, live, M, M, MB)
+        if HALVES:
+            y1, y2 = _halves(y_ptr + rows * N, qrows, live, N, N // 2, NB)
+            y2 = _phi(y2, F)
+        else:
+            y1 = _tile(y_ptr + rows * N, qrows, live, N, N, NB)
+        y1 = _phi(y1, F)
+        a = tl.where(after, _mm0(bw, tl.trans(pe), GPREC), 0.0).to(GD)
+        dx1 = _mm(a, y1.to(GD), dx1, GPREC)
+        if HALVES:
+            dx2 = _mm(a, y2.to(GD), dx2, GPREC)
+            a = tl.where(after, _inner(x1, x2, y1, y2, PREC), 0.0)
+        else:
+            a = tl.where(after, _mm0(x1, tl.trans(y1), PREC), 0.0)
+        dw = _mm(a.to(GD), pe, dw, GPREC)
+    return dx1, dx2, dw
+
+
+@triton.jit
+def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+           T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
+           HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+           LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
+           PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
+           C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
+           NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr):
+    DH: tl.constexpr = D // 2
+    G: tl.constexpr = HQ // H
+    TD: tl.constexpr = v_ptr.dtype.element_ty
+    h0, h, c, b = _chunk(pid, H, 1, 1, NC)
+    t0 = c * C
+    kr = halo + t0 - LAG
+    j = tl.arange(0, C)
+    krow = kr + j
+    kok = (krow >= 0) & (krow < S)
+    doc = doc_ptr + b * S
+    mm = tl.arange(0, MB)
+    kb = (b * S + kr) * H + h
+    if SHARE:  # each is read before its gradient is written, by this program alone
+        dl_ptr = dk_ptr
+        p_ptr = dv_ptr
+    lab = la_ptr + (b * S * H + h) * M
+    i = tl.arange(0, GB * C)
+    tok = i % C
+    qrows = tok * HQ + i // C
+    live = t0 + tok < T
+    after = j[:, None] <= tok[None, :]  # [written, query]
+    if HAS_DOC:
+        jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
+        qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
+        after = after & (jdoc[:, None] == qdoc[None, :])
+        last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
+
+    nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
+    x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
+    ds = _tile(dst_ptr + nb + D, mm, mm < M, D + V, V, VB)
+    x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB)
+    ds1, ds2 = _halves(dst_ptr + nb, mm, mm < M, D + V, DH, DB)
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
+    g = _gate_sum(la * LOG2E, C, GD, TD)
+    x1 = _phi(x1, FM)
+    x2 = _phi(x2, FM)
+    bw = _only_level(g, w)[1]
+    decay = tl.load(decay_ptr + ((b * H + h) * NC + c) * M + mm, mask=mm < M, other=0.0)[None, :]
+    end = bw * decay
+    bw = _rounded(bw, GD)[0]
+    if HAS_DOC:
+        end = tl.where(last, end, 0.0)
+    end = end.to(GD)
+
+    # u: gradient of the writes through the state after the chunk; all of them give it `through`
+    u = _mm0(x.to(GD), tl.trans(ds), GPREC)
+    u = _mm(x1.to(GD), tl.trans(ds1), u, GPREC)
+    u = _mm(x2.to(GD), tl.trans(ds2), u, GPREC)
+    if HAS_DOC:
+        u = tl.where(last, u, 0.0)
+    dw = u * decay  # the gradient of the weights times 2^g
+    at = cross_ptr + ((b * H + h) * NC + c) * M
+    through = tl.sum(bw.to(tl.float32) * dw, 0) + tl.load(at + mm, mask=mm < M, other=0.0)
+    tl.store(at + mm, through, mask=mm < M)
+
+    dx1 = _mm0(end, ds1, GPREC)
+    dx2 = _mm0(end, ds2, GPREC)
+    dx1, dx2, dw = _slot_pass(x1, x2, q_ptr, dl_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, D, DB, True, FM,
+                              G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
+    if FM != "none":
+        x1, x2 = _halves(k_ptr + kb * D, j, kok, H * D, DH, DB, True)
+        dx1 = _dphi(dx1, x1, FM)
+        dx2 = _dphi(dx2, x2, FM)
+    _put_halves(dk_ptr + kb * D, dx1, dx2, j, kok, H * D, DH, DB)
+
+    # where the program works anew, and rows that count from C or MB on: of the same, the compiler would keep addresses, and masks
+    # further down, in registers
+    h0, h, c, b = _chunk(_landed(pid), H, 1, 1, NC)
+    kr = halo + c * C - LAG
+    kok = (kr + j >= 0) & (kr + j < S)
+    kb = (b * S + kr) * H + h
+    nb = ((b * H + h) * (NC + 1) + c + 1) * (M * (D + V))
+    i = tl.arange(C, 2 * C)
+    mi = tl.arange(MB, 2 * MB)
+    v_ptr += (kb - C * H) * V
+    ds_ptr = dst_ptr + nb + D - MB * (D + V)
+    if VB > 64:  # halves are easier to find registers for
+        x1, x2 = _halves(v_ptr, i, kok, H * V, V // 2, VB // 2, True)
+        ds1, ds2 = _halves(ds_ptr, mi, mi < M + MB, D + V, V // 2, VB // 2, True)
+        dx1 = _mm0(end, ds1, GPREC)
+        dx2 = _mm0(end, ds2, GPREC)
+        dx1, dx2, dw = _slot_pass(x1, x2, do_ptr, p_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, V, VB // 2, True,
+                                  "none", G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
+        _put_halves(dv_ptr + kb * V, dx1, dx2, j, kok, H * V, V // 2, VB // 2)
+    else:
+        x = _tile(v_ptr, i, kok, H * V, V, VB, True)
+        ds = _tile(ds_ptr, mi, mi < M + MB, D + V, V, VB, True)
+        dx = _mm0(end, ds, GPREC)
+        dx, x, dw = _slot_pass(x, x, do_ptr, p_ptr, dx, x, dw, bw, h, b, t0, live, after, qrows, T, kb, kok, V, VB, False, "none",
+                               G, HQ, M, MB, GB, GD, PREC, GPREC, SHARE)
+        _put(dv_ptr + kb * V, dx, j, kok, H * V, V, VB)
+
+    # Gates: what passes through step s is what queries from s on read (side, and the states after the
+    # chunk: through) less what rows from s on wrote of it.
+    h0, h, c, b = _chunk(_landed(pid), H, 1, 1, NC)
+    t0 = c * C
+    kr = halo + t0 - LAG
+    kb = (b * S + kr) * H + h
+    lab = la_ptr + (b * S * H + h) * M
+    la, w, act = _gates(lab, doc, kr, halo + t0, T - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
+    tl.debug_barrier()
+    through = tl.load(cross_ptr + ((b * H + h) * NC + c) * M - MB + mi, mask=mi < M + MB, other=0.0)[None, :]
+    la = la * LOG2E
+    own = dw * _widened(bw)
+    if TD == tl.float32:
+        g = _gate_sums(la, C, GD, TD)[0]
+    else:
+        g = _sum_rows(i[:, None] >= i[None, :], la, 1 if GD == tl.bfloat16 else 3)
+    dw *= _exp2(la - g)
+    same = i[:, None] <= i[None, :]
+    if HAS_DOC:
+        same = same & (jdoc[:, None] == jdoc[None, :])
+    dla = -own
+    if INPLACE:
+        dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MB)
+    else:
+        for gi in range(NSIDE):
+            part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
+            dla += _tile(side_ptr + part * M, j * (H * NSIDE), t0 + j < T, M, M, MB)
+    if HAS_DOC or GD == tl.bfloat16:
+        dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3) - dw
+    else:
+        dla = tl.cumsum(dla, 0, reverse=True) - dw
+    if HAS_DOC:
+        dla += tl.where(last, through, 0.0)
+    else:
+        dla += through
+    _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
+
+
+@triton.jit
 def _written(step, doc_ptr, cur_ptr, T, S, halo, NC, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr,
              C: tl.constexpr, GB: tl.constexpr, MB: tl.constexpr):
     """Where a program of dslot_kernel works: kv head, row of the batch, chunk, first token, the row that it writes and the number of that; of its
@@ -698,15 +867,6 @@ def _written(step, doc_ptr, cur_ptr, T, S, halo, NC, HQ: tl.constexpr, H: tl.con
         last = (jdoc == tl.load(cur_ptr + b * T + tl.minimum(t0 + C, T) - 1))[:, None]
     return (h, b, c, t0, kr, (b * S + kr) * H + h, j, (kr + j >= 0) & (kr + j < S), tok * HQ + i // C, live, after, last, doc,
             tl.arange(0, MB), ((b * H + h) * NC + c) * M, ((b * H + h) * (NC + 1) + c + 1) * (M * W), T)
-
-
-@triton.jit
-def _gate_sum(la, C: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr):
-    """g of _gate_sums; for float32 states by a scan, as a product's masks would take registers."""
-    if GD == tl.bfloat16 or TD == tl.float32:
-        return _gate_sums(la, C, GD, TD)[0]
-    else:
-        return tl.cumsum(la, 0)
 
 
 @triton.jit
@@ -791,14 +951,15 @@ def _slot_rows(bw, end, x_ptr, y_ptr, pl_ptr, dx_ptr, ds_ptr, doc_ptr, cur_ptr, 
 
 
 @triton.jit
-def _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
+def _dslot_by_turns(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
            LAG: tl.constexpr, FM: tl.constexpr, HAS_DOC: tl.constexpr,
            PREC: tl.constexpr, GPREC: tl.constexpr, GD: tl.constexpr,
            C: tl.constexpr, GB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr,
            NSIDE: tl.constexpr, INPLACE: tl.constexpr, SHARE: tl.constexpr):
-    """The gates' gradient first, then the rows': each is made of numbers that the other does not need."""
+    """_dslot for float32 states of wide heads, with fewer registers and a quarter of the shared memory: the gates' gradient, then the rows', each of
+    one side after the other; what both need is computed, or read, twice."""
     TD: tl.constexpr = v_ptr.dtype.element_ty
     W: tl.constexpr = D + V
     DHALF: tl.constexpr = DB > 32
@@ -1075,9 +1236,14 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
                                   NSIDE, INPLACE, SHARE)
     else:
         if not _strong(strong_ptr, tl.program_id(0), total, H, 1, 1, H, NC):
-            _dslot(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
-                   side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
-                   VB, MB, NSIDE, INPLACE, SHARE)
+            if GD != tl.bfloat16 and D + V > 128:
+                _dslot_by_turns(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                                side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
+                                VB, MB, NSIDE, INPLACE, SHARE)
+            else:
+                _dslot(tl.program_id(0), q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr,
+                       side_ptr, T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, LAG, FM, HAS_DOC, PREC, GPREC, GD, C, GB, DB,
+                       VB, MB, NSIDE, INPLACE, SHARE)
 
 
 @triton.jit

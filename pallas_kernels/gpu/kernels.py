@@ -285,6 +285,15 @@ def _gate_sums(la, C: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr):
 
 
 @triton.jit
+def _gate_sum(la, C: tl.constexpr, GD: tl.constexpr, TD: tl.constexpr):
+    """g of _gate_sums; for float32 states by a scan, as a product's masks would take registers."""
+    if GD == tl.bfloat16 or TD == tl.float32:
+        return _gate_sums(la, C, GD, TD)[0]
+    else:
+        return tl.cumsum(la, 0)
+
+
+@triton.jit
 def _to_end(g, rest, C: tl.constexpr, TD: tl.constexpr):
     """Decay from each step to the last one of the chunk, of which it is exactly 1."""
     x = tl.min(g, 0)[None, :] - g
