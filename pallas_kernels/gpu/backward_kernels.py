@@ -39,7 +39,6 @@ from pallas_kernels.gpu.kernels import (
     _slot_gates,
     _strong,
     _sum_rows,
-    _sums,
     _tile,
     _to_end,
     _to_half,
