@@ -68,3 +68,20 @@ def test_spills(kernel, shape, more, tmp_path):
     copies = 1 if kernel == "dwindow" else 2
     full = "--full" in more
     assert run.stdout.count("_kernel") == copies * (1 + len(more) - full) + full
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "rows"),
+    [("A", "", 12), ("B", "", 11), ("C", "output", 2), ("C", "dslot", 2), ("C", "scan", 3)],
+)
+def test_spills_with_float32_states(shape, kernel, rows, tmp_path):
+    """As test_spills, for window 0."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report", "--no-spills"]
+    run = subprocess.run(
+        [*command, "--arch", "90", "--shapes", shape, "--windows", "0", "--only", kernel],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    print(run.stdout)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("_kernel") == rows
