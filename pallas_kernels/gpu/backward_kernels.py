@@ -842,7 +842,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
 
 
 @triton.jit
-def _written(step, doc_ptr, cur_ptr, T, S, halo, NC, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr,
+def _rows_of(step, doc_ptr, cur_ptr, T, S, halo, NC, HQ: tl.constexpr, H: tl.constexpr, M: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr,
              C: tl.constexpr, GB: tl.constexpr, MB: tl.constexpr):
     """Where a program of dslot_kernel works: kv head, row of the batch, chunk, first token, the row that it writes and the number of that; of its
     rows the number and whether one is there; of the queries of GB heads the same; which queries come after which rows; which rows are of the
@@ -884,7 +884,7 @@ def _slot_weights(dw, bw, x_ptr, y_ptr, pl_ptr, ds_ptr, decay_ptr, cross_ptr, do
                   GB: tl.constexpr, GD: tl.constexpr, PREC: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr):
     """Gradient of the write weights times 2^g: dw and what keys (x, y, pl = k, q, dl) or values (v, do, p) add; and so of what passes
     through the chunk, at cross."""
-    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _rows_of(
         0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     # u: gradient of the writes through the state after the chunk
     P: tl.constexpr = N // 2 if HALVES else N
@@ -919,7 +919,7 @@ def _slot_rows(bw, end, x_ptr, y_ptr, pl_ptr, dx_ptr, ds_ptr, doc_ptr, cur_ptr, 
                M: tl.constexpr, MB: tl.constexpr, W: tl.constexpr, LAG: tl.constexpr, HAS_DOC: tl.constexpr, C: tl.constexpr,
                GB: tl.constexpr, GD: tl.constexpr, GPREC: tl.constexpr, SHARE: tl.constexpr):
     """dk (x, y, pl = k, q, dl), in halves, or dv (v, do, p), in halves or whole, of the rows that a chunk writes."""
-    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _rows_of(
         0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     if HALVES:
         ds1, ds2 = _halves(ds_ptr + nb, mm, mm < M, W, N // 2, NB)
@@ -968,7 +968,7 @@ def _dslot_by_turns(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_pt
     if SHARE:  # each is read before its gradient is written, by this program alone
         dl_ptr = dk_ptr
         p_ptr = dv_ptr
-    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _rows_of(
         0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
     g = _gate_sum(la * LOG2E, C, GD, TD)
@@ -982,7 +982,7 @@ def _dslot_by_turns(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_pt
 
     # Gates: what passes through step s is what queries from s on read (side, and the states after the
     # chunk: through) less what rows from s on wrote of it.
-    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _rows_of(
         0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
     tl.debug_barrier()
@@ -1012,7 +1012,7 @@ def _dslot_by_turns(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_pt
         dla += through
     _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
 
-    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _rows_of(
         0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
     la, w, act = _gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, H, M, MB, C, HAS_DOC, GD != tl.bfloat16, False)
     g, rest = _gate_sums(la * LOG2E, C, GD, TD)
@@ -1042,7 +1042,7 @@ def _strong_rows(dx_ptr, x_ptr, y_ptr, pl_ptr, ds_ptr, la_ptr, step, doc_ptr, cu
                  SHARE: tl.constexpr):
     """Slot side of dk (x, y, pl = k, q, dl) or dv (v, do, p)."""
     TD: tl.constexpr = x_ptr.dtype.element_ty
-    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _rows_of(
         step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
     la_ptr += (b * S * H + h) * M
     dx = tl.zeros((C, NB), tl.float32)
@@ -1075,7 +1075,7 @@ def _strong_weights(dw, own, x_ptr, y_ptr, pl_ptr, w, g, rest, levels, m0, step,
                     SHARE: tl.constexpr):
     """Gradient of the write weights of the slots from m0 on, and weight times gradient from later queries than a row's own, with what the pairs
     inside a chunk add: keys (x, y, pl = k, q, dl) or values (v, do, p)."""
-    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _written(
+    h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, T = _rows_of(
         step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
     for gi in tl.range(0, HQ // H, num_stages=1, disable_licm=True):
         rows = (b * T + t0) * HQ + h * (HQ // H) + gi
@@ -1112,7 +1112,7 @@ def _dslot_strong(step, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cros
         dl_ptr = dk_ptr
         p_ptr = dv_ptr
     for m0 in tl.range(0, M, MS, num_stages=1, disable_licm=True):
-        h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
+        h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _rows_of(
             step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
         w, g, rest, levels = _slot_gates(la_ptr + (b * S * H + h) * M, doc, kr, halo + t0, n - t0, m0, H, M, MS, C, HAS_DOC, GD, TD)
         dw = tl.zeros((C, MS), tl.float32)
@@ -1122,7 +1122,7 @@ def _dslot_strong(step, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cros
         dw, own = _strong_weights(dw, own, v_ptr, do_ptr, p_ptr, w, g, rest, levels, m0, step, doc_ptr, cur_ptr, T, S, halo, NC,
                                   V, VB, "none", HQ, H, M, MS, W, LAG, HAS_DOC, C, GD, PREC, GPREC, SHARE)
         # u: gradient of the writes through the state after the chunk
-        h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _written(
+        h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _rows_of(
             step, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, 1, MS)
         x = _tile(v_ptr + kb * V, j, kok, H * V, V, VB)
         u = _mm0(x.to(GD), tl.trans(_tile(dst_ptr + nb + D, m0 + mm, m0 + mm < M, W, V, VB)), GPREC)

@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import queue
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from nha_jax.ops import xla
 from nha_jax.ops.core import Spec
 from pallas_kernels import bench, tune
-from pallas_kernels.gpu import attention, launch, mosaic_output
+from pallas_kernels.gpu import attention, launch, mosaic_output, tiles
 
 SMALL = bench.Shape(2, 1, 16, 8)
 
@@ -60,6 +62,30 @@ def test_launches_to_time():
     for wrong in ("4,2", "3,1,1", "4,0,1", "4,1,3", "four,1,1"):
         with pytest.raises(argparse.ArgumentTypeError, match="write warps"):
             tune.launch_of(wrong)
+
+
+def test_a_process_that_fails_ends_the_tuner():
+    done, failed = queue.Queue(), [types.SimpleNamespace(exitcode=code) for code in (None, 1)]
+    done.put([("row",)])
+    assert tune.received(done, failed) == [("row",)]
+    with pytest.raises(SystemExit, match="one of 2 processes failed"):
+        tune.received(done, failed)
+
+
+def test_window_0_has_candidates_of_its_own():
+    assert not list(tune.candidates("dwindow", 64, 1, 0))
+    assert [c.warps for c in tune.candidates("dq", 64, 1, 0)] == [4, 8, 4, 8]
+    assert {c.warps for c in tune.candidates("dq", 64, 1, 64)} == {4}
+
+
+def test_float32_states_have_choices_of_their_own():
+    shape = "h100", "bfloat16", 128, 128, 64, 4
+    narrow, wide = (tiles.choose(*shape, 0, wide) for wide in (False, True))
+    assert narrow != wide
+    assert (narrow.dslot.stages, wide.dslot.stages) == (2, 1)
+    # none is committed for long windows, nor for this shape
+    assert tiles.choose(*shape, 512, True) == wide
+    assert tiles.choose(*shape[:4], 32, 4, 0, True) == tiles.default(128, 128, 32, 4, 4)
 
 
 def test_every_peer_is_timed_on_every_shape_and_length():
