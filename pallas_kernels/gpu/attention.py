@@ -371,6 +371,8 @@ def _scan(call: _Call, x, dec, init, st=None):
     few = programs <= 2 * launch.processors()  # each then has more loads in flight
     if programs <= launch.processors() and tall > 1:
         tall //= 2
+    # registers hold 16 where a thread's part of each, 1/128 of the tile, has 16 bytes
+    loads = 16 if few and tall * wide * x.dtype.itemsize <= 2048 else 8
     none = jnp.zeros((1,), jnp.float32)
     return launch.call(
         kernels.scan_kernel, x, dec, none if init is None else init, none if st is None else st, dec.shape[1],
@@ -379,7 +381,7 @@ def _scan(call: _Call, x, dec, init, st=None):
             _sds((1,) if st is None else dec.shape, jnp.float32),
         ],
         grid=rows * -(-M // tall), num_warps=4, aliases={0: 0},
-        N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=16 if few and x.dtype.itemsize == 2 else 8,
+        N=N, M=M, HAS_INIT=init is not None, REVERSE=st is not None, ROWS=tall, NB=wide, U=loads,
     )  # fmt: skip
 
 
