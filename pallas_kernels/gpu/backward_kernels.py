@@ -704,6 +704,29 @@ def _slot_pass(x1, x2, y_ptr, pl_ptr, dx1, dx2, dw, bw, h, b, t0, live, after, q
 
 
 @triton.jit
+def _put_gates(dla_ptr, side_ptr, own, dw, through, same, last, act, h, b, t0, kb, j, kok, T, H: tl.constexpr, M: tl.constexpr, MB: tl.constexpr,
+               HAS_DOC: tl.constexpr, GD: tl.constexpr, NSIDE: tl.constexpr, INPLACE: tl.constexpr):
+    """Gradient of a chunk's gates, from what each row wrote (own, and dw less its gate), what passes through the chunk, and the heads' shares;
+    of T steps. same: which rows count for which; last: which are of the last document."""
+    dla = -own
+    if INPLACE:
+        dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MB)
+    else:
+        for gi in range(NSIDE):
+            part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
+            dla += _tile(side_ptr + part * M, j * (H * NSIDE), t0 + j < T, M, M, MB)
+    if HAS_DOC or GD == tl.bfloat16:
+        dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3) - dw
+    else:
+        dla = tl.cumsum(dla, 0, reverse=True) - dw
+    if HAS_DOC:
+        dla += tl.where(last, through, 0.0)
+    else:
+        dla += through
+    _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
+
+
+@triton.jit
 def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, cross_ptr, dst_ptr, doc_ptr, cur_ptr, side_ptr,
            T, S, halo, NC, dk_ptr, dv_ptr, dla_ptr,
            HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
@@ -732,6 +755,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     qrows = tok * HQ + i // C
     live = t0 + tok < T
     after = j[:, None] <= tok[None, :]  # [written, query]
+    last = after
     if HAS_DOC:
         jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < T, other=0)
         qdoc = tl.load(doc + halo + t0 + tok, mask=live, other=0)
@@ -823,22 +847,7 @@ def _dslot(pid, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_ptr, c
     same = i[:, None] <= i[None, :]
     if HAS_DOC:
         same = same & (jdoc[:, None] == jdoc[None, :])
-    dla = -own
-    if INPLACE:
-        dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MB)
-    else:
-        for gi in range(NSIDE):
-            part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
-            dla += _tile(side_ptr + part * M, j * (H * NSIDE), t0 + j < T, M, M, MB)
-    if HAS_DOC or GD == tl.bfloat16:
-        dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3) - dw
-    else:
-        dla = tl.cumsum(dla, 0, reverse=True) - dw
-    if HAS_DOC:
-        dla += tl.where(last, through, 0.0)
-    else:
-        dla += through
-    _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
+    _put_gates(dla_ptr, side_ptr, own, dw, through, same, last, act, h, b, t0, kb, j, kok, T, H, M, MB, HAS_DOC, GD, NSIDE, INPLACE)
 
 
 @triton.jit
@@ -995,22 +1004,7 @@ def _dslot_by_turns(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, decay_pt
     if HAS_DOC:
         jdoc = tl.load(doc + halo + t0 + j, mask=t0 + j < n, other=0)
         same = same & (jdoc[:, None] == jdoc[None, :])
-    dla = -own
-    if INPLACE:
-        dla += _tile(dla_ptr + kb * M, j, act, H * M, M, MB)
-    else:
-        for gi in range(NSIDE):
-            part = (b * T + t0) * (H * NSIDE) + h * NSIDE + gi
-            dla += _tile(side_ptr + part * M, j * (H * NSIDE), t0 + j < n, M, M, MB)
-    if HAS_DOC or GD == tl.bfloat16:
-        dla = _sum_rows(same, dla, 2 if GD == tl.bfloat16 else 3) - dw
-    else:
-        dla = tl.cumsum(dla, 0, reverse=True) - dw
-    if HAS_DOC:
-        dla += tl.where(last, through, 0.0)
-    else:
-        dla += through
-    _put(dla_ptr + kb * M, tl.where(act[:, None], dla, 0.0), j, kok, H * M, M, MB)
+    _put_gates(dla_ptr, side_ptr, own, dw, through, same, last, act, h, b, t0, kb, j, kok, n, H, M, MB, HAS_DOC, GD, NSIDE, INPLACE)
 
     h, b, c, t0, kr, kb, j, kok, qrows, live, after, last, doc, mm, at, nb, n = _rows_of(
         0, doc_ptr, cur_ptr, T, S, halo, NC, HQ, H, M, W, LAG, HAS_DOC, C, GB, MB)
