@@ -277,6 +277,11 @@ def _slot_blocks(q_ptr, k_ptr, v_ptr, la_ptr, st_ptr, doc, qdoc, cur_ptr, vis_pt
             vt = _tile(v_ptr + kb * V, j, kok, H * V, V, VB, True)
         x = _mm0(do, tl.trans(vt), PREC)
         own_v = tl.sum(tl.where(own, x, 0.0), 1)
+        if not HELD or GB == 1:  # computed anew rather than held
+            g = _landed(g)
+            w = _landed(w)
+            e0, b0 = _level(g, rest, w, 0)
+            e0 = _each_head(e0, GB, C, NB)
         x = _rounded(tl.where(earlier, x, 0.0), GD)[0]
         z = _mm(x, b0.to(GD), z, GPREC) * e0
         for n in range(1, levels):
@@ -1159,7 +1164,7 @@ def _dslot_strong(step, q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, cros
 def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_ptr, lse_ptr, delta_ptr, b, h, tile, T, S, halo, NK,
                  HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, scale: tl.constexpr,
                  WINDOW: tl.constexpr, ROPE: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-                 C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr):
+                 C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, STRONG: tl.constexpr):
     """Window side of dk, in halves, and dv of KB tiles of keys. TURN: the queries are yet to be rotated; READY: the keys are rotated as well."""
     DH: tl.constexpr = D // 2
     G: tl.constexpr = HQ // H
@@ -1201,7 +1206,7 @@ def _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc, watch_ptr, do_p
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, False, PREC,
                              C, DH, DB, VB, False, False)
         near = tl.maximum(near, whole)
-    for it in range(G * (near if APART else first), G * last):
+    for it in tl.range(G * (near if APART else first), G * last, disable_licm=STRONG):
         dk1, dk2, dv = _window_dkv(dk1, dk2, dv, k1, k2, vt, q_ptr, do_ptr, lse_ptr, delta_ptr, cs, sn, doc, kdoc, krow, i, b, h,
                              kr + it // G * C, it % G, T, halo, HQ, G, D, V, scale, WINDOW, TURN, HAS_DOC, PREC,
                              C, DH, DB, VB, WINDOW < ENDLESS, not APART)
@@ -1240,26 +1245,27 @@ def dslot_kernel(q_ptr, k_ptr, v_ptr, do_ptr, dl_ptr, p_ptr, la_ptr, strong_ptr,
 
 
 @triton.jit
-def _key_place(pid, S, NK, H: tl.constexpr, KB: tl.constexpr, C: tl.constexpr):
+def _key_place(step, S, NK, H: tl.constexpr, KB: tl.constexpr, C: tl.constexpr):
     """As _place, for KB tiles of keys: kv head, tile, row of the batch; of the program's keys the number, the row and whether it is there; and
     the number of the first one among all heads' keys."""
-    new = _landed(pid)
-    h = new % H
-    tile = (new // H) % NK
-    b = (new // H // NK).to(tl.int64)
-    i = new - pid + tl.arange(0, KB * C)
+    zero, pid = _program(step)
+    h = pid % H
+    tile = (pid // H) % NK
+    b = (pid // H // NK).to(tl.int64)
+    i = zero + tl.arange(0, KB * C)
     krow = tile * (KB * C) + i
     return h, tile, b, i, krow, krow < S, (b * S + tile * (KB * C)) * H + h
 
 
 @triton.jit
-def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
+def _dwindow(step, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo, NK, rope_batch,
              dk_ptr, dv_ptr, dla_ptr,
              HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
              scale: tl.constexpr, WINDOW: tl.constexpr, LAG: tl.constexpr, ADD: tl.constexpr,
              ROPE: tl.constexpr, TURN: tl.constexpr, READY: tl.constexpr, HAS_DOC: tl.constexpr, PREC: tl.constexpr,
-             C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr):
+             C: tl.constexpr, KB: tl.constexpr, DB: tl.constexpr, VB: tl.constexpr, MB: tl.constexpr, STRONG: tl.constexpr):
     DH: tl.constexpr = D // 2
+    pid = tl.program_id(0) + step * tl.num_programs(0)
     h = pid % H
     tile = (pid // H) % NK
     b = (pid // H // NK).to(tl.int64)
@@ -1269,9 +1275,9 @@ def _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_
     dk2 = tl.zeros((KB * C, DB), tl.float32)
     dv = tl.zeros((KB * C, VB), tl.float32)
     dk1, dk2, dv = _window_side(dk1, dk2, dv, q_ptr, k_ptr, v_ptr, cs, sn, doc_ptr + b * S, watch_ptr, do_ptr, lse_ptr, delta_ptr,
-                                b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN, READY)
+                                b, h, tile, T, S, halo, NK, HQ, H, D, V, scale, WINDOW, ROPE, HAS_DOC, PREC, C, KB, DB, VB, TURN, READY, STRONG)
     for part in tl.static_range(3 if ADD else 2):
-        h, tile, b, i, krow, kok, kb = _key_place(pid, S, NK, H, KB, C)
+        h, tile, b, i, krow, kok, kb = _key_place(step, S, NK, H, KB, C)
         t = krow + LAG - halo
         had = kok & (t >= 0) & (t < T)
         if part == 0:
@@ -1305,15 +1311,14 @@ def dwindow_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do
     rotated as well. STRONG: of the tiles that strong_ptr [B*H, NK] marks with
     2 only."""
     if STRONG:
-        start = tl.program_id(0)
-        step = tl.num_programs(0)  # the heads of a chunk are neighbours, and often marked together
-        if tl.max(_strong(strong_ptr, start + step * tl.arange(0, BATCH), total, H, 1, 1, H, NK).to(tl.int32)) > 0:
-            for pid in range(start, total, step):
-                if _strong(strong_ptr, pid, total, H, 1, 1, H, NK):
-                    _dwindow(pid, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+        # the heads of a chunk are neighbours, and often marked together
+        if tl.max(_strong(strong_ptr, _program(tl.arange(0, BATCH))[1], total, H, 1, 1, H, NK).to(tl.int32)) > 0:
+            for step in tl.range(0, BATCH, disable_licm=True):
+                if _strong(strong_ptr, _program(step)[1], total, H, 1, 1, H, NK):
+                    _dwindow(step, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
                              NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, READY, HAS_DOC, PREC,
-                             C, KB, DB, VB, MB)
+                             C, KB, DB, VB, MB, STRONG)
     else:
-        _dwindow(tl.program_id(0), q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
+        _dwindow(0, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, doc_ptr, watch_ptr, do_ptr, lse_ptr, delta_ptr, dk_in, dv_in, T, S, halo,
                  NK, rope_batch, dk_ptr, dv_ptr, dla_ptr, HQ, H, D, V, M, scale, WINDOW, LAG, ADD, ROPE, TURN, READY, HAS_DOC, PREC, C, KB, DB,
-                 VB, MB)
+                 VB, MB, STRONG)

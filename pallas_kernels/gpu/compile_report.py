@@ -20,9 +20,10 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import bench
-from pallas_kernels.gpu import attention, launch, mosaic_output, tiles
+from pallas_kernels.gpu import attention, launch, tiles
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program can have
 DEVICES = {80: "a100", 90: "h100", 100: "b200"}  # whose tile choices are compiled
@@ -33,7 +34,9 @@ class Row(NamedTuple):
     """Resources of one kernel."""
 
     kernel: str
-    part: str  # which copy of the kernel: "strong" gates, states that "runs" start from, or neither
+    part: (
+        str  # for "strong" gates, for states that "runs" start from; "beside Mosaic" GPU's kernels
+    )
     warps: int
     stages: int
     registers: int
@@ -91,19 +94,25 @@ def report(
     *,
     documents: bool = False,
 ) -> list[Row]:
-    """Rows for forward and backward of one shape; without a choice, the device's own."""
-    rows = []
+    """Rows for forward and backward of one shape; without a choice, the device's own.
+
+    On sm_90 of calls by Triton alone, then of what is left to it beside Mosaic GPU's kernels.
+    """
+    rows, seen, beside = [], [], ""
 
     def call(
         kernel, *args, out, grid, num_warps, num_stages=1, aliases=None, zeroed=(), **constants
     ):
         name = kernel.fn.__name__
-        if only in name:
-            options = dict(num_warps=num_warps, num_stages=num_stages)
+        options = dict(num_warps=num_warps, num_stages=num_stages)
+        types = [getattr(a, "dtype", a) for a in args]
+        if only in name and (name, types, constants, options) not in seen:
+            seen.append((name, types, constants, options))
             k = compiled(kernel, args, out, constants, options, arch)
             part = "strong" if constants.get("STRONG") else ""
             part = "runs" if constants.get("PIECE", 1) > 1 else part
             used = registers(k.asm["ptx"], arch)
+            part = f"{part} {beside}".strip()
             rows.append(Row(name, part, num_warps, num_stages, *used, k.metadata.shared))
         return [jnp.zeros(o.shape, o.dtype) for o in out]
 
@@ -115,25 +124,23 @@ def report(
     def run(q, k, v, la):
         return attention.forward(q, k, v, la, None, None, cos, sin, doc, None, spec)[0]
 
-    def starts(q, k, v, la):
-        """The states that runs of the Mosaic GPU kernel start from."""
-        c = attention._Call(q, k, v, la, None, cos, doc, None, spec, choice)
-        piece, none = mosaic_output.PIECE, jnp.zeros((1,), jnp.int32)
-        return attention._added(c, k, v, la, none, none, c.NC // piece, piece, jnp.float32)
+    def nothing(body, out_type, **_):
+        """In place of a Mosaic GPU kernel."""
+        return lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
     with contextlib.ExitStack() as changed:
         changed.enter_context(mock.patch.object(launch, "call", call))
         changed.enter_context(
             mock.patch.object(attention, "device_name", return_value=DEVICES[arch])
         )
-        changed.enter_context(  # Mosaic GPU kernels are none of Triton's
-            mock.patch.object(launch, "missing_mosaic", return_value="left out here")
-        )
+        changed.enter_context(mock.patch.object(plgpu, "kernel", nothing))
         if choice is not None:
             changed.enter_context(mock.patch.object(attention, "choose", return_value=choice))
-        jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
-        if arch == 90 and spec.window == spec.slot_lag == attention.MOSAIC:
-            jax.eval_shape(starts, *args)
+        for beside in ["", "beside Mosaic"] if arch == 90 else [""]:
+            missing = None if beside else "left out"
+            with mock.patch.object(launch, "missing_mosaic", return_value=missing):
+                jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
+    jax.clear_caches()  # of functions with nothing in place of a kernel
     return rows
 
 

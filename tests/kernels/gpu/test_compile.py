@@ -43,44 +43,30 @@ def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, wi
 
 
 @pytest.mark.parametrize(
-    ("kernel", "shape", "more"),
+    ("shape", "kernel", "windows", "rows"),
     [
-        ("state", "C", []),
-        ("output", "A", ["--full"]),
-        ("output", "C", []),
-        ("dq", "A", ["512", "--full"]),
-        ("dq", "C", ["512", "--full"]),
-        ("dslot", "A", []),
-        ("dslot", "C", []),
-        ("dwindow", "A", ["--full"]),
+        ("C", "state", "64", 2),
+        ("A", "output", "64 --full", 3),
+        ("C", "output", "64", 2),
+        ("A", "dq", "64 512 --full", 5),
+        ("C", "dq", "64 512 --full", 7),
+        ("A", "dslot", "64", 2),
+        ("C", "dslot", "64", 2),
+        ("A", "dwindow", "64 --full", 3),
+        ("C", "dwindow", "64", 2),
+        # float32 states
+        ("A", "", "0", 10),
+        ("B", "", "0", 9),
+        ("C", "", "0", 9),
     ],
 )
-def test_spills(kernel, shape, more, tmp_path):
-    """On sm_90, neither copy of a kernel spills with the committed choice."""
+def test_spills(shape, kernel, windows, rows, tmp_path):
+    """On sm_90, no copy of a kernel spills with the committed choice."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report", "--no-spills"]
+    command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report", "--arch", "90"]
+    command += ["--no-spills", "--shapes", shape, "--only", kernel, "--windows", *windows.split()]
     run = subprocess.run(
-        [*command, "--arch", "90", "--only", kernel, "--shapes", shape, "--windows", "64", *more],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    print(run.stdout)
-    assert run.returncode == 0, run.stderr[-2000:]
-    copies = 1 if kernel == "dwindow" else 2
-    full = "--full" in more
-    assert run.stdout.count("_kernel") == copies * (1 + len(more) - full) + full
-
-
-@pytest.mark.parametrize(
-    ("shape", "kernel", "rows"),
-    [("A", "", 12), ("B", "", 11), ("C", "output", 2), ("C", "dslot", 2), ("C", "scan", 3)],
-)
-def test_spills_with_float32_states(shape, kernel, rows, tmp_path):
-    """As test_spills, for window 0."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pallas_kernels.gpu.compile_report", "--no-spills"]
-    run = subprocess.run(
-        [*command, "--arch", "90", "--shapes", shape, "--windows", "0", "--only", kernel],
-        env=env, capture_output=True, text=True,
+        command, env=env, capture_output=True, text=True,
     )  # fmt: skip
     print(run.stdout)
     assert run.returncode == 0, run.stderr[-2000:]
