@@ -1,8 +1,9 @@
 """Find tile choices on this GPU and write them down: ``python -m pallas_kernels.tune``.
 
 Each kernel of forward + backward is timed alone, on the arrays that the others hand it (T = 8192,
-the benchmark's tokens), for every candidate launch; a chunk's cost is the sum over its kernels. The
-best chunk that passes the benchmark's check with those launches goes to
+the benchmark's tokens), for every candidate launch; one with which a copy of the kernel spills
+registers is taken only where all do. A chunk's cost is the sum over its kernels. The best chunk
+that passes the benchmark's check with those launches goes to
 pallas_kernels/tuned/gpu_<device>.json, which the kernels read: nothing is tuned while a model runs.
 The Mosaic GPU kernels, which do some calls in the Triton ones' place, have nothing to choose.
 """
@@ -96,7 +97,7 @@ def recorded(shape: Any, window: int, tiles: Tiles, kernel: str) -> Any:
 def compiled(
     shape: Any, window: int, chunk: int, kernel: str, choices: list[Launch]
 ) -> list[tuple]:
-    """(choice, the compiled call, its arguments) for each choice that fits the device."""
+    """(choice, the compiled call, its arguments, bytes spilled) for each that fits the device."""
     import jax
 
     from pallas_kernels.gpu import launch
@@ -120,8 +121,22 @@ def compiled(
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # more shared memory than there is
             call = jax.jit(run).lower(*arrays).compile()
             jax.block_until_ready(call(*arrays))
-            found.append((choice, call, kept))
+            found.append((choice, call, kept, spilled(shape, window, chunk, kernel, choice)))
     return found
+
+
+def spilled(shape: Any, window: int, chunk: int, kernel: str, choice: Launch) -> int:
+    """Bytes that a thread spills, of all copies of a kernel, on this GPU."""
+    import jax
+
+    from pallas_kernels.gpu import compile_report
+
+    spec, doc = setting(shape, window)
+    arch = int(jax.devices()[0].compute_capability.replace(".", ""))
+    launches: dict[str, Any] = {kernel: choice}
+    tiles = Tiles(chunk, **launches)
+    rows = compile_report.report(shape, spec, arch, tiles, kernel, documents=doc is not None)
+    return sum(row.spilled for row in rows if row.kernel == f"{kernel}_kernel")
 
 
 def work(jobs: list[tuple], ready: Any, one: Any, results: Any) -> None:
@@ -134,9 +149,9 @@ def work(jobs: list[tuple], ready: Any, one: Any, results: Any) -> None:
     ready.wait()
     with one:
         times = [
-            ((job[2], job[3]), bench.milliseconds(f, *jax.device_put(arrays), repeat=20), choice)
+            (job[2:4], bench.milliseconds(f, *jax.device_put(arrays), repeat=20), choice, spills)
             for job, found in done
-            for choice, f, arrays in found
+            for choice, f, arrays, spills in found
         ]
     results.put(times)
 
@@ -149,7 +164,8 @@ def search(
     workers: int,
     launches: list[Launch],
 ) -> list[tuple]:
-    """((chunk, kernel), milliseconds, launch) of every candidate, or of the launches given."""
+    """((chunk, kernel), milliseconds, launch, bytes spilled) of every candidate, or of the launches
+    given."""
     jobs = []
     for chunk, kernel in itertools.product(chunks, kernels):
         found = list(candidates(kernel, chunk, shape.hq // shape.h, window))
@@ -182,6 +198,15 @@ def received(results: Any, pool: list) -> list[tuple]:
             sys.exit(
                 f"one of {len(pool)} processes failed: see above; fewer --workers need less memory"
             )
+
+
+def fastest(rows: list[tuple]) -> dict[tuple, tuple]:
+    """Of what ``search`` found, (milliseconds, launch) for each (chunk, kernel): the fastest launch
+    that spills nothing, or where there is none the fastest."""
+    found: dict[tuple, tuple] = {}
+    for what, ms, launch, spills in rows:
+        found[what] = min(found.get(what, (True, float("inf"))), (spills > 0, ms, launch))
+    return {what: best[1:] for what, best in found.items()}
 
 
 def whole(shape: Any, window: int, tiles: Tiles) -> float:
@@ -248,12 +273,10 @@ def main() -> None:
         s = bench.SHAPES[name]
         if a.full:
             s = s._replace(m=0)
-        best: dict[tuple, tuple] = {}
-        for (chunk, kernel), ms, launch in sorted(
-            search(s, a.window, a.chunks, a.kernels, a.workers, a.launches)
-        ):
-            best[chunk, kernel] = min(best.get((chunk, kernel), (ms, launch)), (ms, launch))
-            print(name, chunk, kernel, *launch, f"{ms:.3f} ms", flush=True)
+        rows = sorted(search(s, a.window, a.chunks, a.kernels, a.workers, a.launches))
+        for (chunk, kernel), ms, launch, spills in rows:
+            print(name, chunk, kernel, *launch, f"{ms:.3f} ms, {spills} bytes spilled", flush=True)
+        best = fastest(rows)
         if set(a.kernels) != set(every) or a.launches:
             continue  # these times make no choice
         spec, doc = setting(s, a.window)

@@ -131,7 +131,7 @@ def report(
     with contextlib.ExitStack() as changed:
         changed.enter_context(mock.patch.object(launch, "call", call))
         changed.enter_context(
-            mock.patch.object(attention, "device_name", return_value=DEVICES[arch])
+            mock.patch.object(attention, "device_name", return_value=DEVICES.get(arch, ""))
         )
         changed.enter_context(mock.patch.object(plgpu, "kernel", nothing))
         if choice is not None:

@@ -64,6 +64,14 @@ def test_launches_to_time():
             tune.launch_of(wrong)
 
 
+def test_a_launch_that_spills_is_chosen_only_where_all_do():
+    few, more, most = (tiles.Launch(n) for n in (1, 4, 8))
+    dq, output = (64, "dq"), (64, "output")
+    rows = [(dq, 1.0, few, 40), (dq, 1.2, more, 0), (dq, 1.1, most, 0)]
+    rows += [(output, 1.0, few, 8), (output, 0.9, more, 16)]
+    assert tune.fastest(rows) == {dq: (1.1, most), output: (0.9, more)}
+
+
 def test_a_process_that_fails_ends_the_tuner():
     done, failed = queue.Queue(), [types.SimpleNamespace(exitcode=code) for code in (None, 1)]
     done.put([("row",)])
