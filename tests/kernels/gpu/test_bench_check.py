@@ -3,6 +3,7 @@
 import argparse
 import functools
 import queue
+import threading
 import types
 
 import jax.numpy as jnp
@@ -102,3 +103,39 @@ def test_every_peer_is_timed_on_every_shape_and_length():
     found = bench.jobs(["A", "B"], lengths, [64], list(bench.PEERS))
     timed = {(job.shape, job.what, t) for job in found for t in job.lengths}
     assert {(s, p, t) for s in "AB" for p in bench.PEERS for t in lengths} <= timed
+
+
+def test_rows_come_in_the_order_of_the_jobs_whichever_is_ready_first(monkeypatch):
+    todo = bench.jobs(["A"], (2048,), [64, 512], [])
+    names = [job.name for job in todo]
+    at = names.index("nha window 64")
+    assert names[at + 1] == "nha window 512"
+    ready = [threading.Event() for _ in todo]
+
+    def prepare(job):
+        ready[todo.index(job)].wait()
+        if job.name == "nha window 512":
+            raise ValueError("no room")
+        return lambda: iter([{"what": job.name}])
+
+    monkeypatch.setattr(bench, "work_jax", prepare)
+    monkeypatch.setattr(bench, "work_decode", prepare)
+    room, results = threading.Semaphore(len(todo)), queue.Queue()
+    turns = [threading.Event() for _ in range(len(todo) + 1)]
+    turns[0].set()
+    pool = [
+        threading.Thread(target=bench.work, args=(job, room, *turns[i : i + 2], results))
+        for i, job in enumerate(todo)
+    ]
+    for thread in pool:
+        thread.start()
+    for event in reversed(ready):
+        event.set()
+    for thread in pool:
+        thread.join(60)
+    found = [results.get() for _ in range(2 * len(todo))]
+    rows = [row for row in found if row]
+    assert {row["what"]: row.get("failed") for row in rows}["nha window 512"] == "no room"
+    others = [row["what"] for row in rows if "failed" not in row]
+    assert others == [name for name in names if name != "nha window 512"]
+    assert found.count(None) == len(todo)
