@@ -71,3 +71,18 @@ def test_spills(shape, kernel, windows, rows, tmp_path):
     print(run.stdout)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("_kernel") == rows
+
+
+def test_the_tuner_knows_what_spills():
+    """On sm_90, where jax-triton leaves Triton's own compiler without a cache."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": ""}
+    script = (
+        "import jax, types; from unittest import mock; "
+        "from pallas_kernels import bench, tune; from pallas_kernels.gpu.tiles import Launch; "
+        "gpu = types.SimpleNamespace(compute_capability='9.0'); "
+        "mock.patch.object(jax, 'devices', return_value=[gpu]).start(); "
+        "found = [tune.spilled(bench.SHAPES['B'], 0, 64, 'dslot', Launch(n)) for n in (4, 8)]; "
+        "assert found[0] == 0 < found[1], found"
+    )
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
