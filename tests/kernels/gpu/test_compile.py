@@ -55,8 +55,8 @@ def test_the_largest_kernel_fits_shared_memory(heads, kv_heads, width, slots, wi
         ("A", "dwindow", "64 --full", 3),
         ("C", "dwindow", "64", 2),
         # float32 states
-        ("A", "", "0", 10),
-        ("B", "", "0", 9),
+        ("A", "", "0", 11),
+        ("B", "", "0", 10),
         ("C", "", "0", 9),
     ],
 )
