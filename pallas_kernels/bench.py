@@ -19,6 +19,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import statistics
 import time
@@ -494,6 +495,16 @@ def work(job: Job, room: Any, turn: Any, after: Any, results: Any) -> None:
     results.put(None)
 
 
+def pass_on(todo: list[Job], pool: list, turns: list, results: Any) -> None:
+    """The turn of a process that ended without: a failure, as a row."""
+    for job, process, (turn, after) in zip(todo, pool, itertools.pairwise(turns), strict=True):
+        if process.exitcode is not None and turn.is_set() and not after.is_set():
+            said = f"its process ended with code {process.exitcode}"
+            results.put({"shape": job.shape, "what": job.name, "failed": said})
+            results.put(None)
+            after.set()
+
+
 def installed(package: str) -> bool:
     """Whether a peer can be imported here."""
     return importlib.util.find_spec(package) is not None
@@ -533,14 +544,22 @@ def main() -> None:
     room = context.Semaphore(max((os.cpu_count() or 2) // 2, 1))  # compilers have threads too
     turns = [context.Event() for _ in range(len(todo) + 1)]
     turns[0].set()
-    for job, turn in zip(todo, itertools.pairwise(turns), strict=True):
-        context.Process(target=work, args=(job, room, *turn, results), daemon=True).start()
+    pool = [
+        context.Process(target=work, args=(job, room, *turn, results), daemon=True)
+        for job, turn in zip(todo, itertools.pairwise(turns), strict=True)
+    ]
+    for process in pool:
+        process.start()
     rows: list[dict[str, Any]] = []
     a.out.parent.mkdir(parents=True, exist_ok=True)
     running = len(todo)
     try:
         while running:
-            found = results.get()
+            try:
+                found = results.get(timeout=5)
+            except queue.Empty:
+                pass_on(todo, pool, turns, results)
+                continue
             if found is None:
                 running -= 1
                 continue

@@ -120,10 +120,12 @@ def compiled(
             depth = {"STAGES": choice.stages} if "STAGES" in options else {}
             return launch.call(fn, *full, **options | choice.options | depth)
 
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # more shared memory than there is
+        try:
             call = jax.jit(run).lower(*arrays).compile()
             jax.block_until_ready(call(*arrays))
-            found.append((choice, call, kept, spilled(shape, window, chunk, kernel, choice)))
+        except jax.errors.JaxRuntimeError:  # more shared memory than there is
+            continue
+        found.append((choice, call, kept, spilled(shape, window, chunk, kernel, choice)))
     return found
 
 

@@ -1,8 +1,9 @@
 """What Triton's compiler makes of the kernels, with no GPU.
 
 ``python -m pallas_kernels.gpu.compile_report`` prints one row for each kernel of forward +
-backward: registers of a thread, bytes spilled, shared memory of a program. It ends non-zero where a
-kernel does not compile or needs more shared memory than the chip has, or spills under --no-spills.
+backward: registers of a thread, bytes spilled, shared memory of a program; on sm_90 also of what is
+left to Triton beside Mosaic GPU's kernels. It ends non-zero where a kernel does not compile or
+needs more shared memory than the chip has, or spills under --no-spills.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ class Row(NamedTuple):
     """Resources of one kernel."""
 
     kernel: str
-    part: (
-        str  # for "strong" gates, for states that "runs" start from; "beside Mosaic" GPU's kernels
-    )
+    part: str  # for "strong" gates, for what "runs" start from; "beside Mosaic" GPU's kernels
     warps: int
     stages: int
     registers: int
@@ -133,6 +132,7 @@ def report(
         changed.enter_context(
             mock.patch.object(attention, "device_name", return_value=DEVICES.get(arch, ""))
         )
+        changed.callback(jax.clear_caches)  # of functions with nothing in place of a kernel
         changed.enter_context(mock.patch.object(plgpu, "kernel", nothing))
         if choice is not None:
             changed.enter_context(mock.patch.object(attention, "choose", return_value=choice))
@@ -140,7 +140,6 @@ def report(
             missing = None if beside else "left out"
             with mock.patch.object(launch, "missing_mosaic", return_value=missing):
                 jax.eval_shape(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
-    jax.clear_caches()  # of functions with nothing in place of a kernel
     return rows
 
 

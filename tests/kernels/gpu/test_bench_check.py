@@ -124,7 +124,9 @@ def test_rows_come_in_the_order_of_the_jobs_whichever_is_ready_first(monkeypatch
     turns = [threading.Event() for _ in range(len(todo) + 1)]
     turns[0].set()
     pool = [
-        threading.Thread(target=bench.work, args=(job, room, *turns[i : i + 2], results))
+        threading.Thread(
+            target=bench.work, args=(job, room, *turns[i : i + 2], results), daemon=True
+        )
         for i, job in enumerate(todo)
     ]
     for thread in pool:
@@ -133,9 +135,27 @@ def test_rows_come_in_the_order_of_the_jobs_whichever_is_ready_first(monkeypatch
         event.set()
     for thread in pool:
         thread.join(60)
-    found = [results.get() for _ in range(2 * len(todo))]
+    found = [results.get(timeout=60) for _ in range(2 * len(todo))]
     rows = [row for row in found if row]
     assert {row["what"]: row.get("failed") for row in rows}["nha window 512"] == "no room"
     others = [row["what"] for row in rows if "failed" not in row]
     assert others == [name for name in names if name != "nha window 512"]
     assert found.count(None) == len(todo)
+
+
+def test_a_process_that_is_killed_passes_its_turn_on():
+    todo = bench.jobs(["A"], (2048,), [64], [])[:3]
+    turns = [threading.Event() for _ in range(4)]
+    turns[0].set()
+    pool, results = [types.SimpleNamespace(exitcode=code) for code in (None, -9, 0)], queue.Queue()
+    bench.pass_on(todo, pool, turns, results)
+    assert results.empty()  # the first is at it
+    turns[1].set()
+    pool[0].exitcode = 0
+    bench.pass_on(todo[:2], pool[:2], turns[:3], results)
+    failed, end = results.get_nowait(), results.get_nowait()
+    assert failed["what"] == todo[1].name
+    assert failed["failed"] == "its process ended with code -9"
+    assert end is None
+    assert results.empty()
+    assert turns[2].is_set()
